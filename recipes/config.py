@@ -1,0 +1,294 @@
+"""The configuration of the recipe, its presets, and how they are read and written."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import tyro
+
+from recipes import models
+from recipes.data import choose_source
+
+
+PROGRAM = "python -m recipes.cifar_wrn"
+CONFIG_FILE = "config.toml"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    # A minute on a laptop. Digits are 8x8, and a mirrored 3 is no 3.
+    "digits": {
+        "model": "wrn-10-2",
+        "epochs": 20,
+        "batch_size": 64,
+        "crop_padding": 1,
+        "flip": False,
+    },
+    # CIFAR on a CPU: far from published accuracy, but minutes and not days.
+    "small": {"model": "wrn-10-1", "epochs": 5},
+    # davda54/sam, example/train.py. His smoothing gives s / (K - 1) to each wrong class;
+    # PyTorch's gives s / K to every class, so 0.1 there is 0.1 * 10 / 9 here.
+    "davda54": {
+        "model": "wrn-16-8",
+        "layout": "davda54",
+        "zero_head": True,
+        "label_smoothing": 0.1 * 10 / 9,
+        "cutout": 16,
+        "schedule": "step",
+    },
+    # Foret et al., 2021, arXiv:2010.01412, table 1: WRN-28-10 with basic augmentation. The
+    # decay in the loss, the clip and the dropout mask are those of their code. They
+    # perturb on each of several devices; this perturbs for the whole batch.
+    "foret2021": {
+        "model": "wrn-28-10",
+        "batch_size": 256,
+        "decay_in_loss": True,
+        "same_dropout": True,
+        "clip_norm": 5.0,
+    },
+}
+PRESETS["davda54-adaptive"] = PRESETS["davda54"] | {"method": "asam-all", "rho": 2.0}
+PRESETS["foret2021-cifar100"] = PRESETS["foret2021"] | {"data": "cifar100", "rho": 0.1}
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; says what was expected and what came."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a Wide ResNet with sharpness-aware minimisation."""
+
+    preset: str = "auto"
+    """Named settings to start from: digits, small, davda54, davda54-adaptive, foret2021,
+    foret2021-cifar100, or none. auto takes digits for the digits, else small on a CPU and
+    davda54 on a GPU."""
+    config: Path | None = None
+    """TOML file of settings. It overrides the preset, and the command line overrides it."""
+
+    data: Literal["auto", "cifar10", "cifar100", "folder", "digits"] = "auto"
+    """Images to train on. auto takes class folders or CIFAR-10 from --data-dir, else
+    downloads CIFAR-10, else falls back on the digits that scikit-learn brings."""
+    data_dir: Path | None = None
+    """Directory of train/<class>/* and test/<class>/* images, or of CIFAR. None is a
+    directory in the user's cache."""
+    image_size: int | None = None
+    """Side to which the images of a folder are resized, in pixels. None keeps it."""
+    label_noise: float = 0.0
+    """Share of the training labels that are replaced by another class, 0 to 1."""
+    validation: float = 0.0
+    """Share of the training set held out to choose the best epoch by, 0 to below 1. With
+    0 the best epoch is chosen by the test set."""
+
+    crop_padding: int = 4
+    """Largest shift of a training image, in pixels. 0 is off."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    cutout: int = 0
+    """Side of the square cut out of half of the training images, in pixels. 0 is off."""
+
+    model: str = "wrn-16-8"
+    """Network, as wrn-<depth>-<width>."""
+    layout: Literal["standard", "davda54"] = "standard"
+    """How depth is counted. davda54 has one more block in each stage, as his example."""
+    zero_head: bool = False
+    """Start with a classifier of zeros."""
+    dropout: float = 0.0
+    """Dropout between the convolutions of a block, 0 to below 1."""
+
+    method: Literal["sam", "asam", "asam-all"] = "sam"
+    """Which perturbation: sam, asam (official: weights only, eta 0.01), or asam-all (every
+    parameter, eta 0, as davda54)."""
+    rho: float = 0.05
+    """Radius of the perturbation. 0 is plain SGD, with one pass a step."""
+    same_dropout: bool = False
+    """Use one dropout mask for both passes of a step."""
+
+    epochs: int = 200
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Examples in a step. A last, smaller batch of an epoch is left out."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay, on every parameter."""
+    decay_in_loss: bool = False
+    """Put weight decay into the loss, so that it bends the perturbation too."""
+    clip_norm: float | None = None
+    """Largest norm of the final gradient. None is off."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, 0 to below 1; in training only."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Learning rate over time: cosine to 0, or times 0.2 at 30, 60 and 80 % of it."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises linearly from 0."""
+
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the forward and backward pass. Weights and perturbation stay float32."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
+    seed: int = 0
+    """Of initialisation, data order, augmentation and label noise."""
+
+    output: Path | None = None
+    """Directory of the run, new or empty. None makes one below runs/."""
+    resume: Path | None = None
+    """Directory of a run to go on with, exactly where it stopped."""
+    eval_only: bool = False
+    """Evaluate the best checkpoint of the run given by --resume, and train nothing."""
+    dry_run: bool = False
+    """Show the configuration, take one step, and write nothing."""
+
+    def __post_init__(self) -> None:
+        """Check every value that has a range."""
+        finite = float("inf")
+        for name, holds, expected in (
+            ("preset", self.preset in {"auto", *PRESETS}, f"one of {[*PRESETS]}"),
+            ("label_noise", 0 <= self.label_noise <= 1, "0 to 1"),
+            ("validation", 0 <= self.validation < 1, "0 to below 1"),
+            ("dropout", 0 <= self.dropout < 1, "0 to below 1"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to below 1"),
+            ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
+            ("nesterov", self.momentum > 0 or not self.nesterov, "momentum with it"),
+            ("rho", 0 <= self.rho < finite, "a finite number of at least 0"),
+            ("lr", 0 < self.lr < finite, "a finite number above 0"),
+            ("weight_decay", 0 <= self.weight_decay < finite, "a number of at least 0"),
+            ("clip_norm", (self.clip_norm or 1) > 0, "a number above 0, or None"),
+            ("crop_padding", self.crop_padding >= 0, "at least 0 pixels"),
+            ("cutout", self.cutout >= 0, "at least 0 pixels"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 2, "at least 2"),
+            ("image_size", (self.image_size or 4) >= 4, "at least 4 pixels, or None"),
+            ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "0 to all epochs"),
+            ("eval_only", bool(self.resume) or not self.eval_only, "--resume with it"),
+        ):
+            if not holds:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"{flag}: expected {expected}, got {getattr(self, name)!r}"
+                )
+        try:
+            models.parse_name(self.model)
+        except ValueError as error:
+            raise ConfigError(f"--model: {error}") from error
+
+
+# What may differ from the run that is resumed without changing what it learns.
+FREE_ON_RESUME = {"preset", "config", "output", "resume", "eval_only", "dry_run", "device"}
+
+
+def parse(args: Sequence[str] | None = None) -> Config:
+    """Read the command line: defaults, then preset, then TOML file, then flags.
+
+    Raises:
+        ConfigError: a value, a preset or a key of the file is not among what is allowed.
+        SystemExit: the command line is wrong, or asks for help.
+    """
+
+    def read(**defaults: Any) -> Config:
+        return tyro.cli(Config, prog=PROGRAM, args=args, default=Config(**defaults))
+
+    asked = read()
+    if asked.resume is not None:
+        return _resumed(asked.resume, read)
+    values = read_toml(asked.config) if asked.config else {}
+    asked = read(**values)
+    preset = _preset(asked) if asked.preset == "auto" else asked.preset
+    config = read(**PRESETS[preset] | values)
+    return replace(config, preset=preset)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read settings from a TOML file.
+
+    Raises:
+        ConfigError: no such file, no TOML, or a key or type that `Config` does not have.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+    types = get_type_hints(Config)
+    if unknown := sorted(values.keys() - types.keys()):
+        close = difflib.get_close_matches(unknown[0], types, 3)
+        hint = f"; close to {unknown[0]}: {', '.join(close)}" if close else ""
+        raise ConfigError(f"{path} has unknown settings: {', '.join(unknown)}{hint}")
+    return {key: _typed(path, key, value, types[key]) for key, value in values.items()}
+
+
+def write_toml(config: Config, path: Path) -> None:
+    """Write all settings, so that `read_toml` gives back the same `Config`."""
+    rows = ["# Settings of a run of recipes.cifar_wrn; what is absent is off."]
+    # With all settings named, a preset would only bring back what was turned off.
+    for key, value in dataclasses.asdict(replace(config, preset="none")).items():
+        if value is not None:
+            text = str(value) if isinstance(value, Path) else value
+            rows.append(f"{key} = {json.dumps(text)}")
+    path.write_text("\n".join(rows) + "\n")
+
+
+def _resumed(run: Path, read: Callable[..., Config]) -> Config:
+    values = read_toml(run / CONFIG_FILE)
+    saved = Config(**values)
+    config = replace(read(**values), resume=run, output=run)
+    changed = [
+        f"{field.name} was {getattr(saved, field.name)!r}, is now {now!r}"
+        for field in dataclasses.fields(Config)
+        if (now := getattr(config, field.name)) != getattr(saved, field.name)
+        and field.name not in FREE_ON_RESUME
+    ]
+    if changed:
+        raise ConfigError(f"cannot resume with other settings: {'; '.join(changed)}")
+    return config
+
+
+def _preset(config: Config) -> str:
+    source, _ = choose_source(config.data, config.data_dir)
+    if source == "digits":
+        return "digits"
+    return "small" if choose_device(config.device).type == "cpu" else "davda54"
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the named device, or for auto the best that there is.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device: {name!r} cannot be used: {error}") from error
+    return device
+
+
+def _typed(path: Path, key: str, value: Any, expected: Any) -> Any:
+    """Return the value of a TOML key as its field wants it."""
+    options = get_args(expected)
+    if get_origin(expected) is Literal:
+        fits = value in options
+    else:
+        kinds = options or (expected,)
+        if Path in kinds and isinstance(value, str):
+            return Path(value)
+        # Whole numbers will do for floats, but true is no number.
+        allowed = (*kinds, int) if float in kinds else kinds
+        fits = isinstance(value, allowed) and isinstance(value, bool) == (bool in kinds)
+    if not fits:
+        name = getattr(expected, "__name__", str(expected))
+        raise ConfigError(f"{path}: {key} cannot be {value!r}, expected {name}")
+    return value

@@ -1,0 +1,157 @@
+"""What a run shows in the terminal: the one module that knows rich.
+
+Where the output is no terminal, the same rows are plain lines, and nothing moves.
+"""
+
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    track,
+)
+from rich.table import Table
+
+TICK = 0.25  # seconds between two looks at the loss; each makes a GPU wait once
+COLUMNS = (
+    ("epoch", 9),
+    ("loss", 8),
+    ("train %", 8),
+    ("test %", 8),
+    ("lr", 9),
+    ("rho", 7),
+    ("‖grad‖", 8),
+    ("seconds", 8),
+)
+
+
+class Display:
+    """Prints a run's banner, progress, epochs and summary."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print one plain line."""
+        self._console.print(escape(text), soft_wrap=True)
+
+    def fail(self, text: str) -> None:
+        """Print one line about what went wrong."""
+        self._console.print(f"[bold red]error[/] {escape(text)}", soft_wrap=True)
+
+    def facts(self, title: str, facts: dict[str, str]) -> None:
+        """Print a titled list of names and values."""
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim")
+        grid.add_column(overflow="fold")
+        for name, value in facts.items():
+            grid.add_row(name, escape(value))
+        panel = Panel(grid, title=title, title_align="left", expand=False)
+        if self._console.is_terminal:
+            self._console.print(panel)
+            return
+        self.say(title)
+        for name, value in facts.items():
+            self.say(f"  {name:<12}{value}")
+
+    def track(self, items: Iterable[Any], total: int, text: str) -> Iterable[Any]:
+        """Yield the items, with a bar that shows how far they are."""
+        return track(
+            items,
+            text,
+            total,
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+
+    @contextmanager
+    def training(self, epochs: int, steps: int) -> Iterator["Live"]:
+        """Show progress, and let Ctrl-C ask to stop, while training goes on."""
+        bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[rate]:,.0f} images/s"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        header = "".join(f"{name:>{width}}" for name, width in COLUMNS)
+        self._console.print(f"[bold]{header}[/]", soft_wrap=True)
+        live = Live(self._console, bar, epochs, steps)
+        before = signal.signal(signal.SIGINT, live.interrupt)
+        try:
+            with bar:
+                yield live
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class Live:
+    """The moving part of the display while training goes on."""
+
+    def __init__(
+        self, console: Console, bar: Progress, epochs: int, steps: int
+    ) -> None:
+        self.stopping = False
+        self._console, self._bar, self._epochs, self._steps = console, bar, epochs, steps
+        self._next = time.monotonic() + TICK
+        self._task: TaskID = bar.add_task(
+            "", total=epochs * steps, epoch=1, loss=float("nan"), rate=0.0
+        )
+
+    def due(self) -> bool:
+        """Return whether it is time to show something again."""
+        return self._console.is_terminal and time.monotonic() >= self._next
+
+    def step(self, epoch: int, done: int, loss: float, rate: float) -> None:
+        """Show how far an epoch is; `rate` in images per second."""
+        self._next = time.monotonic() + TICK
+        self._bar.update(
+            self._task,
+            completed=epoch * self._steps + done,
+            epoch=f"{epoch + 1}/{self._epochs}",
+            loss=loss,
+            rate=rate,
+        )
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Print the line of a finished epoch."""
+        cells = (
+            f"{row['epoch']}/{self._epochs}",
+            f"{row['train_loss']:.4f}",
+            f"{row['train_accuracy']:.2f}",
+            f"{row['test_accuracy']:.2f}",
+            f"{row['lr']:.2e}",
+            f"{row['rho']:g}",
+            f"{row['grad_norm']:.3f}",
+            f"{row['seconds']:.1f}",
+        )
+        text = "".join(
+            f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)
+        )
+        if row["skipped_steps"]:
+            text += f"  {row['skipped_steps']} steps skipped, not finite"
+        self._console.print(text, soft_wrap=True)
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Ask training to stop after this step; the second time, stop at once."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self._console.print("stopping after this step; Ctrl-C again stops at once")

@@ -1,0 +1,320 @@
+"""Images as uint8 tensors, whatever they came from: CIFAR, a folder, or digits.
+
+Shapes: N images, C channels, H x W pixels.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SPLITS = ("train", "test")
+CIFAR_HOST = "www.cs.toronto.edu"
+
+Source = Literal["cifar10", "cifar100", "folder", "digits"]
+Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
+"""(items, how many, what is being done) -> the same items, with progress shown."""
+
+
+class DataError(Exception):
+    """The data cannot be had, or is not what was asked for."""
+
+
+class Dataset(NamedTuple):
+    """A training and a test set."""
+
+    train_images: Tensor
+    """NCHW, uint8."""
+    train_labels: Tensor
+    """N, int64."""
+    test_images: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "Dataset":
+        """Return the data set with its tensors on `device`."""
+        return Dataset(*(t.to(device) for t in self[:4]), self.classes)
+
+
+def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
+    """Decide where images come from, and say why in one line.
+
+    Args:
+        data: a `Source`, or "auto".
+        data_dir: class folders, or where CIFAR lies or is downloaded to.
+
+    Raises:
+        DataError: `data_dir` was given, and holds nothing that can be read.
+    """
+    root = data_dir or default_root()
+    if data == "folder" or (data == "auto" and _has_folders(root)):
+        return "folder", f"images in the class folders of {root}"
+    if data == "digits":
+        return "digits", "scikit-learn's handwritten digits, 8x8"
+    if data != "auto":
+        return _as_source(data), f"{data} in {root}"
+    if (root / "cifar-10-batches-py").is_dir():
+        return "cifar10", f"CIFAR-10 in {root}"
+    if data_dir is not None:
+        raise DataError(
+            f"{data_dir} holds neither train/<class>/* and test/<class>/* images nor"
+            " cifar-10-batches-py; to download CIFAR-10 there, add --data cifar10"
+        )
+    if is_reachable(CIFAR_HOST):
+        return "cifar10", f"CIFAR-10, downloaded to {root}"
+    return "digits", (
+        f"no CIFAR-10 in {root} and no network to download it: training on"
+        " scikit-learn's handwritten digits, 8x8"
+    )
+
+
+def load(
+    source: Source,
+    data_dir: Path | None = None,
+    *,
+    image_size: int | None = None,
+    track: Track = lambda items, total, text: items,
+) -> Dataset:
+    """Load a data set, from its cache if it was read before.
+
+    Args:
+        source: as `choose_source` gives it.
+        data_dir: as for `choose_source`.
+        image_size: resize and centre-crop the images of a folder to this side, in
+            pixels. None keeps their size, which must then be one for all.
+        track: shows progress.
+
+    Raises:
+        DataError: nothing to read there, no network, or images that do not fit.
+    """
+    if source == "digits":
+        return read_digits()
+    root = data_dir or default_root()
+    if source == "folder":
+        return _cached(
+            root,
+            {"image_size": image_size, "files": _listing(root)},
+            lambda: read_folder(root, image_size, track),
+        )
+    return _cached(root, {"source": source}, lambda: read_cifar(source, root))
+
+
+def default_root() -> Path:
+    """Return the user's cache directory for data."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "samfn"
+
+
+def is_reachable(host: str, seconds: float = 3.0) -> bool:
+    """Return whether `host` answers on the HTTPS port."""
+    try:
+        socket.create_connection((host, 443), timeout=seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def read_digits() -> Dataset:
+    """Return scikit-learn's 1,797 digits: four fifths to train, by class, one to test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    # One split for every seed: a test set that moved with the seed would add its spread.
+    parts = train_test_split(
+        digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
+    )
+    train, test, train_labels, test_labels = map(torch.as_tensor, parts)
+
+    def as_bytes(images: Tensor) -> Tensor:
+        return (images * 255 / 16).round().to(torch.uint8)[:, None]
+
+    return Dataset(
+        as_bytes(train),
+        train_labels.long(),
+        as_bytes(test),
+        test_labels.long(),
+        tuple(str(name) for name in digits.target_names),
+    )
+
+
+def read_cifar(source: Source, root: Path) -> Dataset:
+    """Read CIFAR-10 or CIFAR-100 through torchvision, downloading it if need be."""
+    from torchvision import datasets
+
+    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[source]
+    try:
+        train, test = (reader(root, train=t, download=True) for t in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"cannot read or download {source} in {root}: {error}") from error
+
+    def tensors(part: Any) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        return images, torch.tensor(part.targets)
+
+    return Dataset(*tensors(train), *tensors(test), tuple(train.classes))
+
+
+def read_folder(root: Path, image_size: int | None, track: Track) -> Dataset:
+    """Read `train/<class>/*` and `test/<class>/*` below `root`."""
+    from torchvision.datasets import ImageFolder
+
+    if not _has_folders(root):
+        raise DataError(f"expected train/<class>/* and test/<class>/* images in {root}")
+    try:
+        train, test = (ImageFolder(str(root / split)) for split in SPLITS)
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: {error}") from error
+    if train.classes != test.classes:
+        differing = sorted({*train.classes} ^ {*test.classes})
+        raise DataError(f"{root}: classes not in both train and test: {differing}")
+    tensors: list[Tensor] = []
+    for split, part in zip(SPLITS, (train, test), strict=True):
+        images = track(part.samples, len(part.samples), f"reading {split} images")
+        tensors.append(_stack(images, image_size))
+        tensors.append(torch.tensor(part.targets))
+    _require_one_size(tensors[0], tensors[2])
+    return Dataset(*tensors, tuple(train.classes))
+
+
+def corrupt_labels(
+    labels: Tensor, classes: int, fraction: float, generator: torch.Generator
+) -> Tensor:
+    """Replace a fraction of the labels, each by another class, all equally likely.
+
+    Args:
+        labels: N, int64, on the CPU.
+        classes: K, at least 2.
+        fraction: in [0, 1]; round(fraction * N) labels become wrong.
+        generator: chooses which labels, and what they become.
+    """
+    chosen = torch.randperm(len(labels), generator=generator)
+    chosen = chosen[: round(fraction * len(labels))]
+    shift = torch.randint(1, classes, (len(chosen),), generator=generator)
+    noisy = labels.clone()
+    noisy[chosen] = (labels[chosen] + shift) % classes
+    return noisy
+
+
+def hold_out(
+    dataset: Dataset, fraction: float, generator: torch.Generator
+) -> tuple[Dataset, Tensor, Tensor]:
+    """Take a random fraction of the training set away for validation.
+
+    Returns:
+        The data set without it, and the images and labels of the validation set.
+    """
+    order = torch.randperm(len(dataset.train_labels), generator=generator)
+    held, kept = order.split(
+        [count := round(fraction * len(order)), len(order) - count]
+    )
+    images, labels = dataset.train_images, dataset.train_labels
+    smaller = dataset._replace(train_images=images[kept], train_labels=labels[kept])
+    return smaller, images[held], labels[held]
+
+
+def statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel, of pixels in [0, 1]; C each.
+
+    Counting the 256 values is exact, and needs no copy of the images in float.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, stds = [], []
+    for channel in images_NCHW.cpu().unbind(1):
+        share = torch.bincount(channel.reshape(-1), minlength=256) / channel.numel()
+        mean = (share * values).sum()
+        means.append(mean)
+        stds.append((share * (values - mean) ** 2).sum().sqrt())
+    return torch.stack(means).float(), torch.stack(stds).float()
+
+
+def _as_source(data: str) -> Source:
+    match data:
+        case "cifar10" | "cifar100":
+            return data
+    raise DataError(f"data must be auto, cifar10, cifar100, folder or digits, got {data!r}")
+
+
+def _has_folders(root: Path) -> bool:
+    return all((root / split).is_dir() for split in SPLITS)
+
+
+def _listing(root: Path) -> str:
+    """Return a digest of the names, sizes and times of all files that count."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for folder, subfolders, files in os.walk(root / split):
+            subfolders.sort()
+            for file in sorted(files):
+                path = Path(folder, file)
+                status = path.stat()
+                row = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
+                digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def _cached(root: Path, key: dict[str, Any], read: Callable[[], Dataset]) -> Dataset:
+    """Return what `read` returns, from `root`'s cache where it was kept under `key`."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = root / f"samfn-{name}.safetensors"
+    if path.exists():
+        try:
+            return _read_cache(path)
+        except (SafetensorError, KeyError, ValueError):
+            pass  # Damaged, or cut off while it was written: read the data again.
+    dataset = read()
+    tensors = dict(zip(Dataset._fields[:4], dataset[:4], strict=True))
+    try:
+        save_file(tensors, path, {"classes": json.dumps(dataset.classes)})
+    except (OSError, SafetensorError):
+        pass  # A read-only directory: the next run reads the data again.
+    return dataset
+
+
+def _read_cache(path: Path) -> Dataset:
+    with safe_open(path, framework="pt") as file:
+        tensors = [file.get_tensor(name).clone() for name in Dataset._fields[:4]]
+        return Dataset(*tensors, tuple(json.loads(file.metadata()["classes"])))
+
+
+def _stack(samples: Iterable[tuple[str, int]], image_size: int | None) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.transforms.v2 import functional as transforms
+
+    images = []
+    for path, _ in samples:
+        try:
+            with Image.open(path) as file:
+                image = transforms.pil_to_tensor(file.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"cannot read the image {path}: {error}") from error
+        if image_size is not None:
+            image = transforms.resize(image, [image_size], antialias=True)
+            image = transforms.center_crop(image, [image_size, image_size])
+        if images and image.shape != images[0].shape:
+            raise DataError(
+                f"{path} is {_size(image)}, the images before it {_size(images[0])};"
+                " --image-size N resizes them all"
+            )
+        images.append(image)
+    return torch.stack(images)
+
+
+def _require_one_size(train: Tensor, test: Tensor) -> None:
+    if train.shape[1:] != test.shape[1:]:
+        raise DataError(
+            f"training images are {_size(train)}, test images {_size(test)};"
+            " --image-size N resizes them all"
+        )
+
+
+def _size(image: Tensor) -> str:
+    return f"{image.shape[-1]}x{image.shape[-2]}"

@@ -1,0 +1,47 @@
+"""Pictures of a run: the one module that knows matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from recipes.rundir import Row
+
+matplotlib.use("agg")  # Draw into files, also where there is no screen.
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+BLUE, ORANGE, GREY = "#2f6fb0", "#d9742b", "#8a8a8a"
+
+
+def curves(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw loss and accuracy over the epochs, of training and test."""
+    epochs = [row["epoch"] for row in rows]
+    marker = "o" if len(rows) < 40 else None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axes, what in ((left, "loss"), (right, "accuracy")):
+        for split, colour in (("train", GREY), ("test", BLUE), ("validation", ORANGE)):
+            if f"{split}_{what}" in rows[0]:
+                values = [row[f"{split}_{what}"] for row in rows]
+                axes.plot(
+                    epochs, values, color=colour, label=split, marker=marker, ms=3
+                )
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    left.set_ylabel("loss")
+    right.set_ylabel("accuracy (%)")
+    right.legend(frameon=False)
+    final = rows[-1]["test_accuracy"]
+    right.annotate(
+        f"{final:.2f} %",
+        (epochs[-1], final),
+        (0, -14),
+        textcoords="offset points",
+        ha="right",
+        color=BLUE,
+    )
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

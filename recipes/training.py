@@ -1,0 +1,412 @@
+"""The training loop of the recipe: batches in, steps taken, epochs recorded.
+
+All randomness is a function of the seed and the position, so that a run that stopped
+anywhere goes on exactly as if it had not.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+import samfn
+from recipes import augment
+from recipes.config import Config, choose_device
+from recipes.console import Display
+from recipes.data import Dataset, corrupt_labels, hold_out, statistics
+from recipes.models import WideResNet, parse_name
+from recipes.rundir import Row, RunDirectory
+from samfn.gradient import LossFn
+from samfn.stateless import Supervised
+
+METHODS = {
+    "sam": samfn.sam,
+    "asam": samfn.asam,
+    "asam-all": partial(samfn.asam, eta=0.0, adapts=samfn.everything),
+}
+EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
+
+
+class DivergedError(Exception):
+    """No step of a whole epoch had a finite loss and gradient."""
+
+
+class Split(NamedTuple):
+    """Images and labels that a model is evaluated on."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+
+
+class Task(NamedTuple):
+    """Everything that a run needs and that no step changes."""
+
+    config: Config
+    device: torch.device
+    model: WideResNet
+    train_images: Tensor
+    train_labels: Tensor
+    chosen_by: Split
+    """The split that the best epoch is chosen by."""
+    test: Split
+    mean: Tensor
+    std: Tensor
+    loss_fn: LossFn
+    eval_fn: Supervised
+    optimizer: samfn.Optimizer
+    method: samfn.Method
+    lr: samfn.schedules.Schedule
+    steps_per_epoch: int
+
+
+class Progress(NamedTuple):
+    """Where a run stands; goes into every checkpoint."""
+
+    epoch: int = 0
+    """Epochs that are finished."""
+    batch: int = 0
+    """Batches of the next epoch that are finished."""
+    sums: tuple[float, ...] = ()
+    """`Meter.sums` over those batches."""
+    seconds: float = 0.0
+    """Time spent on those batches."""
+    best: float = -1.0
+    """Highest accuracy so far, on the split that chooses."""
+
+
+def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
+    """Make of a configuration and its data all that training needs.
+
+    Raises:
+        ValueError: the training set is smaller than a batch.
+    """
+    device = choose_device(config.device)
+    test = Split("test", dataset.test_images, dataset.test_labels)
+    chosen_by = test
+    if config.validation:
+        generator = _generator(config.seed, "validation")
+        dataset, images, labels = hold_out(dataset, config.validation, generator)
+        chosen_by = Split("validation", images, labels)
+    if config.label_noise:
+        generator = _generator(config.seed, "label noise")
+        count = len(dataset.classes)
+        noisy = corrupt_labels(
+            dataset.train_labels, count, config.label_noise, generator
+        )
+        dataset = dataset._replace(train_labels=noisy)
+    steps_per_epoch = len(dataset.train_labels) // config.batch_size
+    if not steps_per_epoch:
+        raise ValueError(
+            f"--batch-size: expected at most the {len(dataset.train_labels)} training"
+            f" images, got {config.batch_size}"
+        )
+    mean, std = statistics(dataset.train_images)
+    model = _model(config, dataset).to(device, memory_format=torch.channels_last)
+    params, buffers = samfn.split(model)
+    optimizer, method = _optimizer(config), _method(config)
+    state = samfn.init(params, buffers, optimizer=optimizer, method=method)
+    dtype = torch.bfloat16 if config.precision == "bf16" else None
+    criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
+    if config.decay_in_loss:
+        loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay)
+    task = Task(
+        config=config,
+        device=device,
+        model=model,
+        train_images=dataset.train_images.to(device),
+        train_labels=dataset.train_labels.to(device),
+        chosen_by=_to(chosen_by, device),
+        test=_to(test, device),
+        # A channel that never varies is only centred.
+        mean=mean.to(device),
+        std=torch.where(std > 0, std, 1.0).to(device),
+        loss_fn=loss_fn,
+        eval_fn=samfn.supervised(model, F.cross_entropy, dtype=dtype),
+        optimizer=optimizer,
+        method=method,
+        lr=_schedule(config, steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+    )
+    return task, state
+
+
+def step(
+    task: Task, state: samfn.TrainState, epoch: int, index: int, picked: Tensor
+) -> tuple[samfn.TrainState, samfn.Metrics, Tensor]:
+    """Take one step on the training images `picked`; also return their labels."""
+    config = task.config
+    position = epoch * task.steps_per_epoch + index
+    generator = _generator(config.seed, "augmentation", position, device=task.device)
+    images = augment.random_crop_flip(
+        task.train_images[picked],
+        generator,
+        padding=config.crop_padding,
+        flip=config.flip,
+    )
+    images = augment.normalise(images, task.mean, task.std)
+    if config.cutout:
+        images = augment.cutout(images, generator, size=config.cutout, probability=0.5)
+    labels = task.train_labels[picked]
+    torch.manual_seed(_seed(config.seed, "dropout", position))
+    state, metrics = samfn.sam_update(
+        state,
+        (images, labels),
+        loss_fn=task.loss_fn,
+        optimizer=task.optimizer,
+        rho=config.rho,
+        lr=task.lr(position),
+        method=task.method,
+    )
+    return state, metrics, labels
+
+
+def order(task: Task, epoch: int) -> Tensor:
+    """Return the indices of the epoch's images, one row a batch."""
+    size = task.config.batch_size
+    generator = _generator(task.config.seed, "order", epoch)
+    shuffled = torch.randperm(len(task.train_labels), generator=generator)
+    return shuffled[: task.steps_per_epoch * size].view(-1, size).to(task.device)
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task, state: samfn.TrainState, split: Split
+) -> tuple[float, float]:
+    """Return the mean loss and the accuracy, in percent, on all images of a split."""
+    loss = torch.zeros((), device=task.device)
+    correct = torch.zeros((), device=task.device, dtype=torch.int64)
+    with _evaluating(task.model):
+        for images, labels in zip(
+            split.images.split(EVAL_BATCH), split.labels.split(EVAL_BATCH), strict=True
+        ):
+            inputs = augment.normalise(images, task.mean, task.std)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            mean, aux = task.eval_fn(state.params, state.buffers, (inputs, labels))
+            loss += mean * len(labels)
+            correct += (aux.outputs.argmax(1) == labels).sum()
+    total = len(split.labels)
+    return loss.item() / total, 100 * correct.item() / total
+
+
+class Meter:
+    """Sums over the steps of an epoch, kept on the device until they are read."""
+
+    NAMES = ("loss", "accuracy", "grad_norm", "perturbation_norm", "sharpness")
+
+    def __init__(self, device: torch.device, sums: tuple[float, ...]) -> None:
+        start = sums or (0.0,) * (len(self.NAMES) + 1)
+        self.sums = torch.tensor(start, device=device)
+
+    def add(self, metrics: samfn.Metrics, labels: Tensor) -> None:
+        """Add one step; one that was skipped counts for nothing."""
+        accuracy = 100 * (metrics.outputs.argmax(1) == labels).float().mean()
+        values = (
+            metrics.loss,
+            accuracy,
+            metrics.grad_norm,
+            metrics.perturbation_norm,
+            metrics.perturbed_loss - metrics.loss,
+            torch.ones_like(metrics.loss),
+        )
+        row = torch.stack([value.float() for value in values])
+        self.sums += torch.where(metrics.finite, row, 0.0)
+
+    def read(self) -> tuple[dict[str, float], int]:
+        """Return the means, and how many steps they are of. This waits for a GPU."""
+        *sums, steps = self.sums.tolist()
+        means = [total / max(steps, 1) for total in sums]
+        return dict(zip(self.NAMES, means, strict=True)), int(steps)
+
+
+def train(
+    task: Task,
+    state: samfn.TrainState,
+    progress: Progress,
+    run: RunDirectory,
+    display: Display,
+) -> bool:
+    """Train to the last epoch, and record each in the run directory.
+
+    Returns:
+        Whether training reached its end; if not, Ctrl-C stopped it, and the last
+        checkpoint holds the step after which it did.
+
+    Raises:
+        DivergedError: no step of an epoch was finite. The last checkpoint is older.
+    """
+    config = task.config
+    with display.training(config.epochs, task.steps_per_epoch) as live:
+        while progress.epoch < config.epochs:
+            state, progress, meter = _train_epoch(task, state, progress, live)
+            if progress.batch < task.steps_per_epoch:
+                _save(task, state, progress, run, "last")
+                return False
+            row = _record(task, state, progress, meter)
+            improved = row[f"{task.chosen_by.name}_accuracy"] > progress.best
+            best = max(progress.best, row[f"{task.chosen_by.name}_accuracy"])
+            progress = Progress(epoch=progress.epoch + 1, best=best)
+            run.append(row)
+            _save(task, state, progress, run, "last")
+            if improved:
+                _save(task, state, progress, run, "best")
+            live.epoch(row)
+            if live.stopping and progress.epoch < config.epochs:
+                return False
+    return True
+
+
+def _train_epoch(
+    task: Task, state: samfn.TrainState, progress: Progress, live: Any
+) -> tuple[samfn.TrainState, Progress, Meter]:
+    """Train to the end of an epoch, or until the user wants to stop."""
+    started = time.perf_counter() - progress.seconds
+    meter = Meter(task.device, progress.sums)
+    done = progress.batch
+    for index, picked in enumerate(order(task, progress.epoch)):
+        if index < progress.batch:
+            continue
+        state, metrics, labels = step(task, state, progress.epoch, index, picked)
+        meter.add(metrics, labels)
+        done = index + 1
+        seconds = time.perf_counter() - started
+        if live.due():
+            rate = done * task.config.batch_size / seconds
+            live.step(progress.epoch, done, meter.read()[0]["loss"], rate)
+        if live.stopping:
+            break
+    _, finite = meter.read()
+    if not finite:
+        raise DivergedError(
+            f"none of the {done} steps of epoch {progress.epoch + 1} had a finite loss and"
+            " gradient: try a lower --lr or --rho, or --warmup-epochs"
+        )
+    progress = progress._replace(
+        batch=done,
+        sums=tuple(meter.sums.tolist()),
+        seconds=time.perf_counter() - started,
+    )
+    return state, progress, meter
+
+
+def _record(
+    task: Task, state: samfn.TrainState, progress: Progress, meter: Meter
+) -> Row:
+    """Evaluate, and gather what is to be known of an epoch."""
+    means, steps = meter.read()
+    row: Row = {"epoch": progress.epoch + 1, "step": int(state.step)}
+    row |= {"lr": task.lr(int(state.step) - 1), "rho": task.config.rho}
+    row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
+    row |= means
+    for split in {task.chosen_by.name: task.chosen_by, task.test.name: task.test}.values():
+        loss, accuracy = evaluate(task, state, split)
+        row |= {f"{split.name}_loss": loss, f"{split.name}_accuracy": accuracy}
+    row["skipped_steps"] = task.steps_per_epoch - steps
+    row["seconds"] = progress.seconds
+    row["images_per_second"] = (
+        task.steps_per_epoch * task.config.batch_size / progress.seconds
+    )
+    return row
+
+
+def _save(
+    task: Task,
+    state: samfn.TrainState,
+    progress: Progress,
+    run: RunDirectory,
+    name: str,
+) -> None:
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(task.config).items()
+    }
+    normalisation = {"mean": task.mean.tolist(), "std": task.std.tolist()}
+    samfn.save(
+        run.checkpoint(name),
+        state,
+        progress=progress._asdict(),
+        config=settings,
+        normalisation=normalisation,
+    )
+
+
+def restore(run: RunDirectory, name: str, like: samfn.TrainState) -> tuple[samfn.TrainState, Progress]:
+    """Read a checkpoint of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: as `samfn.restore`.
+    """
+    state, metadata = samfn.restore(run.checkpoint(name), like=like)
+    values = metadata["progress"]
+    return state, Progress(**values | {"sums": tuple(values["sums"])})
+
+
+def _model(config: Config, dataset: Dataset) -> WideResNet:
+    depth, width = parse_name(config.model)
+    torch.manual_seed(_seed(config.seed, "model"))
+    return WideResNet(
+        depth,
+        width,
+        len(dataset.classes),
+        channels=dataset.train_images.shape[1],
+        dropout=config.dropout,
+        zero_head=config.zero_head,
+        layout=config.layout,
+    )
+
+
+def _optimizer(config: Config) -> samfn.Optimizer:
+    decay = 0.0 if config.decay_in_loss else config.weight_decay
+    optimizer = samfn.sgd(config.momentum, config.nesterov, decay)
+    if config.clip_norm is not None:
+        optimizer = samfn.clipped(optimizer, config.clip_norm)
+    return optimizer
+
+
+def _method(config: Config) -> samfn.Method:
+    method = METHODS[config.method]()
+    return samfn.same_randomness(method) if config.same_dropout else method
+
+
+def _schedule(config: Config, steps_per_epoch: int) -> samfn.schedules.Schedule:
+    steps = config.epochs * steps_per_epoch
+    schedule = {
+        "cosine": lambda: samfn.schedules.cosine(config.lr, steps),
+        "step": lambda: samfn.schedules.step_decay(config.lr, steps),
+        "constant": lambda: samfn.schedules.constant(config.lr),
+    }[config.schedule]()
+    return samfn.schedules.warmup(
+        schedule, round(config.warmup_epochs * steps_per_epoch)
+    )
+
+
+def _to(split: Split, device: torch.device) -> Split:
+    return Split(split.name, split.images.to(device), split.labels.to(device))
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _seed(*key: Any) -> int:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _generator(*key: Any, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator whose numbers depend on `key` alone."""
+    return Generator(device).manual_seed(_seed(*key))

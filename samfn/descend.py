@@ -1,0 +1,333 @@
+"""The descent half of SAM: base optimizers as pure functions.
+
+An optimizer is a pair of functions. The arithmetic is that of torch.optim's own
+functional kernels, on copies, so nothing that is passed in changes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adagrad import adagrad as adagrad_kernel
+from torch.optim.adam import adam as adam_kernel
+from torch.optim.adamw import adamw as adamw_kernel
+from torch.optim.nadam import nadam as nadam_kernel
+from torch.optim.rmsprop import rmsprop as rmsprop_kernel
+from torch.optim.sgd import sgd as sgd_kernel
+
+from samfn import tree
+from samfn.perturb import require_dial
+from samfn.tree import Params
+
+OptState = Mapping[str, Any]  # keyword of the kernel -> name -> tensor, or one tensor
+
+STEPS = "state_steps"  # what torch.optim's kernels call their step counters
+
+
+class Optimizer(NamedTuple):
+    """A base optimizer: what it remembers, and how it moves the parameters.
+
+    Write the two functions to bring any optimizer along; `from_torch` writes them for
+    those of torch.optim.
+    """
+
+    init: Callable[[Params], OptState]
+    """params -> opt_state."""
+    update: Callable[
+        [Params, Params, OptState, float | Tensor], tuple[dict[str, Tensor], OptState]
+    ]
+    """(params, grads, opt_state, lr) -> (params, opt_state), changing none of them."""
+
+
+def descend(
+    params: Params,
+    grads: Params,
+    opt_state: OptState,
+    *,
+    optimizer: Optimizer,
+    lr: float | Tensor,
+) -> tuple[dict[str, Tensor], OptState]:
+    """Take one step of the base optimizer.
+
+    For `sgd()`: v <- momentum v + g + weight_decay w;  w <- w - lr v
+
+    Args:
+        params: w.
+        grads: g, names and shapes of `params`.
+        opt_state: from `optimizer.init(params)` or from the step before.
+        optimizer: as `samfn.sgd()`.
+        lr: learning rate, at least 0. A number, or a 0-d tensor, whose value may change
+            from call to call without recompiling.
+
+    Returns:
+        New parameters and new optimizer state; the arguments are unchanged.
+
+    Raises:
+        ValueError: names or shapes differ, `lr` is a negative number, or `opt_state`
+            was made by another optimizer or for other parameters.
+    """
+    tree.require_same_layout(params, grads, names="params and grads")
+    require_dial("lr", lr)
+    return optimizer.update(params, grads, opt_state, lr)
+
+
+def from_torch(
+    optimizer_class: type[torch.optim.Optimizer],
+    kernel: Callable[..., None],
+    memory: Mapping[str, Callable[[Tensor], Tensor]],
+    **options: Any,
+) -> Optimizer:
+    """Make an optimizer of a class of torch.optim and its functional kernel.
+
+    For example::
+
+        from torch.optim.radam import radam as kernel
+
+        radam = from_torch(
+            torch.optim.RAdam,
+            kernel,
+            {"exp_avgs": torch.zeros_like, "exp_avg_sqs": torch.zeros_like},
+            weight_decay=1e-4,
+        )
+
+    Args:
+        optimizer_class: checks `options` and completes them with its defaults.
+        kernel: called with lists of tensors, which it changes in place.
+        memory: keyword of the kernel -> initial value for a parameter. Keywords that
+            `options` leaves unused are simply not named here.
+        options: keywords of the class, without `lr`, which every step brings.
+
+    Raises:
+        ValueError: the class refuses the options.
+    """
+    defaults = dict(optimizer_class([torch.zeros(1)], **options).defaults)
+    defaults["beta1"], defaults["beta2"] = defaults.pop("betas", (None, None))
+    accepted = inspect.signature(kernel).parameters
+    fixed = {key: value for key, value in defaults.items() if key in accepted}
+    # A kernel takes its lists by position: parameters, gradients, then memory. It wants
+    # an empty list for memory that these options do not use.
+    lists = [key for key, p in accepted.items() if p.default is p.empty and not _is_keyword_only(p)]
+    fixed |= {"foreach": True} | {key: [] for key in lists[2:]}
+    expected = {*memory} | ({STEPS} & accepted.keys())
+
+    def init(params: Params) -> OptState:
+        opt_state: dict[str, Any] = {
+            key: {name: start(w) for name, w in params.items()}
+            for key, start in memory.items()
+        }
+        if STEPS in accepted:
+            opt_state[STEPS] = torch.zeros((), device=_any(params).device)
+        return opt_state
+
+    def update(
+        params: Params, grads: Params, opt_state: OptState, lr: float | Tensor
+    ) -> tuple[dict[str, Tensor], OptState]:
+        _require_memory(opt_state, expected, params)
+        new_params = tree.clone(params)
+        new_state: dict[str, Any] = {
+            key: tree.clone({name: opt_state[key][name] for name in params})
+            for key in memory
+        }
+        options = fixed | {key: list(new_state[key].values()) for key in memory}
+        options["lr"] = _scalar(lr)
+        if STEPS in accepted:
+            # The kernels count once per parameter, we keep one count for all.
+            options[STEPS] = list(opt_state[STEPS].repeat(len(params)).unbind())
+            new_state[STEPS] = opt_state[STEPS] + 1
+        if "capturable" in accepted:
+            options["capturable"] = _is_capturable(params)
+        ordered = [grads[name] for name in params]
+        kernel(list(new_params.values()), ordered, **options)
+        return new_params, new_state
+
+    return Optimizer(init, update)
+
+
+def sgd(
+    momentum: float = 0.9, nesterov: bool = False, weight_decay: float = 0.0
+) -> Optimizer:
+    """Stochastic gradient descent with momentum, as `torch.optim.SGD`.
+
+    v <- momentum v + g + weight_decay w;  w <- w - lr v
+    with nesterov: w <- w - lr (g + weight_decay w + momentum v)
+
+    Args:
+        momentum: share of v that stays, in [0, 1); 0 keeps no memory.
+        nesterov: look ahead along v.
+        weight_decay: in units of gradient per weight.
+    """
+    memory = {"momentum_buffer_list": torch.zeros_like} if momentum else {}
+    return from_torch(
+        torch.optim.SGD,
+        sgd_kernel,
+        memory,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+    )
+
+
+def adam(
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+) -> Optimizer:
+    """Adam with L2 regularisation, as `torch.optim.Adam` (arXiv:1412.6980)."""
+    return from_torch(
+        torch.optim.Adam,
+        adam_kernel,
+        _adam_memory(amsgrad),
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+    )
+
+
+def adamw(
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    amsgrad: bool = False,
+) -> Optimizer:
+    """Adam with decoupled weight decay, as `torch.optim.AdamW` (arXiv:1711.05101)."""
+    return from_torch(
+        torch.optim.AdamW,
+        adamw_kernel,
+        _adam_memory(amsgrad),
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=amsgrad,
+    )
+
+
+def nadam(
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum_decay: float = 4e-3,
+) -> Optimizer:
+    """Adam with Nesterov momentum, as `torch.optim.NAdam` (Dozat, 2016)."""
+    return from_torch(
+        torch.optim.NAdam,
+        nadam_kernel,
+        _adam_memory() | {"mu_products": lambda w: torch.ones((), device=w.device)},
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        momentum_decay=momentum_decay,
+    )
+
+
+def rmsprop(
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    centered: bool = False,
+) -> Optimizer:
+    """RMSprop, as `torch.optim.RMSprop` (Hinton, 2012, lecture 6e)."""
+    memory = {"square_avgs": torch.zeros_like}
+    memory |= {"grad_avgs": torch.zeros_like} if centered else {}
+    memory |= {"momentum_buffer_list": torch.zeros_like} if momentum else {}
+    return from_torch(
+        torch.optim.RMSprop,
+        rmsprop_kernel,
+        memory,
+        alpha=alpha,
+        eps=eps,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        centered=centered,
+    )
+
+
+def adagrad(
+    lr_decay: float = 0.0,
+    weight_decay: float = 0.0,
+    initial_accumulator_value: float = 0.0,
+    eps: float = 1e-10,
+) -> Optimizer:
+    """Adagrad, as `torch.optim.Adagrad` (Duchi et al., 2011, JMLR 12)."""
+    return from_torch(
+        torch.optim.Adagrad,
+        adagrad_kernel,
+        {"state_sums": lambda w: torch.full_like(w, initial_accumulator_value)},
+        lr_decay=lr_decay,
+        weight_decay=weight_decay,
+        initial_accumulator_value=initial_accumulator_value,
+        eps=eps,
+    )
+
+
+def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
+    """Return `optimizer` behind a clip of the final gradient by its global norm.
+
+    g <- g min(1, max_norm / ||g||)
+
+    The ascent gradient is normalised by SAM anyway; this bounds what descends, as the
+    original SAM code does with 5.0.
+
+    Args:
+        optimizer: receives the clipped gradient.
+        max_norm: largest norm of all gradients together, in units of g; positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}")
+
+    def update(
+        params: Params, grads: Params, opt_state: OptState, lr: float | Tensor
+    ) -> tuple[dict[str, Tensor], OptState]:
+        factor = (max_norm / tree.norm(grads)).clamp(max=1.0)
+        return optimizer.update(params, tree.scale(grads, factor), opt_state, lr)
+
+    return Optimizer(optimizer.init, update)
+
+
+def _adam_memory(amsgrad: bool = False) -> dict[str, Callable[[Tensor], Tensor]]:
+    keys = ["exp_avgs", "exp_avg_sqs"] + ["max_exp_avg_sqs"] * amsgrad
+    return dict.fromkeys(keys, torch.zeros_like)
+
+
+def _any(params: Params) -> Tensor:
+    return next(iter(params.values()))
+
+
+def _is_keyword_only(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def _scalar(lr: float | Tensor) -> float | Tensor:
+    # Outside of a graph the kernels take no CPU tensor for lr in their foreach form.
+    # Reading one is free on the CPU; on a GPU it would wait.
+    if (
+        isinstance(lr, Tensor)
+        and lr.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
+        return lr.item()
+    return lr
+
+
+def _is_capturable(params: Params) -> bool:
+    # Keeps the step counters on the device; the compiler lifts the check of devices.
+    return torch.compiler.is_compiling() or _any(params).device.type != "cpu"
+
+
+def _require_memory(opt_state: OptState, expected: set[str], params: Params) -> None:
+    if opt_state.keys() != expected:
+        raise ValueError(
+            f"opt_state was made by another optimizer: expected {sorted(expected)},"
+            f" got {sorted(opt_state)}"
+        )
+    for key in expected - {STEPS}:
+        if opt_state[key].keys() != params.keys():
+            raise ValueError(
+                f"opt_state was made for other parameters: {key} holds"
+                f" {len(opt_state[key])} names, params {len(params)}, and"
+                f" {len(opt_state[key].keys() ^ params.keys())} differ"
+            )

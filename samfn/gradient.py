@@ -1,0 +1,111 @@
+"""From a pure loss function to its gradient: the one module that calls torch.func.
+
+A loss function takes `(params, buffers, batch)` and returns the loss, a 0-d tensor,
+alone or together with an `Aux`. It reads no other state and changes nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+
+from samfn.tree import Batch, Params
+
+
+class Aux(NamedTuple):
+    """What a loss function returns beside the loss."""
+
+    outputs: Any
+    """Predictions of the model, or anything else worth reporting; None if nothing."""
+    buffers: Params
+    """The buffers after this pass, same names as before it."""
+
+
+LossFn = Callable[[Params, Params, Batch], "Tensor | tuple[Tensor, Aux]"]
+
+
+class Pass(NamedTuple):
+    """One evaluation of a loss function and its gradient."""
+
+    loss: Tensor
+    """Shape ()."""
+    outputs: Any
+    """As the loss function returned them, detached."""
+    buffers: Params
+    """The buffers after the pass."""
+    grads: dict[str, Tensor]
+    """Gradient of the loss, names and shapes of the parameters."""
+
+
+Evaluate = Callable[[Params, Params, Batch], Pass]
+
+
+def evaluate(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> Pass:
+    """Evaluate the loss, its gradient in `params`, and the new buffers.
+
+    A parameter that the loss does not use has gradient zero.
+
+    Raises:
+        TypeError: `loss_fn` returned neither a loss nor a pair of loss and `Aux`.
+        ValueError: the loss is no floating-point scalar, or the names of the buffers
+            changed.
+    """
+
+    def objective(params: Params) -> tuple[Tensor, Aux]:
+        return _loss_and_aux(loss_fn(params, buffers, batch), buffers)
+
+    grads, (loss, aux) = grad_and_value(objective, has_aux=True)(dict(params))
+    return Pass(loss, aux.outputs, aux.buffers, grads)
+
+
+def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
+    """Return the loss function with weight decay inside the loss.
+
+    loss(w) + weight_decay / 2 * ||w||^2
+
+    The decay then bends the ascent direction too, as in the original SAM code; a
+    `weight_decay` of the optimizer acts on the descent alone. Use one of them.
+
+    Args:
+        loss_fn: loss(w).
+        weight_decay: in units of loss per squared weight; at least 0.
+
+    Source:
+        github.com/google-research/sam, sam_jax/training_utils/flax_training.py.
+    """
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+
+    def regularized(
+        params: Params, buffers: Params, batch: Batch
+    ) -> tuple[Tensor, Aux]:
+        loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
+        squares = torch.stack([w.float().square().sum() for w in params.values()])
+        return loss + weight_decay / 2 * squares.sum(), aux
+
+    regularized.check = getattr(loss_fn, "check", None)  # type: ignore[attr-defined]
+    return regularized
+
+
+def _loss_and_aux(returned: Any, buffers: Params) -> tuple[Tensor, Aux]:
+    match returned:
+        case Tensor():
+            loss, aux = returned, Aux(None, buffers)
+        case (Tensor() as loss, Aux() as aux):
+            pass
+        case _:
+            raise TypeError(
+                "loss_fn must return a loss or (loss, Aux(outputs, buffers)),"
+                f" got {type(returned).__name__}"
+            )
+    if loss.ndim != 0 or not loss.is_floating_point():
+        raise ValueError(
+            "loss_fn must return a floating-point scalar loss, got shape"
+            f" {tuple(loss.shape)} and {loss.dtype}: reduce it, as with .mean()"
+        )
+    if aux.buffers.keys() != buffers.keys():
+        changed = sorted(aux.buffers.keys() ^ buffers.keys())
+        raise ValueError(f"loss_fn must keep the names of the buffers: {changed}")
+    return loss, aux

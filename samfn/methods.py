@@ -1,0 +1,276 @@
+"""Methods: how a batch becomes the gradient that descends.
+
+A method is a value, a pair of functions, and combinators take methods to methods. To
+add one, write a function here that returns a `Method`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from samfn import tree
+from samfn.gradient import Evaluate, Pass
+from samfn.perturb import Adapts, perturb, perturb_adaptive
+from samfn.tree import Batch, Params
+
+MethodState = Mapping[str, Any]
+Perturb = Callable[[Params, Params, "float | Tensor"], dict[str, Tensor]]
+
+
+class Descent(NamedTuple):
+    """The gradient that descends, and what was seen on the way to it."""
+
+    grads: dict[str, Tensor]
+    clean: Pass
+    """The pass at the parameters: loss, outputs, buffers and gradient there."""
+    perturbed_loss: Tensor
+    perturbation_norm: Tensor
+    """Euclidean length of the perturbation, shape (), in units of the weights."""
+
+
+class Method(NamedTuple):
+    """A way from a batch to the gradient that descends."""
+
+    init: Callable[[Params], MethodState]
+    """params -> what the method remembers; empty for most."""
+    descent: Callable[
+        [Evaluate, Params, Params, Batch, "float | Tensor", MethodState],
+        tuple[Descent, MethodState],
+    ]
+    """(evaluate, params, buffers, batch, rho, memory) -> (Descent, memory)."""
+
+
+def sam() -> Method:
+    """Sharpness-aware minimisation: descend with the gradient at the worst point nearby.
+
+    g = grad L(w);  e = rho g / ||g||;  descend with grad L(w + e)
+
+    Two gradients a step, one where rho is the number 0. rho = 0.05 is a good start.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, algorithm 1.
+    """
+    return _two_pass(perturb)
+
+
+def asam(eta: float = 0.01, *, adapts: Adapts | None = None) -> Method:
+    """Adaptive SAM: the ball is measured relative to the size of each weight.
+
+    g = grad L(w);  e = rho T^2 g / ||T g||, T = |w| + eta;  descend with grad L(w + e)
+
+    Two gradients a step. rho = 0.5 is the official start for CIFAR-10; with
+    `adapts=everything` and `eta=0`, the form of davda54/sam, it is 2.
+
+    Args:
+        eta: smallest T, in units of w.
+        adapts: which parameters T adapts to, as in `samfn.perturb_adaptive`.
+
+    Source:
+        Kwon et al., 2021, arXiv:2102.11600, algorithm 1.
+    """
+    return _two_pass(
+        lambda params, grads, rho: perturb_adaptive(
+            params, grads, rho, eta, adapts=adapts
+        )
+    )
+
+
+def accumulated(method: Method, size: int) -> Method:
+    """Evaluate in micro-batches of `size` examples, with one perturbation for them all.
+
+    Each gradient is the mean over the micro-batches, weighted by their sizes: the same
+    step as on the whole batch, in less memory. Only BatchNorm sees the difference: it
+    normalises by each micro-batch, and updates its statistics once for each.
+
+    Args:
+        method: any method.
+        size: examples in a micro-batch; the last one may be smaller.
+    """
+    _require_size(size)
+
+    def descent(
+        evaluate: Evaluate,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        rho: float | Tensor,
+        memory: MethodState,
+    ) -> tuple[Descent, MethodState]:
+        def evaluate_all(params: Params, buffers: Params, batch: Batch) -> Pass:
+            passes, weights = [], []
+            for micro_batch, weight in _micro_batches(batch, size):
+                passes.append(evaluate(params, buffers, micro_batch))
+                weights.append(weight)
+                buffers = passes[-1].buffers
+            return _mean_pass(passes, weights)
+
+        return method.descent(evaluate_all, params, buffers, batch, rho, memory)
+
+    return Method(method.init, descent)
+
+
+def per_micro_batch(method: Method, size: int) -> Method:
+    """Perturb for each micro-batch of `size` examples on its own (m-sharpness).
+
+    descend with the mean over micro-batches B_j of grad L_j(w + e_j), e_j from L_j alone
+
+    The mean is weighted by the sizes. Metrics are means too, outputs are concatenated,
+    and BatchNorm's statistics pass through the clean passes in turn.
+
+    Args:
+        method: any method.
+        size: m, the examples in a micro-batch; the last one may be smaller. The whole
+            batch gives back `method`.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, section 4.1; Andriushchenko and
+        Flammarion, 2022, arXiv:2206.06232.
+    """
+    _require_size(size)
+
+    def descent(
+        evaluate: Evaluate,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        rho: float | Tensor,
+        memory: MethodState,
+    ) -> tuple[Descent, MethodState]:
+        parts, weights = [], []
+        for micro_batch, weight in _micro_batches(batch, size):
+            part, memory = method.descent(
+                evaluate, params, buffers, micro_batch, rho, memory
+            )
+            parts.append(part)
+            weights.append(weight)
+            buffers = part.clean.buffers
+        return _mean_descent(parts, weights), memory
+
+    return Method(method.init, descent)
+
+
+def same_randomness(method: Method) -> Method:
+    """Draw the same random numbers, as for dropout, in every pass of a step.
+
+    The original SAM code does so; a plain PyTorch loop draws anew in each pass.
+    """
+
+    def descent(
+        evaluate: Evaluate,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        rho: float | Tensor,
+        memory: MethodState,
+    ) -> tuple[Descent, MethodState]:
+        device = next(iter(params.values())).device
+        before = _random_state(device)
+
+        def replay(params: Params, buffers: Params, batch: Batch) -> Pass:
+            _set_random_state(device, before)
+            return evaluate(params, buffers, batch)
+
+        return method.descent(replay, params, buffers, batch, rho, memory)
+
+    return Method(method.init, descent)
+
+
+def _two_pass(ascend: Perturb) -> Method:
+    def descent(
+        evaluate: Evaluate,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        rho: float | Tensor,
+        memory: MethodState,
+    ) -> tuple[Descent, MethodState]:
+        clean = evaluate(params, buffers, batch)
+        if _is_number_zero(rho):
+            zero = torch.zeros_like(clean.loss)
+            return Descent(clean.grads, clean, clean.loss, zero), memory
+        perturbed = ascend(params, clean.grads, rho)
+        worst = evaluate(perturbed, buffers, batch)
+        length = tree.norm(tree.subtract(perturbed, params))
+        return Descent(worst.grads, clean, worst.loss, length), memory
+
+    return Method(lambda params: {}, descent)
+
+
+def _is_number_zero(rho: float | Tensor) -> bool:
+    # What a tensor holds is not looked at: a graph has one shape for every rho.
+    return not isinstance(rho, Tensor) and rho == 0
+
+
+def _micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
+    """Cut every tensor of a batch along its first dimension; give each part's share."""
+    leaves, structure = pytree.tree_flatten(batch)
+    lengths = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+    if len(lengths) != 1 or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            "micro-batches need a batch of tensors of one length, got lengths"
+            f" {sorted(lengths)} among {len(leaves)} leaves"
+        )
+    (length,) = lengths
+    cut = [leaf.split(size) for leaf in leaves]
+    return [
+        (pytree.tree_unflatten(part, structure), len(part[0]) / length)
+        for part in map(list, zip(*cut, strict=True))
+    ]
+
+
+def _mean_pass(passes: list[Pass], weights: list[float]) -> Pass:
+    return Pass(
+        loss=_mean([one.loss for one in passes], weights),
+        outputs=_concatenate([one.outputs for one in passes]),
+        buffers=passes[-1].buffers,
+        grads=_mean_tree([one.grads for one in passes], weights),
+    )
+
+
+def _mean_descent(parts: list[Descent], weights: list[float]) -> Descent:
+    return Descent(
+        grads=_mean_tree([part.grads for part in parts], weights),
+        clean=_mean_pass([part.clean for part in parts], weights),
+        perturbed_loss=_mean([part.perturbed_loss for part in parts], weights),
+        perturbation_norm=_mean([part.perturbation_norm for part in parts], weights),
+    )
+
+
+def _mean(values: list[Tensor], weights: list[float]) -> Tensor:
+    return torch.stack([v * w for v, w in zip(values, weights, strict=True)]).sum()
+
+
+def _mean_tree(trees: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
+    total = tree.scale(trees[0], weights[0])
+    for one, weight in zip(trees[1:], weights[1:], strict=True):
+        total = tree.add_scaled(total, weight, one)
+    return total
+
+
+def _concatenate(outputs: list[Any]) -> Any:
+    return pytree.tree_map(
+        lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0],
+        *outputs,
+    )
+
+
+def _require_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"a micro-batch holds at least one example, got size {size}")
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -1,0 +1,133 @@
+"""The ascent half of SAM: from the weights to the worst point nearby.
+
+Each metric measures the ball ||T^-1 e|| <= rho with its own T, and the point of the
+ball that a linear loss makes worst is w + rho T^2 g / ||T g||.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from samfn import tree
+from samfn.tree import Params
+
+Adapts = Callable[[str, Tensor], bool]
+
+
+def perturb(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Tensor]:
+    """Move the weights by the distance `rho` in the direction of steepest ascent.
+
+    w + rho g / ||g||, with one norm over all tensors together
+
+    Args:
+        params: w. Floating point, any shapes.
+        grads: g, the gradient of the loss at w; names and shapes of `params`.
+        rho: radius of the ball, in units of w; at least 0. A number, or a 0-d tensor,
+            whose value may change from call to call without recompiling.
+
+    Returns:
+        The perturbed weights; names, shapes and dtypes of `params`. A zero gradient
+        gives back w exactly.
+
+    Raises:
+        ValueError: names or shapes differ, the mappings are empty, or `rho` is a
+            negative number.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, equation 2 with p = 2. Implementations
+        add 1e-12 to the norm, and so fall short of rho where the gradient is small;
+        here the length is rho, or 0 where the norm cannot be told from 0.
+    """
+    _check(params, grads, rho)
+    return tree.add_scaled(params, _reciprocal(tree.norm(grads), rho), grads)
+
+
+def perturb_adaptive(
+    params: Params,
+    grads: Params,
+    rho: float | Tensor,
+    eta: float = 0.01,
+    *,
+    adapts: Adapts | None = None,
+) -> dict[str, Tensor]:
+    """Move the weights by `rho`, each in proportion to its own size (ASAM).
+
+    w + rho T^2 g / ||T g||, T = |w| + eta where `adapts` holds, else 1
+
+    Args:
+        params: w. Floating point, any shapes.
+        grads: g, the gradient of the loss at w; names and shapes of `params`.
+        rho: radius of the ball, in units of T^-1 w, hence about 10 times that of SAM.
+        eta: smallest T, in units of w; at least 0.
+        adapts: of a name and its tensor, whether T is |w| + eta there; None is
+            `named_weight`, the official choice. `everything` with eta = 0 is the form
+            of davda54/sam.
+
+    Returns:
+        The perturbed weights; names, shapes and dtypes of `params`. A zero gradient
+        gives back w exactly.
+
+    Raises:
+        ValueError: names or shapes differ, the mappings are empty, or `rho` or `eta`
+            is a negative number.
+
+    Source:
+        Kwon et al., 2021, arXiv:2102.11600, algorithm 1; the choice of names and
+        eta = 0.01 from github.com/SamsungLabs/ASAM, asam.py.
+    """
+    _check(params, grads, rho)
+    if not eta >= 0:
+        raise ValueError(f"eta must be at least 0, got {eta}")
+    adapts = adapts or named_weight
+    metric = {
+        name: w.abs() + eta if adapts(name, w) else torch.ones_like(w)
+        for name, w in params.items()
+    }
+    scaled = tree.multiply(metric, grads)
+    direction = tree.multiply(metric, scaled)
+    return tree.add_scaled(params, _reciprocal(tree.norm(scaled), rho), direction)
+
+
+def named_weight(name: str, tensor: Tensor) -> bool:
+    """Return whether "weight" is in the name: the parameters that official ASAM adapts."""
+    return "weight" in name
+
+
+def everything(name: str, tensor: Tensor) -> bool:
+    """Return True: every parameter is adapted, as davda54/sam does."""
+    return True
+
+
+def _reciprocal(length: Tensor, rho: float | Tensor) -> Tensor:
+    # Below this length the squares that it was summed from have underflowed, and
+    # dividing by it would give a perturbation of any length but rho.
+    smallest = 1e4 * torch.finfo(length.dtype).tiny ** 0.5
+    return torch.where(length > smallest, rho / length, 0.0)
+
+
+def _check(params: Params, grads: Params, rho: float | Tensor) -> None:
+    tree.require_same_layout(params, grads, names="params and grads")
+    require_dial("rho", rho)
+
+
+def require_dial(name: str, value: float | Tensor) -> None:
+    """Raise unless `value` is a 0-d tensor or a finite number that is not negative.
+
+    Raises:
+        TypeError: `value` is neither a number nor a tensor.
+        ValueError: a number below 0, or not finite, or a tensor that is not 0-d. What
+            a tensor holds is not looked at: that would make a GPU wait.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(
+                f"{name} must be a number or a 0-d tensor, got shape"
+                f" {tuple(value.shape)}"
+            )
+    elif not isinstance(value, int | float):
+        raise TypeError(
+            f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
+        )
+    elif not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")

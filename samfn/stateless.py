@@ -1,0 +1,164 @@
+"""The border to torch.nn: the one module that knows nn.Module."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from samfn import tree
+from samfn.gradient import Aux
+from samfn.tree import Params
+
+
+def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copy out of a model what trains and what does not.
+
+    Returns:
+        params: every parameter that requires grad, detached, by its qualified name. A
+            weight that is tied to another appears once.
+        buffers: the registered buffers and the frozen parameters.
+
+    Raises:
+        TypeError: `model` is wrapped for several devices, where gradients would
+            silently stay unsynchronised.
+        ValueError: no parameter requires grad, or some are not initialised yet.
+    """
+    _require_plain(model)
+    params, frozen = {}, {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"run a batch through the model first: {name} is lazy")
+        group = params if parameter.requires_grad else frozen
+        group[name] = parameter.detach().clone()
+    if not params:
+        raise ValueError("the model has no parameter that requires grad")
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    return params, frozen | buffers
+
+
+@torch.no_grad()
+def load(model: nn.Module, params: Params, buffers: Params) -> None:
+    """Copy parameters and buffers back into a model, in place.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not those of `split(model)`; the model is
+            unchanged then.
+    """
+    own_params, own_buffers = _references(model)
+    _require_layout(own_params, params, "params")
+    _require_layout(own_buffers, buffers, "buffers")
+    for own, new in ((own_params, params), (own_buffers, buffers)):
+        for name, tensor in own.items():
+            tensor.copy_(new[name])
+
+
+class Supervised:
+    """The loss of a model on `(inputs, targets)` as a pure function; see `supervised`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[[Any, Any], Tensor],
+        dtype: torch.dtype | None,
+    ) -> None:
+        _require_plain(model)
+        self._model, self._criterion, self._dtype = model, criterion, dtype
+        self._params, self._buffers = _references(model)
+        self._mutable = {name for name, _ in model.named_buffers()}
+
+    def __call__(
+        self, params: Params, buffers: Params, batch: tuple[Any, Any]
+    ) -> tuple[Tensor, Aux]:
+        """Return the loss and, beside it, the model's outputs and new buffers."""
+        inputs, targets = batch
+        # BatchNorm writes its statistics in place; these copies are what it writes to.
+        fresh = {
+            name: buffer.clone() if name in self._mutable else buffer
+            for name, buffer in buffers.items()
+        }
+        with torch.autocast(
+            next(iter(params.values())).device.type,
+            dtype=self._dtype,
+            enabled=self._dtype is not None,
+        ):
+            outputs = functional_call(self._model, {**params, **fresh}, inputs)
+            loss = self._criterion(outputs, targets)
+        return loss, Aux(outputs, fresh)
+
+    def check(self, params: Params, buffers: Params) -> None:
+        """Raise unless `params` and `buffers` are what `split(model)` gives.
+
+        `functional_call` alone would take the model's own tensor for a missing name and
+        ignore an unexpected one.
+
+        Raises:
+            ValueError: a name, shape or dtype differs, or a tensor shares its memory
+                with the model's own.
+        """
+        _require_layout(self._params, params, "params")
+        _require_layout(self._buffers, buffers, "buffers")
+        if torch.compiler.is_compiling():
+            return  # A graph knows no addresses.
+        for own, given in ((self._params, params), (self._buffers, buffers)):
+            for name, tensor in given.items():
+                if tensor.data_ptr() == own[name].data_ptr() and tensor.numel():
+                    raise ValueError(
+                        f"{name} shares its memory with the model; expected copies, as"
+                        " samfn.split(model) makes"
+                    )
+
+
+def supervised(
+    model: nn.Module,
+    criterion: Callable[[Any, Any], Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Supervised:
+    """Turn a model and a criterion into a pure loss function.
+
+    (params, buffers, (inputs, targets)) -> criterion(model(inputs), targets), Aux
+
+    The model lends its forward pass; none of its tensors is read or written. Its mode
+    counts at every call: `model.eval()` makes this the loss of evaluation.
+
+    Args:
+        model: any module. A tuple of inputs becomes its positional arguments.
+        criterion: (outputs, targets) -> scalar loss.
+        dtype: compute in this dtype where PyTorch's autocast deems it safe, as
+            `torch.bfloat16`; parameters, gradients and buffers keep theirs. None computes
+            in the dtype of the parameters.
+
+    Raises:
+        TypeError: `model` is wrapped for several devices.
+    """
+    return Supervised(model, criterion, dtype)
+
+
+def _references(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the model's own tensors, with the names that `split` gives."""
+    parameters = dict(model.named_parameters())
+    params = {name: p for name, p in parameters.items() if p.requires_grad}
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+    return {**params}, {**frozen, **dict(model.named_buffers())}
+
+
+def _require_plain(model: nn.Module) -> None:
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers):
+        raise TypeError(
+            f"expected a plain module, got {type(model).__name__}: pass its .module"
+        )
+
+
+def _require_layout(expected: Params, given: Params, what: str) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} must be a mapping, got {type(given).__name__}")
+    tree.require_same_layout(expected, given, names=f"the model and {what}")
+    for name, own in expected.items():
+        if own.dtype != given[name].dtype:
+            raise ValueError(
+                f"{what} must have the model's dtypes: {name} is {own.dtype} in the"
+                f" model, got {given[name].dtype}"
+            )

@@ -1,0 +1,127 @@
+"""Arithmetic on mappings from name to tensor, read as one long vector.
+
+Every function is pure: it reads mappings and returns new dicts. The `_foreach_`
+operations of PyTorch handle all tensors in one call, without a Python loop.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Params = Mapping[str, Tensor]  # also gradients: same names, same shapes
+Batch = Any  # whatever the loss function takes
+
+
+def norm(tree: Params) -> Tensor:
+    """Return the Euclidean norm of all tensors together.
+
+    ||v|| = sqrt(sum over all entries of v_i ** 2)
+
+    Returns:
+        Shape (), float32 or wider: squares of float16 overflow at 256, and bfloat16
+        has too few bits to add up millions of them.
+
+    Raises:
+        ValueError: `tree` is empty.
+    """
+    if not tree:
+        raise ValueError("norm needs at least one tensor, got an empty mapping")
+    leaves = list(tree.values())
+    dtype = torch.float32
+    for leaf in leaves:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    return torch.linalg.vector_norm(
+        torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
+    )
+
+
+def scale(tree: Params, factor: float | Tensor) -> dict[str, Tensor]:
+    """Return factor * v."""
+    return _like(tree, torch._foreach_mul(list(tree.values()), factor))
+
+
+def add(left: Params, right: Params) -> dict[str, Tensor]:
+    """Return u + v, which have the same names."""
+    return _like(left, torch._foreach_add(*_aligned(left, right)))
+
+
+def subtract(left: Params, right: Params) -> dict[str, Tensor]:
+    """Return u - v, which have the same names."""
+    return _like(left, torch._foreach_sub(*_aligned(left, right)))
+
+
+def multiply(left: Params, right: Params) -> dict[str, Tensor]:
+    """Return u * v entry by entry; u and v have the same names."""
+    return _like(left, torch._foreach_mul(*_aligned(left, right)))
+
+
+def add_scaled(
+    tree: Params, factor: float | Tensor, direction: Params
+) -> dict[str, Tensor]:
+    """Return u + factor * v, with the names and dtypes of u."""
+    return add(tree, scale(direction, factor))
+
+
+def zeros_like(tree: Params) -> dict[str, Tensor]:
+    """Return zeros with the names, shapes, dtypes and layouts of `tree`."""
+    return {name: torch.zeros_like(leaf) for name, leaf in tree.items()}
+
+
+def clone(tree: Params) -> dict[str, Tensor]:
+    """Return a copy that shares no memory with `tree`."""
+    return {name: leaf.clone() for name, leaf in tree.items()}
+
+
+def select(condition: Tensor, new: Params, old: Params) -> dict[str, Tensor]:
+    """Return `new` where the 0-d boolean `condition` holds, else `old`.
+
+    Selecting never computes with the side that is dropped, so a NaN there is harmless.
+    """
+    return {name: torch.where(condition, new[name], old[name]) for name in old}
+
+
+def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
+    """Raise unless both mappings agree in names and shapes.
+
+    Args:
+        expected: the mapping that rules.
+        given: the mapping that is checked.
+        names: what the two are called in the error, as "params and grads".
+
+    Raises:
+        ValueError: says which names or shapes differ, the first five of them.
+    """
+    if expected.keys() != given.keys():
+        missing = sorted(expected.keys() - given.keys())
+        unexpected = sorted(given.keys() - expected.keys())
+        raise ValueError(
+            f"{names} must have the same names: {_some(missing)} missing,"
+            f" {_some(unexpected)} unexpected"
+        )
+    differing = [
+        f"{name}: {_shape(leaf)} against {_shape(given[name])}"
+        for name, leaf in expected.items()
+        if leaf.shape != given[name].shape
+    ]
+    if differing:
+        raise ValueError(f"{names} must have the same shapes: {_some(differing)}")
+
+
+def _aligned(left: Params, right: Params) -> tuple[list[Tensor], list[Tensor]]:
+    # By name, not by position: two dicts of the same names may differ in order.
+    return list(left.values()), [right[name] for name in left]
+
+
+def _like(tree: Params, leaves: Any) -> dict[str, Tensor]:
+    return dict(zip(tree, leaves, strict=True))
+
+
+def _shape(leaf: Tensor) -> str:
+    return str(tuple(leaf.shape))
+
+
+def _some(items: list[str], shown: int = 5) -> str:
+    text = ", ".join(items[:shown]) or "none"
+    return text + (f" and {len(items) - shown} more" if len(items) > shown else "")

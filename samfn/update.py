@@ -1,0 +1,198 @@
+"""One training step as a pure function: gradient, perturb, gradient, descend."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from samfn import tree
+from samfn.descend import Optimizer, OptState, descend
+from samfn.gradient import LossFn, evaluate
+from samfn.methods import Method, MethodState, sam
+from samfn.perturb import require_dial
+from samfn.tree import Batch, Params
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    params: Params
+    buffers: Params
+    opt_state: OptState
+    method_state: MethodState
+    step: Tensor
+    """Calls of `sam_update` so far, skipped ones too; int64, shape ()."""
+
+
+class Metrics(NamedTuple):
+    """What a step saw; 0-d tensors of the clean pass unless the name says otherwise."""
+
+    loss: Tensor
+    outputs: Any
+    """The model's outputs in the clean pass."""
+    grad_norm: Tensor
+    """||grad L(w)||."""
+    perturbation_norm: Tensor
+    """||e||, Euclidean: rho for `sam`, and 0 where the gradient is 0."""
+    perturbed_loss: Tensor
+    """L(w + e); minus `loss`, it is the sharpness that SAM lowers."""
+    descent_norm: Tensor
+    """Norm of the gradient that descended."""
+    finite: Tensor
+    """Whether all losses and gradients were finite. If not, the step was skipped."""
+
+
+def init(
+    params: Params,
+    buffers: Params,
+    *,
+    optimizer: Optimizer,
+    method: Method = sam(),
+) -> TrainState:
+    """Make the state that training starts from.
+
+    Args:
+        params: detached floating-point tensors, as `samfn.split` gives them.
+        buffers: what the loss function reads beside them; may be empty.
+        optimizer: as `samfn.sgd()`.
+        method: as `samfn.sam()`, the default.
+
+    Raises:
+        TypeError: a value is no tensor.
+        ValueError: `params` is empty, spread over devices, or holds a tensor that
+            requires grad or is not floating point; a name stands in both mappings.
+    """
+    _require_params(params)
+    _require_tensors("buffers", buffers)
+    if shared := sorted(params.keys() & buffers.keys()):
+        raise ValueError(f"params and buffers must not share names, both hold {shared}")
+    return TrainState(
+        params=dict(params),
+        buffers=dict(buffers),
+        opt_state=optimizer.init(params),
+        method_state=method.init(params),
+        step=torch.zeros((), dtype=torch.int64, device=_device(params)),
+    )
+
+
+def sam_update(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    rho: float | Tensor = 0.05,
+    lr: float | Tensor,
+    method: Method = sam(),
+) -> tuple[TrainState, Metrics]:
+    """Take one sharpness-aware step.
+
+    g = grad L(w);  e = rho g / ||g||;  w <- optimizer(w, grad L(w + e))
+
+    The buffers of the clean pass are kept, those of the perturbed pass dropped. If a
+    loss or gradient of either pass is not finite, parameters, buffers, and the memory of
+    optimizer and method stay as they were, and only `step` moves on.
+
+    Args:
+        state: from `init` or the step before; unchanged.
+        batch: what `loss_fn` takes.
+        loss_fn: (params, buffers, batch) -> loss or (loss, Aux).
+        optimizer: the one that `state` was made with.
+        rho: radius of the perturbation, in units of the weights. With the number 0 the
+            step is the base optimizer's, bit for bit and in one pass.
+        lr: learning rate. Both dials are numbers or 0-d tensors; inside of
+            `torch.compile`, tensors change without recompiling.
+        method: the one that `state` was made with; `samfn.sam()` by default.
+
+    Returns:
+        The new state, which shares no memory that training changes with the old one,
+        and the metrics.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; says what was expected
+            and what came, before anything is computed.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, algorithm 1.
+    """
+    _require_params(state.params)
+    require_dial("rho", rho)
+    require_dial("lr", lr)
+    if check := getattr(loss_fn, "check", None):
+        check(state.params, state.buffers)
+
+    params, buffers, opt_state, method_state, step = state
+    seen, new_method_state = method.descent(
+        partial(evaluate, loss_fn), params, buffers, batch, rho, method_state
+    )
+    new_params, new_opt_state = descend(
+        params, seen.grads, opt_state, optimizer=optimizer, lr=lr
+    )
+    grad_norm, descent_norm = tree.norm(seen.clean.grads), tree.norm(seen.grads)
+    finite = _all_finite(seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm)
+    new_state = TrainState(
+        params=tree.select(finite, new_params, params),
+        buffers=tree.select(finite, seen.clean.buffers, buffers),
+        opt_state=_select(finite, new_opt_state, opt_state),
+        method_state=_select(finite, new_method_state, method_state),
+        step=step + 1,
+    )
+    return new_state, Metrics(
+        loss=seen.clean.loss,
+        outputs=seen.clean.outputs,
+        grad_norm=grad_norm,
+        perturbation_norm=seen.perturbation_norm,
+        perturbed_loss=seen.perturbed_loss,
+        descent_norm=descent_norm,
+        finite=finite,
+    )
+
+
+def _all_finite(*values: Tensor) -> Tensor:
+    return torch.stack([value.isfinite() for value in values]).all()
+
+
+def _select(condition: Tensor, new: Any, old: Any) -> Any:
+    """Select among nested mappings."""
+    if isinstance(old, Mapping):
+        return {key: _select(condition, new[key], old[key]) for key in old}
+    return torch.where(condition, new, old)
+
+
+def _device(params: Params) -> torch.device:
+    return next(iter(params.values())).device
+
+
+def _require_tensors(what: str, mapping: Any) -> None:
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"{what} must map names to tensors, got {type(mapping).__name__}"
+        )
+    for name, value in mapping.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what}[{name!r}] must be a tensor, got {type(value)}")
+
+
+def _require_params(params: Params) -> None:
+    _require_tensors("params", params)
+    if not params:
+        raise ValueError("params must hold at least one tensor, got none")
+    device = _device(params)
+    for name, value in params.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"params must be floating point, {name} is {value.dtype}: make it a"
+                " buffer"
+            )
+        if value.requires_grad:
+            raise ValueError(
+                f"params must not require grad, {name} does: detach them, as"
+                " samfn.split does"
+            )
+        if value.device != device:
+            raise ValueError(
+                f"params must be on one device, {name} is on {value.device} and others"
+                f" on {device}"
+            )

@@ -1,6 +1,6 @@
 """Pictures of a run: the one module that knows matplotlib."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +12,7 @@ matplotlib.use("agg")  # Draw into files, also where there is no screen.
 from matplotlib import pyplot as plt  # noqa: E402
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9742b", "#8a8a8a"
+COLOURS = (ORANGE, BLUE, "#3f8f4f", "#8b5fb0", GREY)
 
 
 def curves(rows: Sequence[Row], path: Path, title: str) -> None:
@@ -43,5 +44,29 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
         color=BLUE,
     )
     figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def comparison(
+    series: Mapping[str, Sequence[Sequence[float]]], path: Path, title: str
+) -> None:
+    """Draw test accuracy over the epochs: one colour a label, one thin line a seed."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for colour, (label, runs) in zip(COLOURS, series.items(), strict=False):
+        epochs = range(1, len(runs[0]) + 1)
+        mean = [sum(values) / len(values) for values in zip(*runs, strict=True)]
+        for values in runs:
+            axes.plot(epochs, values, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(
+            epochs, mean, color=colour, linewidth=2, label=f"{label}: {mean[-1]:.1f} %"
+        )
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, title="last epoch, mean")
     figure.savefig(path, dpi=150)
     plt.close(figure)

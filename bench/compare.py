@@ -1,6 +1,6 @@
-"""Compare settings of the recipe at equal epochs, over several seeds.
+r"""Compare settings of the recipe at equal epochs, over several seeds.
 
-    python -m bench.compare NAME --arm "SGD: --rho 0" --arm "SAM: --rho 0.05" \\
+    python -m bench.compare NAME --arm "SGD: --rho 0" --arm "SAM: --rho 0.05" \
         -- --data digits --epochs 20
 
 What follows the lone -- goes to every arm.
@@ -94,7 +94,7 @@ def main() -> None:
 def run(output: Path, flags: str) -> list[dict[str, Any]]:
     """Train into `output`, or resume there, and return the rows of its metrics."""
     directory = RunDirectory(output)
-    asked = shlex.split(flags) + ["--output", str(output)]
+    asked = [*shlex.split(flags), "--output", str(output)]
     if (output / CONFIG_FILE).exists():
         asked = ["--resume", str(output)]
     if not finished(output):
@@ -114,9 +114,7 @@ def accuracies(rows: list[dict[str, Any]]) -> list[float]:
     return [row["test_accuracy"] for row in rows]
 
 
-def report(
-    comparison: Comparison, arms: list[Arm], common: str, stem: str
-) -> str:
+def report(comparison: Comparison, arms: list[Arm], common: str, stem: str) -> str:
     """Return the report as Markdown."""
     baseline = arms[0].seconds()
     table = [

@@ -1,0 +1,1 @@
+"""Recipes: models, data, settings and displays chosen for one task."""

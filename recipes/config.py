@@ -15,7 +15,6 @@ import tyro
 from recipes import models
 from recipes.data import choose_source
 
-
 PROGRAM = "python -m recipes.cifar_wrn"
 CONFIG_FILE = "config.toml"
 
@@ -69,7 +68,7 @@ class Config:
     foret2021-cifar100, or none. auto takes digits for the digits, else small on a CPU and
     davda54 on a GPU."""
     config: Path | None = None
-    """TOML file of settings. It overrides the preset, and the command line overrides it."""
+    """TOML file of settings. It overrides the preset, the command line overrides it."""
 
     data: Literal["auto", "cifar10", "cifar100", "folder", "digits"] = "auto"
     """Images to train on. auto takes class folders or CIFAR-10 from --data-dir, else
@@ -133,7 +132,7 @@ class Config:
     """Epochs over which the learning rate rises linearly from 0."""
 
     precision: Literal["float32", "bf16"] = "float32"
-    """Arithmetic of the forward and backward pass. Weights and perturbation stay float32."""
+    """Arithmetic of both passes. Weights and perturbation stay float32."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
     seed: int = 0
@@ -168,7 +167,11 @@ class Config:
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2"),
             ("image_size", (self.image_size or 4) >= 4, "at least 4 pixels, or None"),
-            ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "0 to all epochs"),
+            (
+                "warmup_epochs",
+                0 <= self.warmup_epochs <= self.epochs,
+                "0 to all epochs",
+            ),
             ("eval_only", bool(self.resume) or not self.eval_only, "--resume with it"),
         ):
             if not holds:
@@ -183,7 +186,15 @@ class Config:
 
 
 # What may differ from the run that is resumed without changing what it learns.
-FREE_ON_RESUME = {"preset", "config", "output", "resume", "eval_only", "dry_run", "device"}
+FREE_ON_RESUME = {
+    "preset",
+    "config",
+    "output",
+    "resume",
+    "eval_only",
+    "dry_run",
+    "device",
+}
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
@@ -267,7 +278,9 @@ def choose_device(name: str) -> torch.device:
         ConfigError: there is no such device.
     """
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device(
+            "cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -105,11 +105,14 @@ class Display:
 class Live:
     """The moving part of the display while training goes on."""
 
-    def __init__(
-        self, console: Console, bar: Progress, epochs: int, steps: int
-    ) -> None:
+    def __init__(self, console: Console, bar: Progress, epochs: int, steps: int) -> None:
         self.stopping = False
-        self._console, self._bar, self._epochs, self._steps = console, bar, epochs, steps
+        self._console, self._bar, self._epochs, self._steps = (
+            console,
+            bar,
+            epochs,
+            steps,
+        )
         self._next = time.monotonic() + TICK
         self._task: TaskID = bar.add_task(
             "", total=epochs * steps, epoch=1, loss=float("nan"), rate=0.0

@@ -3,6 +3,7 @@
 Shapes: N images, C channels, H x W pixels.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -130,7 +131,11 @@ def read_digits() -> Dataset:
     digits = load_digits()
     # One split for every seed: a test set that moved with the seed would add its spread.
     parts = train_test_split(
-        digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
+        digits.images,
+        digits.target,
+        test_size=0.2,
+        stratify=digits.target,
+        random_state=0,
     )
     train, test, train_labels, test_labels = map(torch.as_tensor, parts)
 
@@ -213,9 +218,7 @@ def hold_out(
         The data set without it, and the images and labels of the validation set.
     """
     order = torch.randperm(len(dataset.train_labels), generator=generator)
-    held, kept = order.split(
-        [count := round(fraction * len(order)), len(order) - count]
-    )
+    held, kept = order.split([count := round(fraction * len(order)), len(order) - count])
     images, labels = dataset.train_images, dataset.train_labels
     smaller = dataset._replace(train_images=images[kept], train_labels=labels[kept])
     return smaller, images[held], labels[held]
@@ -266,16 +269,14 @@ def _cached(root: Path, key: dict[str, Any], read: Callable[[], Dataset]) -> Dat
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = root / f"samfn-{name}.safetensors"
     if path.exists():
-        try:
+        # If it is damaged, or was cut off while it was written, read the data again.
+        with contextlib.suppress(SafetensorError, KeyError, ValueError):
             return _read_cache(path)
-        except (SafetensorError, KeyError, ValueError):
-            pass  # Damaged, or cut off while it was written: read the data again.
     dataset = read()
     tensors = dict(zip(Dataset._fields[:4], dataset[:4], strict=True))
-    try:
+    # In a read-only directory the next run reads the data again.
+    with contextlib.suppress(OSError, SafetensorError):
         save_file(tensors, path, {"classes": json.dumps(dataset.classes)})
-    except (OSError, SafetensorError):
-        pass  # A read-only directory: the next run reads the data again.
     return dataset
 
 

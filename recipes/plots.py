@@ -9,7 +9,7 @@ from recipes.rundir import Row
 
 matplotlib.use("agg")  # Draw into files, also where there is no screen.
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9742b", "#8a8a8a"
 COLOURS = (ORANGE, BLUE, "#3f8f4f", "#8b5fb0", GREY)
@@ -24,9 +24,7 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
         for split, colour in (("train", GREY), ("test", BLUE), ("validation", ORANGE)):
             if f"{split}_{what}" in rows[0]:
                 values = [row[f"{split}_{what}"] for row in rows]
-                axes.plot(
-                    epochs, values, color=colour, label=split, marker=marker, ms=3
-                )
+                axes.plot(epochs, values, color=colour, label=split, marker=marker, ms=3)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

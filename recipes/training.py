@@ -99,9 +99,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     if config.label_noise:
         generator = _generator(config.seed, "label noise")
         count = len(dataset.classes)
-        noisy = corrupt_labels(
-            dataset.train_labels, count, config.label_noise, generator
-        )
+        noisy = corrupt_labels(dataset.train_labels, count, config.label_noise, generator)
         dataset = dataset._replace(train_labels=noisy)
     steps_per_epoch = len(dataset.train_labels) // config.batch_size
     if not steps_per_epoch:
@@ -179,9 +177,7 @@ def order(task: Task, epoch: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    task: Task, state: samfn.TrainState, split: Split
-) -> tuple[float, float]:
+def evaluate(task: Task, state: samfn.TrainState, split: Split) -> tuple[float, float]:
     """Return the mean loss and the accuracy, in percent, on all images of a split."""
     loss = torch.zeros((), device=task.device)
     correct = torch.zeros((), device=task.device, dtype=torch.int64)
@@ -298,16 +294,17 @@ def _train_epoch(
     return state, progress, meter
 
 
-def _record(
-    task: Task, state: samfn.TrainState, progress: Progress, meter: Meter
-) -> Row:
+def _record(task: Task, state: samfn.TrainState, progress: Progress, meter: Meter) -> Row:
     """Evaluate, and gather what is to be known of an epoch."""
     means, steps = meter.read()
     row: Row = {"epoch": progress.epoch + 1, "step": int(state.step)}
     row |= {"lr": task.lr(int(state.step) - 1), "rho": task.config.rho}
     row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
     row |= means
-    for split in {task.chosen_by.name: task.chosen_by, task.test.name: task.test}.values():
+    for split in {
+        task.chosen_by.name: task.chosen_by,
+        task.test.name: task.test,
+    }.values():
         loss, accuracy = evaluate(task, state, split)
         row |= {f"{split.name}_loss": loss, f"{split.name}_accuracy": accuracy}
     row["skipped_steps"] = task.steps_per_epoch - steps
@@ -339,7 +336,9 @@ def _save(
     )
 
 
-def restore(run: RunDirectory, name: str, like: samfn.TrainState) -> tuple[samfn.TrainState, Progress]:
+def restore(
+    run: RunDirectory, name: str, like: samfn.TrainState
+) -> tuple[samfn.TrainState, Progress]:
     """Read a checkpoint of a run.
 
     Raises:
@@ -384,9 +383,7 @@ def _schedule(config: Config, steps_per_epoch: int) -> samfn.schedules.Schedule:
         "step": lambda: samfn.schedules.step_decay(config.lr, steps),
         "constant": lambda: samfn.schedules.constant(config.lr),
     }[config.schedule]()
-    return samfn.schedules.warmup(
-        schedule, round(config.warmup_epochs * steps_per_epoch)
-    )
+    return samfn.schedules.warmup(schedule, round(config.warmup_epochs * steps_per_epoch))
 
 
 def _to(split: Split, device: torch.device) -> Split:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from samfn import tree
+from samfn import border
 from samfn.update import TrainState
 
 FORMAT = "samfn-1"
@@ -67,7 +67,7 @@ def restore(
     """
     tensors, metadata = _read(Path(path))
     expected = _flatten(like)
-    tree.require_same_layout(expected, tensors, names=f"the state and {path}")
+    border.require_same_layout(expected, tensors, names=f"the state and {path}")
     for key, leaf in expected.items():
         if leaf.dtype != tensors[key].dtype:
             raise ValueError(

@@ -17,8 +17,7 @@ from torch.optim.nadam import nadam as nadam_kernel
 from torch.optim.rmsprop import rmsprop as rmsprop_kernel
 from torch.optim.sgd import sgd as sgd_kernel
 
-from samfn import tree
-from samfn.perturb import require_dial
+from samfn import border, tree
 from samfn.tree import Params
 
 OptState = Mapping[str, Any]  # keyword of the kernel -> name -> tensor, or one tensor
@@ -68,8 +67,8 @@ def descend(
         ValueError: names or shapes differ, `lr` is a negative number, or `opt_state`
             was made by another optimizer or for other parameters.
     """
-    tree.require_same_layout(params, grads, names="params and grads")
-    require_dial("lr", lr)
+    border.require_same_layout(params, grads, names="params and grads")
+    border.require_dial("lr", lr)
     return optimizer.update(params, grads, opt_state, lr)
 
 
@@ -108,8 +107,12 @@ def from_torch(
     fixed = {key: value for key, value in defaults.items() if key in accepted}
     # A kernel takes its lists by position: parameters, gradients, then memory. It wants
     # an empty list for memory that these options do not use.
-    lists = [key for key, p in accepted.items() if p.default is p.empty and not _is_keyword_only(p)]
-    fixed |= {"foreach": True} | {key: [] for key in lists[2:]}
+    lists = [
+        key
+        for key, p in accepted.items()
+        if p.default is p.empty and not _is_keyword_only(p)
+    ]
+    fixed |= {key: [] for key in lists[2:]}
     expected = {*memory} | ({STEPS} & accepted.keys())
 
     def init(params: Params) -> OptState:
@@ -166,6 +169,7 @@ def sgd(
         momentum=momentum,
         nesterov=nesterov,
         weight_decay=weight_decay,
+        foreach=True,
     )
 
 
@@ -184,6 +188,7 @@ def adam(
         eps=eps,
         weight_decay=weight_decay,
         amsgrad=amsgrad,
+        foreach=True,
     )
 
 
@@ -202,6 +207,7 @@ def adamw(
         eps=eps,
         weight_decay=weight_decay,
         amsgrad=amsgrad,
+        foreach=True,
     )
 
 
@@ -212,6 +218,7 @@ def nadam(
     momentum_decay: float = 4e-3,
 ) -> Optimizer:
     """Adam with Nesterov momentum, as `torch.optim.NAdam` (Dozat, 2016)."""
+    # Its foreach form rounds differently, so PyTorch's own choice of form stands here.
     return from_torch(
         torch.optim.NAdam,
         nadam_kernel,
@@ -243,6 +250,7 @@ def rmsprop(
         weight_decay=weight_decay,
         momentum=momentum,
         centered=centered,
+        foreach=True,
     )
 
 
@@ -261,6 +269,7 @@ def adagrad(
         weight_decay=weight_decay,
         initial_accumulator_value=initial_accumulator_value,
         eps=eps,
+        foreach=True,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
+from torch.utils import _pytree as pytree
 
 from samfn.tree import Batch, Params
 
@@ -39,6 +40,8 @@ class Pass(NamedTuple):
     """Gradient of the loss, names and shapes of the parameters."""
 
 
+_TENSOR = "the place of a tensor"
+
 Evaluate = Callable[[Params, Params, Batch], Pass]
 
 
@@ -52,12 +55,21 @@ def evaluate(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> 
         ValueError: the loss is no floating-point scalar, or the names of the buffers
             changed.
     """
+    around: list[Any] = []
 
-    def objective(params: Params) -> tuple[Tensor, Aux]:
-        return _loss_and_aux(loss_fn(params, buffers, batch), buffers)
+    def objective(params: Params) -> tuple[Tensor, list[Tensor]]:
+        loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
+        leaves, structure = pytree.tree_flatten((aux.outputs, dict(aux.buffers)))
+        # torch.func lets tensors through and nothing else; the rest goes around it.
+        around[:] = structure, [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+        return loss, [x for x in leaves if isinstance(x, Tensor)]
 
-    grads, (loss, aux) = grad_and_value(objective, has_aux=True)(dict(params))
-    return Pass(loss, aux.outputs, aux.buffers, grads)
+    grads, (loss, tensors) = grad_and_value(objective, has_aux=True)(dict(params))
+    structure, leaves = around
+    through = iter(tensors)
+    leaves = [next(through) if x is _TENSOR else x for x in leaves]
+    outputs, new_buffers = pytree.tree_unflatten(leaves, structure)
+    return Pass(loss, outputs, new_buffers, grads)
 
 
 def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
@@ -78,9 +90,7 @@ def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
 
-    def regularized(
-        params: Params, buffers: Params, batch: Batch
-    ) -> tuple[Tensor, Aux]:
+    def regularized(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
         squares = torch.stack([w.float().square().sum() for w in params.values()])
         return loss + weight_decay / 2 * squares.sum(), aux

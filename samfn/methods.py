@@ -72,9 +72,7 @@ def asam(eta: float = 0.01, *, adapts: Adapts | None = None) -> Method:
         Kwon et al., 2021, arXiv:2102.11600, algorithm 1.
     """
     return _two_pass(
-        lambda params, grads, rho: perturb_adaptive(
-            params, grads, rho, eta, adapts=adapts
-        )
+        lambda params, grads, rho: perturb_adaptive(params, grads, rho, eta, adapts=adapts)
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from samfn import tree
+from samfn import border, tree
 from samfn.tree import Params
 
 Adapts = Callable[[str, Tensor], bool]
@@ -90,7 +90,7 @@ def perturb_adaptive(
 
 
 def named_weight(name: str, tensor: Tensor) -> bool:
-    """Return whether "weight" is in the name: the parameters that official ASAM adapts."""
+    """Return whether "weight" is in the name, as official ASAM chooses."""
     return "weight" in name
 
 
@@ -107,27 +107,5 @@ def _reciprocal(length: Tensor, rho: float | Tensor) -> Tensor:
 
 
 def _check(params: Params, grads: Params, rho: float | Tensor) -> None:
-    tree.require_same_layout(params, grads, names="params and grads")
-    require_dial("rho", rho)
-
-
-def require_dial(name: str, value: float | Tensor) -> None:
-    """Raise unless `value` is a 0-d tensor or a finite number that is not negative.
-
-    Raises:
-        TypeError: `value` is neither a number nor a tensor.
-        ValueError: a number below 0, or not finite, or a tensor that is not 0-d. What
-            a tensor holds is not looked at: that would make a GPU wait.
-    """
-    if isinstance(value, Tensor):
-        if value.ndim != 0:
-            raise ValueError(
-                f"{name} must be a number or a 0-d tensor, got shape"
-                f" {tuple(value.shape)}"
-            )
-    elif not isinstance(value, int | float):
-        raise TypeError(
-            f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
-        )
-    elif not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    border.require_same_layout(params, grads, names="params and grads")
+    border.require_dial("rho", rho)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from samfn import tree
+from samfn import border
 from samfn.gradient import Aux
 from samfn.tree import Params
 
@@ -155,7 +155,7 @@ def _require_plain(model: nn.Module) -> None:
 def _require_layout(expected: Params, given: Params, what: str) -> None:
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} must be a mapping, got {type(given).__name__}")
-    tree.require_same_layout(expected, given, names=f"the model and {what}")
+    border.require_same_layout(expected, given, names=f"the model and {what}")
     for name, own in expected.items():
         if own.dtype != given[name].dtype:
             raise ValueError(

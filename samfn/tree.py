@@ -82,33 +82,6 @@ def select(condition: Tensor, new: Params, old: Params) -> dict[str, Tensor]:
     return {name: torch.where(condition, new[name], old[name]) for name in old}
 
 
-def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
-    """Raise unless both mappings agree in names and shapes.
-
-    Args:
-        expected: the mapping that rules.
-        given: the mapping that is checked.
-        names: what the two are called in the error, as "params and grads".
-
-    Raises:
-        ValueError: says which names or shapes differ, the first five of them.
-    """
-    if expected.keys() != given.keys():
-        missing = sorted(expected.keys() - given.keys())
-        unexpected = sorted(given.keys() - expected.keys())
-        raise ValueError(
-            f"{names} must have the same names: {_some(missing)} missing,"
-            f" {_some(unexpected)} unexpected"
-        )
-    differing = [
-        f"{name}: {_shape(leaf)} against {_shape(given[name])}"
-        for name, leaf in expected.items()
-        if leaf.shape != given[name].shape
-    ]
-    if differing:
-        raise ValueError(f"{names} must have the same shapes: {_some(differing)}")
-
-
 def _aligned(left: Params, right: Params) -> tuple[list[Tensor], list[Tensor]]:
     # By name, not by position: two dicts of the same names may differ in order.
     return list(left.values()), [right[name] for name in left]
@@ -116,12 +89,3 @@ def _aligned(left: Params, right: Params) -> tuple[list[Tensor], list[Tensor]]:
 
 def _like(tree: Params, leaves: Any) -> dict[str, Tensor]:
     return dict(zip(tree, leaves, strict=True))
-
-
-def _shape(leaf: Tensor) -> str:
-    return str(tuple(leaf.shape))
-
-
-def _some(items: list[str], shown: int = 5) -> str:
-    text = ", ".join(items[:shown]) or "none"
-    return text + (f" and {len(items) - shown} more" if len(items) > shown else "")

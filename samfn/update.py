@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samfn import tree
+from samfn import border, tree
 from samfn.descend import Optimizer, OptState, descend
 from samfn.gradient import LossFn, evaluate
 from samfn.methods import Method, MethodState, sam
-from samfn.perturb import require_dial
 from samfn.tree import Batch, Params
 
 
@@ -64,8 +63,8 @@ def init(
         ValueError: `params` is empty, spread over devices, or holds a tensor that
             requires grad or is not floating point; a name stands in both mappings.
     """
-    _require_params(params)
-    _require_tensors("buffers", buffers)
+    border.require_params(params)
+    border.require_tensors("buffers", buffers)
     if shared := sorted(params.keys() & buffers.keys()):
         raise ValueError(f"params and buffers must not share names, both hold {shared}")
     return TrainState(
@@ -73,7 +72,7 @@ def init(
         buffers=dict(buffers),
         opt_state=optimizer.init(params),
         method_state=method.init(params),
-        step=torch.zeros((), dtype=torch.int64, device=_device(params)),
+        step=torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device),
     )
 
 
@@ -117,9 +116,9 @@ def sam_update(
     Source:
         Foret et al., 2021, arXiv:2010.01412, algorithm 1.
     """
-    _require_params(state.params)
-    require_dial("rho", rho)
-    require_dial("lr", lr)
+    border.require_params(state.params)
+    border.require_dial("rho", rho)
+    border.require_dial("lr", lr)
     if check := getattr(loss_fn, "check", None):
         check(state.params, state.buffers)
 
@@ -159,40 +158,3 @@ def _select(condition: Tensor, new: Any, old: Any) -> Any:
     if isinstance(old, Mapping):
         return {key: _select(condition, new[key], old[key]) for key in old}
     return torch.where(condition, new, old)
-
-
-def _device(params: Params) -> torch.device:
-    return next(iter(params.values())).device
-
-
-def _require_tensors(what: str, mapping: Any) -> None:
-    if not isinstance(mapping, Mapping):
-        raise TypeError(
-            f"{what} must map names to tensors, got {type(mapping).__name__}"
-        )
-    for name, value in mapping.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{what}[{name!r}] must be a tensor, got {type(value)}")
-
-
-def _require_params(params: Params) -> None:
-    _require_tensors("params", params)
-    if not params:
-        raise ValueError("params must hold at least one tensor, got none")
-    device = _device(params)
-    for name, value in params.items():
-        if not value.is_floating_point():
-            raise ValueError(
-                f"params must be floating point, {name} is {value.dtype}: make it a"
-                " buffer"
-            )
-        if value.requires_grad:
-            raise ValueError(
-                f"params must not require grad, {name} does: detach them, as"
-                " samfn.split does"
-            )
-        if value.device != device:
-            raise ValueError(
-                f"params must be on one device, {name} is on {value.device} and others"
-                f" on {device}"
-            )

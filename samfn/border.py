@@ -1,0 +1,111 @@
+"""Checks at the border: an error says what was expected and what came.
+
+They look at names, shapes and types, which costs nothing in a compiled step, and never at
+the values of tensors, which would make a GPU wait.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from samfn.tree import Params
+
+
+def require_dial(name: str, value: float | Tensor) -> None:
+    """Raise unless `value` is a 0-d tensor or a finite number that is not negative.
+
+    Raises:
+        TypeError: `value` is neither a number nor a tensor.
+        ValueError: a number below 0, or not finite, or a tensor that is not 0-d. What
+            a tensor holds is not looked at: that would make a GPU wait.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(
+                f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}"
+            )
+    elif not isinstance(value, int | float):
+        raise TypeError(
+            f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
+        )
+    elif not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
+def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
+    """Raise unless both mappings agree in names and shapes.
+
+    Args:
+        expected: the mapping that rules.
+        given: the mapping that is checked.
+        names: what the two are called in the error, as "params and grads".
+
+    Raises:
+        ValueError: says which names or shapes differ, the first five of them.
+    """
+    if expected.keys() != given.keys():
+        missing = sorted(expected.keys() - given.keys())
+        unexpected = sorted(given.keys() - expected.keys())
+        raise ValueError(
+            f"{names} must have the same names: {_some(missing)} missing,"
+            f" {_some(unexpected)} unexpected"
+        )
+    differing = [
+        f"{name}: {_shape(leaf)} against {_shape(given[name])}"
+        for name, leaf in expected.items()
+        if leaf.shape != given[name].shape
+    ]
+    if differing:
+        raise ValueError(f"{names} must have the same shapes: {_some(differing)}")
+
+
+def require_tensors(what: str, mapping: Any) -> None:
+    """Raise unless `mapping` maps to tensors.
+
+    Raises:
+        TypeError: it is no mapping, or holds something else.
+    """
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"{what} must map names to tensors, got {type(mapping).__name__}")
+    for name, value in mapping.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what}[{name!r}] must be a tensor, got {type(value)}")
+
+
+def require_params(params: Params) -> None:
+    """Raise unless `params` can be trained.
+
+    Raises:
+        TypeError: not a mapping to tensors.
+        ValueError: empty, on several devices, or with a tensor that requires grad or is
+            not floating point.
+    """
+    require_tensors("params", params)
+    if not params:
+        raise ValueError("params must hold at least one tensor, got none")
+    device = next(iter(params.values())).device
+    for name, value in params.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"params must be floating point, {name} is {value.dtype}: make it a buffer"
+            )
+        if value.requires_grad:
+            raise ValueError(
+                f"params must not require grad, {name} does: detach them, as"
+                " samfn.split does"
+            )
+        if value.device != device:
+            raise ValueError(
+                f"params must be on one device, {name} is on {value.device} and others"
+                f" on {device}"
+            )
+
+
+def _shape(leaf: Tensor) -> str:
+    return str(tuple(leaf.shape))
+
+
+def _some(items: list[str], shown: int = 5) -> str:
+    text = ", ".join(items[:shown]) or "none"
+    return text + (f" and {len(items) - shown} more" if len(items) > shown else "")

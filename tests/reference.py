@@ -1,0 +1,76 @@
+"""Slow, obvious oracles, written the usual way and without samfn."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def overwriting_sam_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[nn.Module], Tensor],
+    rho: float,
+) -> float:
+    """Take a SAM step by writing to the weights and putting them back."""
+    optimizer.zero_grad()
+    loss = loss_of(model)
+    loss.backward()
+    statistics = {name: b.clone() for name, b in model.named_buffers()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    total = sum(float((p.grad**2).sum()) for p in parameters) ** 0.5
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(p.grad, alpha=rho / total)
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    with torch.no_grad():
+        for p, old in zip(parameters, before, strict=True):
+            p.copy_(old)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(statistics[name])
+    optimizer.step()
+    return loss.item()
+
+
+def flat(tree: dict[str, Tensor]) -> Tensor:
+    """Return all entries as one vector, in the order of the names."""
+    return torch.cat([tree[name].reshape(-1) for name in sorted(tree)])
+
+
+def asam_perturbation(
+    w: list[float], g: list[float], rho: float, eta: float
+) -> list[float]:
+    """Return rho T^2 g / ||T g|| with T = |w| + eta, number by number."""
+    t = [abs(x) + eta for x in w]
+    length = sum((a * b) ** 2 for a, b in zip(t, g, strict=True)) ** 0.5
+    return [rho * a * a * b / length for a, b in zip(t, g, strict=True)]
+
+
+def small_network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Return a network with convolution, BatchNorm, bias and a linear head."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    ).to(dtype)
+
+
+def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
+    """Return batches for `small_network`, different each time within a list."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(8, 2, 4, 4, generator=generator, dtype=dtype),
+            torch.randint(3, (8,), generator=generator),
+        )
+        for _ in range(count)
+    ]

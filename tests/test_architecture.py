@@ -1,0 +1,83 @@
+"""Who may import whom: levels, and one module for each outside thing."""
+
+import ast
+from pathlib import Path
+
+import samfn
+
+ROOT = Path(__file__).parent.parent
+LEVELS = {
+    "tree": 0,
+    "schedules": 0,
+    "border": 1,
+    "gradient": 1,
+    "perturb": 2,
+    "descend": 2,
+    "stateless": 2,
+    "methods": 3,
+    "update": 4,
+    "checkpoint": 5,
+    "__init__": 9,
+}
+# Outside thing -> the files that may know it.
+OWNERS = {
+    "rich": {"recipes/console.py"},
+    "matplotlib": {"recipes/plots.py"},
+    "safetensors": {"samfn/checkpoint.py", "recipes/data.py"},
+    "torchvision": {"recipes/data.py"},
+    "sklearn": {"recipes/data.py"},
+    "einops": {"recipes/models.py", "recipes/augment.py"},
+    "tyro": {"recipes/config.py", "bench/compare.py"},
+    "torch.func": {"samfn/gradient.py", "samfn/stateless.py"},
+}
+
+
+def imported(path):
+    """Return the modules that a file imports, with their packages."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def sources(*folders):
+    return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+def test_modules_import_from_lower_levels_only():
+    files = sources("samfn")
+    assert {path.stem for path in files} == LEVELS.keys()
+    for path in files:
+        for name in imported(path):
+            package, _, module = name.partition(".")
+            module = module.partition(".")[0]
+            if package == "samfn" and module in LEVELS:
+                assert LEVELS[module] < LEVELS[path.stem], f"{path.stem} imports {name}"
+
+
+def test_the_library_knows_nothing_of_recipes():
+    for path in sources("samfn"):
+        outer = {"recipes", "bench", "tests"}
+        assert not outer & {name.partition(".")[0] for name in imported(path)}
+
+
+def test_each_outside_thing_has_its_module():
+    for path in sources("samfn", "recipes", "bench"):
+        where = str(path.relative_to(ROOT))
+        for outside, owners in OWNERS.items():
+            names = {
+                n for n in imported(path) if n == outside or n.startswith(outside + ".")
+            }
+            assert not names or where in owners, f"{where} imports {names}"
+
+
+def test_the_public_names_exist():
+    assert all(hasattr(samfn, name) for name in samfn.__all__)
+
+
+def test_public_functions_say_what_they_do():
+    for name in samfn.__all__:
+        assert getattr(samfn, name).__doc__, name

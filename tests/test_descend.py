@@ -1,0 +1,188 @@
+import pytest
+import torch
+from torch import nn
+from torch.optim.radam import radam as radam_kernel
+from torch.testing import assert_close
+
+import samfn
+
+radam = samfn.from_torch(
+    torch.optim.RAdam,
+    radam_kernel,
+    {"exp_avgs": torch.zeros_like, "exp_avg_sqs": torch.zeros_like},
+    weight_decay=0.01,
+)
+
+PAIRS = [
+    (samfn.sgd(), torch.optim.SGD, {"momentum": 0.9}),
+    (samfn.sgd(0.0), torch.optim.SGD, {}),
+    (
+        samfn.sgd(0.8, nesterov=True, weight_decay=0.1),
+        torch.optim.SGD,
+        {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+    ),
+    (samfn.adam(), torch.optim.Adam, {}),
+    (
+        samfn.adam((0.8, 0.9), 1e-6, 0.1, amsgrad=True),
+        torch.optim.Adam,
+        {"betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "amsgrad": True},
+    ),
+    (samfn.adamw(), torch.optim.AdamW, {}),
+    (
+        samfn.adamw(weight_decay=0.3, amsgrad=True),
+        torch.optim.AdamW,
+        {"weight_decay": 0.3, "amsgrad": True},
+    ),
+    (samfn.nadam(), torch.optim.NAdam, {}),
+    (
+        samfn.nadam(weight_decay=0.1, momentum_decay=0.1),
+        torch.optim.NAdam,
+        {"weight_decay": 0.1, "momentum_decay": 0.1},
+    ),
+    (samfn.rmsprop(), torch.optim.RMSprop, {}),
+    (
+        samfn.rmsprop(0.9, 1e-6, 0.1, momentum=0.5, centered=True),
+        torch.optim.RMSprop,
+        {
+            "alpha": 0.9,
+            "eps": 1e-6,
+            "weight_decay": 0.1,
+            "momentum": 0.5,
+            "centered": True,
+        },
+    ),
+    (samfn.adagrad(), torch.optim.Adagrad, {}),
+    (
+        samfn.adagrad(0.1, 0.1, 0.5),
+        torch.optim.Adagrad,
+        {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5},
+    ),
+    (radam, torch.optim.RAdam, {"weight_decay": 0.01}),
+]
+
+
+def start():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (3, 4), "b": (5,), "c": ()}
+    return {name: torch.randn(s, generator=generator) for name, s in shapes.items()}
+
+
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    ("optimizer", "theirs", "options"),
+    PAIRS,
+    ids=[f"{c.__name__}-{len(o)}" for _, c, o in PAIRS],
+)
+def test_ten_steps_equal_the_class_of_torch_bit_for_bit(optimizer, theirs, options, lr):
+    params = start()
+    own = {name: nn.Parameter(w.clone()) for name, w in params.items()}
+    reference = theirs(own.values(), lr=float(lr), **options)
+    opt_state = optimizer.init(params)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        grads = {name: torch.randn_like(w) for name, w in params.items()}
+        for name, w in own.items():
+            w.grad = grads[name].clone()
+        reference.step()
+        params, opt_state = samfn.descend(
+            params, grads, opt_state, optimizer=optimizer, lr=lr
+        )
+        for name in params:
+            assert torch.equal(params[name], own[name]), f"{name} in step {seed}"
+    assert not torch.equal(params["a"], start()["a"])
+
+
+def test_arguments_stay_as_they_were():
+    for optimizer, _, _ in PAIRS:
+        params, grads = start(), start()
+        _, opt_state = samfn.descend(
+            params, grads, optimizer.init(params), optimizer=optimizer, lr=0.1
+        )
+        given = (params, grads, opt_state)
+        copies = [torch.utils._pytree.tree_map(torch.clone, tree) for tree in given]
+        samfn.descend(params, grads, opt_state, optimizer=optimizer, lr=0.1)
+        for tree, copy in zip(given, copies, strict=True):
+            assert_close(tree, copy, rtol=0, atol=0)
+
+
+def test_gradients_are_matched_by_name():
+    params = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    grads = {"b": torch.tensor([2.0]), "a": torch.tensor([1.0])}
+    optimizer = samfn.sgd()
+    moved, _ = samfn.descend(
+        params, grads, optimizer.init(params), optimizer=optimizer, lr=1.0
+    )
+    assert_close(moved, {"a": torch.tensor([-1.0]), "b": torch.tensor([-2.0])})
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 5.0, 1e9])
+def test_clipping_is_that_of_torch(max_norm):
+    params, grads = start(), start()
+    for name, w in (own := {n: nn.Parameter(w) for n, w in params.items()}).items():
+        w.grad = grads[name].clone()
+    nn.utils.clip_grad_norm_(own.values(), max_norm)
+    optimizer = samfn.clipped(samfn.sgd(0.0), max_norm)
+    moved, _ = samfn.descend(
+        params, grads, optimizer.init(params), optimizer=optimizer, lr=1.0
+    )
+    expected = {name: params[name] - w.grad for name, w in own.items()}
+    assert_close(moved, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_clipping_leaves_a_zero_gradient_zero():
+    params = start()
+    optimizer = samfn.clipped(samfn.sgd(), 1.0)
+    still, _ = samfn.descend(
+        params,
+        samfn.tree.zeros_like(params),
+        optimizer.init(params),
+        optimizer=optimizer,
+        lr=0.1,
+    )
+    assert_close(still, params, rtol=0, atol=0)
+
+
+def test_state_of_another_optimizer_is_an_error():
+    params = start()
+    with pytest.raises(ValueError, match=r"another optimizer: .*exp_avg.* got \['mom"):
+        samfn.descend(
+            params, params, samfn.sgd().init(params), optimizer=samfn.adam(), lr=0.1
+        )
+
+
+def test_state_for_other_parameters_is_an_error():
+    params, sgd = start(), samfn.sgd()
+    opt_state = sgd.init({"a": params["a"]})
+    with pytest.raises(ValueError, match="momentum_buffer_list holds 1 names, params 3"):
+        samfn.descend(params, params, opt_state, optimizer=sgd, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: samfn.sgd(momentum=-1), "momentum"),
+        (lambda: samfn.sgd(momentum=0.0, nesterov=True), "Nesterov"),
+        (lambda: samfn.adam(betas=(1.5, 0.9)), "beta"),
+        (lambda: samfn.clipped(samfn.sgd(), 0.0), "max_norm must be positive, got 0"),
+    ],
+)
+def test_bad_options_are_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"lr": -0.1}, ValueError, "lr must be .* at least 0, got -0.1"),
+        ({"lr": None}, TypeError, "lr must be a number or a 0-d tensor, got NoneType"),
+        ({"grads": {"a": torch.ones(1)}}, ValueError, "same names: b, c missing"),
+    ],
+)
+def test_bad_input_says_what_came(change, error, message):
+    params, sgd = start(), samfn.sgd()
+    given = {"grads": params, "lr": 0.1} | change
+    with pytest.raises(error, match=message):
+        samfn.descend(
+            params, given["grads"], sgd.init(params), optimizer=sgd, lr=given["lr"]
+        )

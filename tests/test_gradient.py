@@ -1,0 +1,90 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+import samfn
+from samfn.gradient import evaluate
+from tests.reference import batches, small_network
+
+PARAMS = {"w": torch.tensor([1.0, 2.0]), "unused": torch.tensor([5.0])}
+
+
+def test_gradient_is_that_of_autograd():
+    model = small_network()
+    params, buffers = samfn.split(model)
+    loss_fn = samfn.supervised(model, torch.nn.functional.cross_entropy)
+    batch = batches(1)[0]
+    seen = evaluate(loss_fn, params, buffers, batch)
+    loss = torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    assert_close(seen.loss, loss.detach())
+    assert_close(seen.grads, {n: p.grad for n, p in model.named_parameters()})
+
+
+def test_a_bare_loss_keeps_the_buffers_and_an_unused_parameter_has_gradient_zero():
+    buffers = {"b": torch.tensor(3.0)}
+    seen = evaluate(lambda p, b, x: (p["w"] * x).sum(), PARAMS, buffers, torch.ones(2))
+    assert_close(seen.buffers, buffers)
+    assert seen.outputs is None
+    assert_close(seen.grads, {"w": torch.ones(2), "unused": torch.zeros(1)})
+
+
+def test_outputs_may_be_any_tree():
+    def loss_fn(params, buffers, batch):
+        outputs = {"hidden": [params["w"] * 2, None], "name": "x"}
+        return params["w"].sum(), samfn.Aux(outputs, buffers)
+
+    seen = evaluate(loss_fn, PARAMS, {}, None)
+    assert_close(seen.outputs["hidden"][0], torch.tensor([2.0, 4.0]))
+    assert seen.outputs["hidden"][1] is None
+    assert seen.outputs["name"] == "x"
+
+
+def test_nothing_that_is_returned_carries_a_graph():
+    model = small_network()
+    params, buffers = samfn.split(model)
+    loss_fn = samfn.supervised(model, torch.nn.functional.cross_entropy)
+    seen = evaluate(loss_fn, params, buffers, batches(1)[0])
+    tensors = [seen.loss, seen.outputs, *seen.buffers.values(), *seen.grads.values()]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_l2_adds_half_the_decay_times_the_squared_weights():
+    regularized = samfn.l2_regularized(lambda p, b, x: (p["w"] * x).sum(), 0.1)
+    seen = evaluate(regularized, PARAMS, {}, torch.ones(2))
+    assert_close(seen.loss, torch.tensor(3.0 + 0.05 * (1 + 4 + 25)))
+    expected = {"w": torch.tensor([1.1, 1.2]), "unused": torch.tensor([0.5])}
+    assert_close(seen.grads, expected)
+
+
+def test_l2_keeps_the_checks_of_the_loss():
+    model = small_network()
+    params, buffers = samfn.split(model)
+    loss_fn = samfn.l2_regularized(samfn.supervised(model, torch.nn.MSELoss()), 0.1)
+    state = samfn.init({**params, "x": torch.ones(1)}, buffers, optimizer=samfn.sgd())
+    with pytest.raises(ValueError, match="x unexpected"):
+        samfn.sam_update(state, None, loss_fn=loss_fn, optimizer=samfn.sgd(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "error", "message"),
+    [
+        (lambda p, b, x: p["w"], ValueError, r"scalar loss, got shape \(2,\)"),
+        (lambda p, b, x: torch.tensor(1), ValueError, "floating-point .* torch.int64"),
+        (lambda p, b, x: None, TypeError, "got NoneType"),
+        (lambda p, b, x: (p["w"].sum(), 3), TypeError, "got tuple"),
+        (
+            lambda p, b, x: (p["w"].sum(), samfn.Aux(None, {})),
+            ValueError,
+            r"names of the buffers: \['b'\]",
+        ),
+    ],
+)
+def test_bad_losses_say_what_came(loss_fn, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(loss_fn, PARAMS, {"b": torch.ones(1)}, None)
+
+
+def test_negative_decay_is_an_error():
+    with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
+        samfn.l2_regularized(lambda p, b, x: p["w"].sum(), -1)

@@ -22,8 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     # A minute on a laptop. Digits are 8x8, and a mirrored 3 is no 3.
     "digits": {
-        "model": "wrn-10-2",
-        "epochs": 20,
+        "model": "wrn-10-1",
+        "epochs": 80,
         "batch_size": 64,
         "crop_padding": 1,
         "flip": False,

@@ -1,0 +1,212 @@
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipes import config as configs
+from recipes.config import PRESETS, Config, ConfigError, parse, read_toml, write_toml
+
+DIGITS = ["--data", "digits"]
+
+# One value for every field that differs from its default, as flags write it.
+FLAGS = {
+    "preset": ("none", "none"),
+    "config": None,  # has tests of its own
+    "data": ("digits", "digits"),
+    "data_dir": ("here", Path("here")),
+    "image_size": ("48", 48),
+    "label_noise": ("0.4", 0.4),
+    "validation": ("0.1", 0.1),
+    "crop_padding": ("2", 2),
+    "flip": (None, False),
+    "cutout": ("16", 16),
+    "model": ("wrn-28-10", "wrn-28-10"),
+    "layout": ("davda54", "davda54"),
+    "zero_head": (None, True),
+    "dropout": ("0.3", 0.3),
+    "method": ("asam", "asam"),
+    "rho": ("0.2", 0.2),
+    "same_dropout": (None, True),
+    "epochs": ("7", 7),
+    "batch_size": ("64", 64),
+    "lr": ("0.05", 0.05),
+    "momentum": ("0.8", 0.8),
+    "nesterov": (None, True),
+    "weight_decay": ("0.001", 0.001),
+    "decay_in_loss": (None, True),
+    "clip_norm": ("5", 5.0),
+    "label_smoothing": ("0.1", 0.1),
+    "schedule": ("step", "step"),
+    "warmup_epochs": ("2.5", 2.5),
+    "precision": ("bf16", "bf16"),
+    "device": ("cpu", "cpu"),
+    "seed": ("3", 3),
+    "output": ("out", Path("out")),
+    "resume": None,
+    "eval_only": None,
+    "dry_run": (None, True),
+}
+
+
+def test_every_field_is_covered_here():
+    assert list(FLAGS) == [field.name for field in dataclasses.fields(Config)]
+
+
+@pytest.mark.parametrize("name", [name for name, value in FLAGS.items() if value])
+def test_every_flag_sets_its_field_and_no_other(name):
+    text, expected = FLAGS[name]
+    base = parse(["--preset", "none", *DIGITS])
+    flag = name.replace("_", "-")
+    if text is None:
+        args = [f"--{flag}" if expected else f"--no-{flag}"]
+    else:
+        args = [f"--{flag}", text]
+    given = parse(["--preset", "none", *DIGITS, *args])
+    assert getattr(given, name) == expected
+    assert dataclasses.replace(given, **{name: getattr(base, name)}) == base
+
+
+def test_without_preset_the_defaults_are_those_of_the_class():
+    expected = Config(preset="none", data="digits")
+    assert parse(["--preset", "none", *DIGITS]) == expected
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_set_what_they_say_and_flags_override_them(preset):
+    config = parse(["--preset", preset, "--seed", "9"])
+    values = PRESETS[preset]
+    assert {key: getattr(config, key) for key in values} == values
+    assert config == Config(**values | {"preset": preset, "seed": 9})
+    assert parse(["--preset", preset, "--epochs", "3"]).epochs == 3
+
+
+def test_presets_are_the_published_settings():
+    foret, foret100 = (parse(["--preset", p]) for p in ("foret2021", "foret2021-cifar100"))
+    shared = ("wrn-28-10", 200, 256, 0.1, 5e-4, "cosine")
+    for config in (foret, foret100):
+        assert shared == (
+            config.model,
+            config.epochs,
+            config.batch_size,
+            config.lr,
+            config.weight_decay,
+            config.schedule,
+        )
+    assert (foret.rho, foret100.rho, foret100.data) == (0.05, 0.1, "cifar100")
+    davda, adaptive = (parse(["--preset", p]) for p in ("davda54", "davda54-adaptive"))
+    assert (davda.method, davda.rho) == ("sam", 0.05)
+    assert (adaptive.method, adaptive.rho) == ("asam-all", 2.0)
+    for config in (davda, adaptive):
+        assert (config.layout, config.cutout, config.schedule) == ("davda54", 16, "step")
+        # 0.1 / 9 for each of nine wrong classes is his 0.1 spread over them.
+        assert config.label_smoothing / 10 == pytest.approx(0.1 / 9)
+
+
+def test_digits_on_their_own_take_the_preset_for_digits():
+    assert parse(DIGITS).preset == "digits"
+
+
+def test_a_cpu_takes_the_small_preset_for_images(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    config = parse(["--data-dir", str(tmp_path), "--device", "cpu"])
+    assert config.preset == "small"
+    assert config.model == PRESETS["small"]["model"]
+
+
+def test_a_file_overrides_the_preset_and_flags_override_the_file(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('data = "digits"\nepochs = 7\nlr = 1\nmodel = "wrn-16-1"\n')
+    config = parse(["--config", str(file), "--epochs", "8"])
+    assert (config.preset, config.batch_size) == ("digits", 64)
+    assert (config.epochs, config.lr, config.model) == (8, 1, "wrn-16-1")
+
+
+paths = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=["Cs"]),
+    min_size=1,
+).map(Path)
+
+
+@given(
+    st.builds(
+        Config,
+        data_dir=st.none() | paths,
+        output=st.none() | paths,
+        clip_norm=st.none() | st.floats(1e-9, 1e9),
+        lr=st.floats(1e-9, 1e9),
+        rho=st.floats(0, 1e9),
+        seed=st.integers(-(2**63), 2**63 - 1),
+        flip=st.booleans(),
+        image_size=st.none() | st.integers(4, 999),
+        method=st.sampled_from(["sam", "asam", "asam-all"]),
+    )
+)
+def test_what_is_written_is_read_back(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("toml") / "c.toml"
+    write_toml(config, path)
+    assert Config(**read_toml(path)) == dataclasses.replace(config, preset="none")
+    tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", r"unknown settings: epoch; close to epoch: epochs"),
+        ('epochs = "3"', r"epochs cannot be '3', expected int"),
+        ("epochs = true", "epochs cannot be True"),
+        ("flip = 1", "flip cannot be 1, expected bool"),
+        ('method = "adam"', "method cannot be 'adam', expected .*asam-all"),
+        ("epochs = ", "is no TOML"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path, text, message):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        parse(["--config", str(file)])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read .*absent.toml: No such file"):
+        parse(["--config", str(tmp_path / "absent.toml")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--preset best", "--preset: expected one of .*davda54.* got 'best'"),
+        ("--rho -0.1", "--rho: expected a finite number of at least 0, got -0.1"),
+        ("--rho nan", "--rho: .* got nan"),
+        ("--lr 0", "--lr: expected a finite number above 0, got 0.0"),
+        ("--epochs 0", "--epochs: expected at least 1, got 0"),
+        ("--batch-size 1", "--batch-size: expected at least 2, got 1"),
+        ("--label-noise 1.5", "--label-noise: expected 0 to 1, got 1.5"),
+        ("--validation 1", "--validation: expected 0 to below 1, got 1.0"),
+        ("--dropout 1", "--dropout: expected 0 to below 1"),
+        ("--label-smoothing -1", "--label-smoothing: expected 0 to below 1"),
+        ("--momentum 1", "--momentum: expected 0 to below 1"),
+        ("--momentum 0 --nesterov", "--nesterov: expected momentum with it"),
+        ("--weight-decay -1", "--weight-decay: expected a number of at least 0"),
+        ("--clip-norm 0", "--clip-norm: expected a number above 0, or None, got 0.0"),
+        ("--crop-padding -1", "--crop-padding: expected at least 0 pixels"),
+        ("--cutout -1", "--cutout: expected at least 0 pixels"),
+        ("--image-size 3", "--image-size: expected at least 4 pixels"),
+        ("--warmup-epochs 999", "--warmup-epochs: expected 0 to all epochs"),
+        ("--eval-only", "--eval-only: expected --resume with it"),
+        ("--model resnet18", "--model: .*wrn-28-10, got 'resnet18'"),
+        ("--device gpu", "--device: 'gpu' cannot be used"),
+    ],
+)
+def test_values_out_of_range_say_what_was_expected(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.choose_device(parse([*DIGITS, *flags.split()]).device)
+
+
+def test_unknown_flags_end_with_the_usage_code():
+    with pytest.raises(SystemExit) as ended:
+        parse(["--roh", "0.1"])
+    assert ended.value.code == 2

@@ -1,0 +1,250 @@
+import hashlib
+import pickle
+import tarfile
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import datasets
+
+from recipes import data
+from recipes.data import DataError
+
+
+def make_folder(root, sizes=((6, 6),), classes=("cat", "dog"), count=3):
+    """Write PNG images whose pixels all say which image they are."""
+    number = 0
+    for split in data.SPLITS:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                number += 1
+                size = sizes[number % len(sizes)]
+                Image.new("RGB", size, (number, 0, 255)).save(folder / f"{index}.png")
+    return root
+
+
+def test_folders_become_tensors_with_labels_in_the_order_of_the_names(tmp_path):
+    found = data.load("folder", make_folder(tmp_path))
+    assert found.classes == ("cat", "dog")
+    assert found.train_images.shape == (6, 3, 6, 6)
+    assert found.train_images.dtype is torch.uint8
+    assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.train_images[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert found.test_images[:, 0, 5, 5].tolist() == [7, 8, 9, 10, 11, 12]
+    assert found.train_images[:, 2].eq(255).all()
+
+
+def test_the_second_time_comes_from_the_cache_and_is_equal(tmp_path):
+    root = make_folder(tmp_path)
+    first = data.load("folder", root)
+    (cache,) = root.glob("samfn-*.safetensors")
+    before = cache.stat().st_mtime_ns
+    tracked = []
+    second = data.load("folder", root, track=lambda *a: tracked.append(a) or a[0])
+    assert not tracked
+    assert cache.stat().st_mtime_ns == before
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
+    assert second.classes == first.classes
+
+
+def test_a_changed_file_or_size_makes_a_new_cache(tmp_path):
+    root = make_folder(tmp_path)
+    data.load("folder", root)
+    Image.new("RGB", (6, 6), (99, 0, 0)).save(root / "train" / "cat" / "0.png")
+    assert data.load("folder", root).train_images[0, 0, 0, 0] == 99
+    assert data.load("folder", root, image_size=4).train_images.shape[2:] == (4, 4)
+    assert len(list(root.glob("samfn-*.safetensors"))) == 3
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    root = make_folder(tmp_path)
+    first = data.load("folder", root)
+    (cache,) = root.glob("samfn-*.safetensors")
+    cache.write_bytes(cache.read_bytes()[:100])
+    again = data.load("folder", root)
+    assert torch.equal(again.train_images, first.train_images)
+    assert cache.stat().st_size > 100
+
+
+def test_progress_is_shown_for_every_image(tmp_path):
+    seen = []
+
+    def track(items, total, text):
+        for item in items:
+            seen.append((text, total))
+            yield item
+
+    data.load("folder", make_folder(tmp_path), track=track)
+    assert seen == [("reading train images", 6)] * 6 + [("reading test images", 6)] * 6
+
+
+def test_images_of_several_sizes_need_a_size(tmp_path):
+    root = make_folder(tmp_path, sizes=((6, 6), (9, 7)))
+    with pytest.raises(DataError, match=r"png is 6x6, .* 9x7; --image-size N resizes"):
+        data.load("folder", root)
+    resized = data.load("folder", root, image_size=5)
+    assert resized.train_images.shape == (6, 3, 5, 5)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "test" / "dog" / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"cannot read the image .*test/dog/1.png"):
+        data.load("folder", root)
+
+
+def test_classes_must_be_the_same_in_both_splits(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "test" / "cat").rename(root / "test" / "cow")
+    with pytest.raises(DataError, match=r"not in both train and test: \['cat', 'cow'\]"):
+        data.load("folder", root)
+
+
+def test_a_class_without_images_is_an_error(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "train" / "emu").mkdir()
+    with pytest.raises(DataError, match="emu"):
+        data.load("folder", root)
+
+
+def test_a_directory_that_holds_nothing_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"neither train/<class>.* nor cifar-10"):
+        data.choose_source("auto", tmp_path)
+    with pytest.raises(DataError, match="expected train/<class>"):
+        data.load("folder", tmp_path)
+    with pytest.raises(DataError, match="cifar10, cifar100, .* got 'mnist'"):
+        data.choose_source("mnist", tmp_path)
+
+
+def test_the_source_follows_from_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # A name that no server can have: what a machine without network sees.
+    monkeypatch.setattr(data, "CIFAR_HOST", "no-such-host.invalid")
+    source, line = data.choose_source("auto", None)
+    assert source == "digits"
+    assert "no CIFAR-10" in line
+    assert "no network" in line
+    assert "\n" not in line
+    (tmp_path / "cache" / "samfn" / "cifar-10-batches-py").mkdir(parents=True)
+    assert data.choose_source("auto", None)[0] == "cifar10"
+    assert data.choose_source("auto", make_folder(tmp_path / "own"))[0] == "folder"
+    assert data.choose_source("cifar100", tmp_path)[0] == "cifar100"
+
+
+def test_a_host_that_answers_is_reachable():
+    assert not data.is_reachable("no-such-host.invalid", seconds=0.5)
+
+
+def write_cifar10(root, reader):
+    """Write an archive as CIFAR-10's, small, with the digests that go with it."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    generator = numpy.random.default_rng(0)
+    pixels = {}
+
+    def write(name, content):
+        raw = pickle.dumps(content)
+        (folder / name).write_bytes(raw)
+        return [name, hashlib.md5(raw).hexdigest()]
+
+    def batch(name):
+        pixels[name] = generator.integers(0, 256, (4, 3072), dtype=numpy.uint8)
+        return write(name, {"data": pixels[name], "labels": [0, 1, 1, 0]})
+
+    reader.train_list = [batch(f"data_batch_{i}") for i in range(1, 3)]
+    reader.test_list = [batch("test_batch")]
+    name, digest = write("batches.meta", {"label_names": ["cat", "dog"]})
+    reader.meta = {"filename": name, "key": "label_names", "md5": digest}
+    with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    reader.tgz_md5 = hashlib.md5((root / reader.filename).read_bytes()).hexdigest()
+    return pixels
+
+
+def test_cifar_is_read_through_torchvision_and_cached(tmp_path, monkeypatch):
+    reader = type("CIFAR10", (datasets.CIFAR10,), {})
+    monkeypatch.setattr(datasets, "CIFAR10", reader)
+    pixels = write_cifar10(tmp_path, reader)
+    found = data.load("cifar10", tmp_path)
+    assert found.train_images.shape == (8, 3, 32, 32)
+    assert found.test_labels.tolist() == [0, 1, 1, 0]
+    assert found.classes == ("cat", "dog")
+    first = torch.from_numpy(pixels["data_batch_1"][0]).view(3, 32, 32)
+    assert torch.equal(found.train_images[0], first)
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    again = data.load("cifar10", tmp_path)
+    assert torch.equal(again.test_images, found.test_images)
+
+
+def test_a_download_that_fails_says_so(tmp_path, monkeypatch):
+    reader = type("CIFAR10", (datasets.CIFAR10,), {})
+    reader.url = "https://no-such-host.invalid/cifar-10-python.tar.gz"
+    monkeypatch.setattr(datasets, "CIFAR10", reader)
+    with pytest.raises(DataError, match="cannot read or download cifar10 in"):
+        data.load("cifar10", tmp_path)
+
+
+def test_digits_are_split_by_class_and_the_same_every_time():
+    first, second = data.load("digits"), data.load("digits")
+    assert first.train_images.shape == (1437, 1, 8, 8)
+    assert first.test_images.shape == (360, 1, 8, 8)
+    assert first.train_images.min() == 0
+    assert first.train_images.max() == 255
+    counts = torch.bincount(first.test_labels)
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+    assert torch.equal(first.test_images, second.test_images)
+
+
+@given(st.integers(2, 20), st.floats(0, 1), st.integers(0, 2**31), st.integers(1, 300))
+def test_label_noise_makes_its_share_of_labels_wrong(classes, fraction, seed, count):
+    labels = torch.arange(count) % classes
+    before = labels.clone()
+
+    def noisy():
+        source = torch.Generator().manual_seed(seed)
+        return data.corrupt_labels(labels, classes, fraction, source)
+
+    changed = noisy() != labels
+    assert changed.sum() == round(fraction * count)
+    assert noisy().min() >= 0
+    assert noisy().max() < classes
+    assert torch.equal(noisy(), noisy())
+    assert torch.equal(labels, before)
+
+
+def test_label_noise_is_symmetric():
+    source = torch.Generator().manual_seed(0)
+    noisy = data.corrupt_labels(torch.zeros(9000, dtype=torch.int64), 10, 1.0, source)
+    counts = torch.bincount(noisy, minlength=10)
+    assert counts[0] == 0
+    assert counts[1:].min() > 880
+    assert counts[1:].max() < 1120
+
+
+def test_validation_takes_images_away_from_training_with_their_labels():
+    digits = data.load("digits")
+    source = torch.Generator().manual_seed(0)
+    smaller, images, labels = data.hold_out(digits, 0.1, source)
+    assert len(images) == len(labels) == 144
+    assert len(smaller.train_images) == len(smaller.train_labels) == 1437 - 144
+    together = torch.cat([smaller.train_images, images]).flatten(1)
+    together = torch.cat([together, torch.cat([smaller.train_labels, labels])[:, None]], 1)
+    original = torch.cat([digits.train_images.flatten(1), digits.train_labels[:, None]], 1)
+    rows = [sorted(map(tuple, table.tolist())) for table in (together, original)]
+    assert rows[0] == rows[1]
+    assert smaller.test_images is digits.test_images
+
+
+def test_statistics_are_mean_and_deviation_of_each_channel():
+    images = torch.randint(256, (20, 3, 5, 7), dtype=torch.uint8)
+    mean, std = data.statistics(images)
+    pixels = images.double() / 255
+    torch.testing.assert_close(mean.double(), pixels.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    expected = pixels.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(std.double(), expected, rtol=1e-6, atol=0)

@@ -1,0 +1,255 @@
+"""The recipe end to end, on real images."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import samfn
+from recipes import training
+from recipes.cifar_wrn import main
+from recipes.config import parse
+from recipes.data import load
+from recipes.rundir import RunDirectory
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--data", "digits", "--model", "wrn-10-1", "--epochs", "2"]
+
+
+def rows(path):
+    return RunDirectory(path).rows()
+
+
+def without_times(path):
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+        for row in rows(path)
+    ]
+
+
+def train(path, *flags):
+    return main([*SMALL, "--output", str(path), *flags])
+
+
+def tensors(path, name="last"):
+    return load_file(path / "checkpoints" / f"{name}.safetensors")
+
+
+def equal(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_run_leaves_settings_metrics_picture_and_checkpoints(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--rho", "0.05") == 0
+    assert {p.name for p in run.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "curves.png",
+        "checkpoints",
+    }
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    first, last = rows(run)
+    assert (first["epoch"], last["epoch"], last["step"]) == (1, 2, 44)
+    assert last["perturbation_norm"] == pytest.approx(0.05, rel=1e-4)
+    assert last["train_loss"] < first["train_loss"]
+    assert last["test_accuracy"] > 60
+    assert last["sharpness"] > 0
+    assert last["skipped_steps"] == 0
+    out = capsys.readouterr().out
+    assert "digits, 1,437 training and 360 test images, 8x8" in out
+    assert "SAM rho 0.05" in out
+    for row in (first, last):
+        assert re.search(rf" {row['epoch']}/2 .*{row['test_accuracy']:.2f}", out)
+    assert f"--eval-only --resume {run}" in out.replace("\n", "")
+    assert "\x1b" not in out
+
+
+def test_the_checkpoint_of_the_best_epoch_evaluates_to_what_was_recorded(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run) == 0
+    capsys.readouterr()
+    assert main(["--eval-only", "--resume", str(run)]) == 0
+    best = max(rows(run), key=lambda row: row["test_accuracy"])
+    said = f"best epoch {best['epoch']}: test accuracy {best['test_accuracy']:.2f} %"
+    assert said in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        train(tmp_path / name, "--seed", seed, "--epochs", "1", "--dropout", "0.1")
+    a, b, c = (tensors(tmp_path / name) for name in "abc")
+    assert equal(a, b)
+    assert without_times(tmp_path / "a") == without_times(tmp_path / "b")
+    assert not equal(a, c)
+
+
+VARIANTS = {
+    "sam": ["--dropout", "0.2"],
+    "sgd": ["--rho", "0", "--nesterov"],
+    "asam": ["--method", "asam", "--rho", "0.5", "--precision", "bf16"],
+    "all": ["--same-dropout", "--dropout", "0.2", "--clip-norm", "1", "--decay-in-loss"],
+}
+
+
+def stop_after(steps, run, monkeypatch, *flags):
+    """Start a run that is stopped, by the signal, after so many steps."""
+    taken, real = [], training.step
+
+    def step(*args):
+        taken.append(None)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", step)
+        return train(run, *flags)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("steps", [1, 15, 22, 30])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, variant, steps):
+    flags = [*VARIANTS[variant], "--schedule", "step", "--cutout", "3"]
+    flags += ["--validation", "0.02"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, *flags) == 0
+    assert stop_after(steps, parts, monkeypatch, *flags) == 130
+    saved, metadata = samfn.restore(
+        parts / "checkpoints" / "last.safetensors", like=fresh(parts)
+    )
+    assert saved.step == steps
+    assert metadata["progress"]["epoch"] == steps // 22
+    assert main(["--resume", str(parts)]) == 0
+    assert equal(tensors(whole), tensors(parts))
+    assert equal(tensors(whole, "best"), tensors(parts, "best"))
+    assert without_times(whole) == without_times(parts)
+
+
+def fresh(run):
+    config = parse(["--resume", str(run)])
+    return training.assemble(config, load("digits"))[1]
+
+
+def test_resuming_with_other_settings_is_refused_and_changes_nothing(tmp_path, capsys):
+    run = tmp_path / "run"
+    train(run)
+    before = tensors(run)
+    assert main(["--resume", str(run), "--lr", "0.3", "--rho", "1"]) == 2
+    out = capsys.readouterr().out
+    assert "rho was 0.05, is now 1.0" in out
+    assert "lr was 0.1, is now 0.3" in out
+    assert equal(before, tensors(run))
+
+
+def test_a_directory_in_use_is_refused(tmp_path, capsys):
+    (tmp_path / "precious").write_text("x")
+    assert train(tmp_path) == 2
+    assert "expected a new or empty directory" in capsys.readouterr().out
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*SMALL, "--dry-run"]) == 0
+    assert "dry run: one step taken, loss" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_chooses_the_best_epoch(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--validation", "0.1", "--epochs", "3") == 0
+    assert "chosen by the validation set" in capsys.readouterr().out
+    accuracies = [row["validation_accuracy"] for row in rows(run)]
+    best = accuracies.index(max(accuracies)) + 1
+    assert tensors(run, "best")["step"] == rows(run)[best - 1]["step"]
+
+
+def test_label_noise_lowers_training_and_never_touches_the_test_set(tmp_path):
+    config = parse([*SMALL, "--label-noise", "0.4"])
+    digits = load("digits")
+    task, _ = training.assemble(config, digits)
+    assert (task.train_labels != digits.train_labels).sum() == round(0.4 * 1437)
+    assert torch.equal(task.test.labels, digits.test_labels)
+    clean = parse([*SMALL, "--label-noise", "0.4", "--validation", "0.1"])
+    task, _ = training.assemble(clean, digits)
+    source = training._generator(clean.seed, "validation")
+    held = training.hold_out(digits, 0.1, source)[2]
+    assert torch.equal(task.chosen_by.labels, held)
+
+
+def test_a_run_that_diverges_ends_with_its_own_code(tmp_path, capsys):
+    assert train(tmp_path / "run", "--lr", "1e30") == 3
+    assert "had a finite loss" in capsys.readouterr().out
+
+
+def test_a_batch_larger_than_the_training_set_is_an_error(tmp_path, capsys):
+    assert train(tmp_path / "run", "--batch-size", "2000") == 2
+    assert "at most the 1437 training images, got 2000" in capsys.readouterr().out
+
+
+def test_resuming_what_is_no_run_is_an_error(tmp_path, capsys):
+    assert main(["--resume", str(tmp_path / "absent")]) == 2
+    assert "cannot read" in capsys.readouterr().out
+
+
+def test_file_names_are_shown_as_they_are(tmp_path, capsys):
+    run = tmp_path / "[bold]x[/bold]"
+    assert train(run, "--epochs", "1") == 0
+    assert "[bold]x[/bold]" in capsys.readouterr().out.replace("\n", "")
+
+
+def start(run, *flags, **options):
+    command = [sys.executable, "-m", "recipes.cifar_wrn", *SMALL, "--output", str(run)]
+    return subprocess.Popen([*command, *flags], cwd=ROOT, **options)
+
+
+def wait_for(text, read):
+    seen, deadline = "", time.monotonic() + 60
+    while text not in seen:
+        assert time.monotonic() < deadline, seen
+        seen += read()
+    return seen
+
+
+def test_ctrl_c_in_a_terminal_ends_cleanly_and_the_run_can_go_on(tmp_path):
+    run = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    process = start(run, "--epochs", "500", stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = wait_for("images/s", lambda: os.read(ours, 9999).decode(errors="replace"))
+    process.send_signal(signal.SIGINT)
+    while True:
+        try:
+            chunk = os.read(ours, 9999)
+        except OSError:
+            break
+        if not chunk:
+            break
+        seen += chunk.decode(errors="replace")
+    assert process.wait(30) == 130
+    assert "Traceback" not in seen
+    assert "stopping after this step" in seen
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen).replace("\r\n", "")
+    assert "--resume" in plain
+    state, _ = samfn.restore(run / "checkpoints" / "last.safetensors", like=fresh(run))
+    assert state.step > 0
+
+
+def test_output_into_a_file_is_plain_lines(tmp_path):
+    process = start(tmp_path / "run", "--epochs", "1", stdout=subprocess.PIPE, text=True)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "\x1b" not in out
+    assert "\r" not in out
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["epoch"] == 1

@@ -64,7 +64,8 @@ class Arm:
 
     def seconds(self) -> float:
         """Return the median time of a training epoch."""
-        return statistics.median(row["seconds"] for rows in self.runs for row in rows)
+        times: list[float] = [row["seconds"] for rows in self.runs for row in rows]
+        return statistics.median(times)
 
 
 def main() -> None:

@@ -21,11 +21,10 @@ from recipes.config import PROGRAM, Config, ConfigError, parse
 from recipes.console import Display
 from recipes.data import DataError, choose_source, load
 from recipes.rundir import RunDirectory
+from recipes.task import Task, assemble
 from recipes.training import (
     DivergedError,
     Progress,
-    Task,
-    assemble,
     evaluate,
     order,
     restore,

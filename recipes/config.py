@@ -2,13 +2,13 @@
 
 import dataclasses
 import difflib
-import json
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import tomli_w
 import torch
 import tyro
 
@@ -150,6 +150,7 @@ class Config:
     def __post_init__(self) -> None:
         """Check every value that has a range."""
         finite = float("inf")
+        clip, side = self.clip_norm, self.image_size
         for name, holds, expected in (
             ("preset", self.preset in {"auto", *PRESETS}, f"one of {[*PRESETS]}"),
             ("label_noise", 0 <= self.label_noise <= 1, "0 to 1"),
@@ -161,12 +162,12 @@ class Config:
             ("rho", 0 <= self.rho < finite, "a finite number of at least 0"),
             ("lr", 0 < self.lr < finite, "a finite number above 0"),
             ("weight_decay", 0 <= self.weight_decay < finite, "a number of at least 0"),
-            ("clip_norm", (self.clip_norm or 1) > 0, "a number above 0, or None"),
+            ("clip_norm", clip is None or clip > 0, "a number above 0, or None"),
             ("crop_padding", self.crop_padding >= 0, "at least 0 pixels"),
             ("cutout", self.cutout >= 0, "at least 0 pixels"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2"),
-            ("image_size", (self.image_size or 4) >= 4, "at least 4 pixels, or None"),
+            ("image_size", side is None or side >= 4, "at least 4 pixels, or None"),
             (
                 "warmup_epochs",
                 0 <= self.warmup_epochs <= self.epochs,
@@ -225,7 +226,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, no TOML, or a key or type that `Config` does not have.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
@@ -240,13 +241,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def write_toml(config: Config, path: Path) -> None:
     """Write all settings, so that `read_toml` gives back the same `Config`."""
-    rows = ["# Settings of a run of recipes.cifar_wrn; what is absent is off."]
     # With all settings named, a preset would only bring back what was turned off.
-    for key, value in dataclasses.asdict(replace(config, preset="none")).items():
-        if value is not None:
-            text = str(value) if isinstance(value, Path) else value
-            rows.append(f"{key} = {json.dumps(text)}")
-    path.write_text("\n".join(rows) + "\n")
+    values = dataclasses.asdict(replace(config, preset="none"))
+    written = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in values.items()
+        if value is not None
+    }
+    text = "# Settings of a run of recipes.cifar_wrn; what is absent is off.\n"
+    path.write_text(text + tomli_w.dumps(written), encoding="utf-8")
 
 
 def _resumed(run: Path, read: Callable[..., Config]) -> Config:
@@ -291,17 +294,18 @@ def choose_device(name: str) -> torch.device:
 
 def _typed(path: Path, key: str, value: Any, expected: Any) -> Any:
     """Return the value of a TOML key as its field wants it."""
-    options = get_args(expected)
+    kinds = get_args(expected) or (expected,)
     if get_origin(expected) is Literal:
-        fits = value in options
+        fits = value in kinds
     else:
-        kinds = options or (expected,)
         if Path in kinds and isinstance(value, str):
             return Path(value)
         # Whole numbers will do for floats, but true is no number.
         allowed = (*kinds, int) if float in kinds else kinds
         fits = isinstance(value, allowed) and isinstance(value, bool) == (bool in kinds)
     if not fits:
-        name = getattr(expected, "__name__", str(expected))
-        raise ConfigError(f"{path}: {key} cannot be {value!r}, expected {name}")
+        names = [getattr(option, "__name__", repr(option)) for option in kinds]
+        raise ConfigError(
+            f"{path}: {key} cannot be {value!r}, expected {' or '.join(names)}"
+        )
     return value

@@ -40,10 +40,6 @@ class Dataset(NamedTuple):
     test_labels: Tensor
     classes: tuple[str, ...]
 
-    def to(self, device: torch.device) -> "Dataset":
-        """Return the data set with its tensors on `device`."""
-        return Dataset(*(t.to(device) for t in self[:4]), self.classes)
-
 
 def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
     """Decide where images come from, and say why in one line.
@@ -181,13 +177,14 @@ def read_folder(root: Path, image_size: int | None, track: Track) -> Dataset:
     if train.classes != test.classes:
         differing = sorted({*train.classes} ^ {*test.classes})
         raise DataError(f"{root}: classes not in both train and test: {differing}")
-    tensors: list[Tensor] = []
-    for split, part in zip(SPLITS, (train, test), strict=True):
-        images = track(part.samples, len(part.samples), f"reading {split} images")
-        tensors.append(_stack(images, image_size))
-        tensors.append(torch.tensor(part.targets))
-    _require_one_size(tensors[0], tensors[2])
-    return Dataset(*tensors, tuple(train.classes))
+
+    def tensors(split: str, part: Any) -> tuple[Tensor, Tensor]:
+        samples = track(part.samples, len(part.samples), f"reading {split} images")
+        return _stack(samples, image_size), torch.tensor(part.targets)
+
+    (images, labels), (test_images, test_labels) = map(tensors, SPLITS, (train, test))
+    _require_one_size(images, test_images)
+    return Dataset(images, labels, test_images, test_labels, tuple(train.classes))
 
 
 def corrupt_labels(
@@ -218,7 +215,8 @@ def hold_out(
         The data set without it, and the images and labels of the validation set.
     """
     order = torch.randperm(len(dataset.train_labels), generator=generator)
-    held, kept = order.split([count := round(fraction * len(order)), len(order) - count])
+    count = round(fraction * len(order))
+    held, kept = order[:count], order[count:]
     images, labels = dataset.train_images, dataset.train_labels
     smaller = dataset._replace(train_images=images[kept], train_labels=labels[kept])
     return smaller, images[held], labels[held]
@@ -282,15 +280,18 @@ def _cached(root: Path, key: dict[str, Any], read: Callable[[], Dataset]) -> Dat
 
 def _read_cache(path: Path) -> Dataset:
     with safe_open(path, framework="pt") as file:
-        tensors = [file.get_tensor(name).clone() for name in Dataset._fields[:4]]
-        return Dataset(*tensors, tuple(json.loads(file.metadata()["classes"])))
+        images, labels, test_images, test_labels = (
+            file.get_tensor(name).clone() for name in Dataset._fields[:4]
+        )
+        classes = tuple(json.loads(file.metadata()["classes"]))
+    return Dataset(images, labels, test_images, test_labels, classes)
 
 
 def _stack(samples: Iterable[tuple[str, int]], image_size: int | None) -> Tensor:
     from PIL import Image, UnidentifiedImageError
     from torchvision.transforms.v2 import functional as transforms
 
-    images = []
+    images: list[Tensor] = []
     for path, _ in samples:
         try:
             with Image.open(path) as file:

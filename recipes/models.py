@@ -36,7 +36,8 @@ class Block(nn.Module):
         active = F.relu(self.norm1(x_BCHW))
         shortcut = x_BCHW if self.shortcut is None else self.shortcut(active)
         hidden = self.dropout(F.relu(self.norm2(self.conv1(active))))
-        return shortcut + self.conv2(hidden)
+        residual: Tensor = self.conv2(hidden)
+        return shortcut + residual
 
 
 class WideResNet(nn.Sequential):

@@ -10,6 +10,7 @@ from recipes.rundir import Row
 matplotlib.use("agg")  # Draw into files, also where there is no screen.
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9742b", "#8a8a8a"
 COLOURS = (ORANGE, BLUE, "#3f8f4f", "#8b5fb0", GREY)
@@ -28,7 +29,7 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_ylabel("loss")
     right.set_ylabel("accuracy (%)")
     right.legend(frameon=False)
@@ -64,7 +65,7 @@ def comparison(
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, title="last epoch, mean")
     figure.savefig(path, dpi=150)
     plt.close(figure)

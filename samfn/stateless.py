@@ -26,7 +26,8 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         ValueError: no parameter requires grad, or some are not initialised yet.
     """
     _require_plain(model)
-    params, frozen = {}, {}
+    params: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"run a batch through the model first: {name} is lazy")

@@ -32,9 +32,9 @@ def norm(tree: Params) -> Tensor:
     dtype = torch.float32
     for leaf in leaves:
         dtype = torch.promote_types(dtype, leaf.dtype)
-    return torch.linalg.vector_norm(
-        torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
-    )
+    norms = torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
+    length: Tensor = torch.linalg.vector_norm(norms)
+    return length
 
 
 def scale(tree: Params, factor: float | Tensor) -> dict[str, Tensor]:

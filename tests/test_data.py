@@ -117,7 +117,7 @@ def test_a_directory_that_holds_nothing_is_an_error(tmp_path):
         data.choose_source("auto", tmp_path)
     with pytest.raises(DataError, match="expected train/<class>"):
         data.load("folder", tmp_path)
-    with pytest.raises(DataError, match="cifar10, cifar100, .* got 'mnist'"):
+    with pytest.raises(DataError, match=r"cifar10, cifar100, .* got 'mnist'"):
         data.choose_source("mnist", tmp_path)
 
 

@@ -18,8 +18,9 @@ import samfn
 from recipes import training
 from recipes.cifar_wrn import main
 from recipes.config import parse
-from recipes.data import load
+from recipes.data import hold_out, load
 from recipes.rundir import RunDirectory
+from recipes.task import assemble, generator
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data", "digits", "--model", "wrn-10-1", "--epochs", "2"]
@@ -138,7 +139,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, varia
 
 def fresh(run):
     config = parse(["--resume", str(run)])
-    return training.assemble(config, load("digits"))[1]
+    return assemble(config, load("digits"))[1]
 
 
 def test_resuming_with_other_settings_is_refused_and_changes_nothing(tmp_path, capsys):
@@ -178,13 +179,13 @@ def test_validation_chooses_the_best_epoch(tmp_path, capsys):
 def test_label_noise_lowers_training_and_never_touches_the_test_set(tmp_path):
     config = parse([*SMALL, "--label-noise", "0.4"])
     digits = load("digits")
-    task, _ = training.assemble(config, digits)
+    task, _ = assemble(config, digits)
     assert (task.train_labels != digits.train_labels).sum() == round(0.4 * 1437)
     assert torch.equal(task.test.labels, digits.test_labels)
     clean = parse([*SMALL, "--label-noise", "0.4", "--validation", "0.1"])
-    task, _ = training.assemble(clean, digits)
-    source = training._generator(clean.seed, "validation")
-    held = training.hold_out(digits, 0.1, source)[2]
+    task, _ = assemble(clean, digits)
+    source = generator(clean.seed, "validation")
+    held = hold_out(digits, 0.1, source)[2]
     assert torch.equal(task.chosen_by.labels, held)
 
 

@@ -1,0 +1,159 @@
+"""What a run trains: network, loss, optimizer, method, schedule and data, assembled."""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+import samfn
+from recipes.config import Config, choose_device
+from recipes.data import Dataset, corrupt_labels, hold_out, statistics
+from recipes.models import WideResNet, parse_name
+from samfn.gradient import LossFn
+from samfn.stateless import Supervised
+
+METHODS: dict[str, Callable[[], samfn.Method]] = {
+    "sam": samfn.sam,
+    "asam": samfn.asam,
+    "asam-all": partial(samfn.asam, eta=0.0, adapts=samfn.everything),
+}
+
+
+class Split(NamedTuple):
+    """Images and labels that a model is evaluated on."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+
+
+class Task(NamedTuple):
+    """Everything that a run needs and that no step changes."""
+
+    config: Config
+    device: torch.device
+    model: WideResNet
+    train_images: Tensor
+    train_labels: Tensor
+    chosen_by: Split
+    """The split that the best epoch is chosen by."""
+    test: Split
+    mean: Tensor
+    std: Tensor
+    loss_fn: LossFn
+    eval_fn: Supervised
+    optimizer: samfn.Optimizer
+    method: samfn.Method
+    lr: samfn.schedules.Schedule
+    steps_per_epoch: int
+
+
+def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
+    """Make of a configuration and its data all that training needs.
+
+    Raises:
+        ValueError: the training set is smaller than a batch.
+    """
+    device = choose_device(config.device)
+    test = Split("test", dataset.test_images, dataset.test_labels)
+    chosen_by = test
+    if config.validation:
+        source = generator(config.seed, "validation")
+        dataset, images, labels = hold_out(dataset, config.validation, source)
+        chosen_by = Split("validation", images, labels)
+    if config.label_noise:
+        source = generator(config.seed, "label noise")
+        count = len(dataset.classes)
+        noisy = corrupt_labels(dataset.train_labels, count, config.label_noise, source)
+        dataset = dataset._replace(train_labels=noisy)
+    steps_per_epoch = len(dataset.train_labels) // config.batch_size
+    if not steps_per_epoch:
+        raise ValueError(
+            f"--batch-size: expected at most the {len(dataset.train_labels)} training"
+            f" images, got {config.batch_size}"
+        )
+    mean, std = statistics(dataset.train_images)
+    model = _model(config, dataset).to(device).to(memory_format=torch.channels_last)
+    params, buffers = samfn.split(model)
+    optimizer, method = _optimizer(config), _method(config)
+    state = samfn.init(params, buffers, optimizer=optimizer, method=method)
+    dtype = torch.bfloat16 if config.precision == "bf16" else None
+    criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
+    if config.decay_in_loss:
+        loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay)
+    task = Task(
+        config=config,
+        device=device,
+        model=model,
+        train_images=dataset.train_images.to(device),
+        train_labels=dataset.train_labels.to(device),
+        chosen_by=_to(chosen_by, device),
+        test=_to(test, device),
+        # A channel that never varies is only centred.
+        mean=mean.to(device),
+        std=torch.where(std > 0, std, 1.0).to(device),
+        loss_fn=loss_fn,
+        eval_fn=samfn.supervised(model, F.cross_entropy, dtype=dtype),
+        optimizer=optimizer,
+        method=method,
+        lr=_schedule(config, steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+    )
+    return task, state
+
+
+def seed(*key: Any) -> int:
+    """Return a seed that depends on `key` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*key: Any, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator whose numbers depend on `key` alone."""
+    return Generator(device).manual_seed(seed(*key))
+
+
+def _model(config: Config, dataset: Dataset) -> WideResNet:
+    depth, width = parse_name(config.model)
+    torch.manual_seed(seed(config.seed, "model"))
+    return WideResNet(
+        depth,
+        width,
+        len(dataset.classes),
+        channels=dataset.train_images.shape[1],
+        dropout=config.dropout,
+        zero_head=config.zero_head,
+        layout=config.layout,
+    )
+
+
+def _optimizer(config: Config) -> samfn.Optimizer:
+    decay = 0.0 if config.decay_in_loss else config.weight_decay
+    optimizer = samfn.sgd(config.momentum, config.nesterov, decay)
+    if config.clip_norm is not None:
+        optimizer = samfn.clipped(optimizer, config.clip_norm)
+    return optimizer
+
+
+def _method(config: Config) -> samfn.Method:
+    method = METHODS[config.method]()
+    return samfn.same_randomness(method) if config.same_dropout else method
+
+
+def _schedule(config: Config, steps_per_epoch: int) -> samfn.schedules.Schedule:
+    steps = config.epochs * steps_per_epoch
+    schedule = {
+        "cosine": lambda: samfn.schedules.cosine(config.lr, steps),
+        "step": lambda: samfn.schedules.step_decay(config.lr, steps),
+        "constant": lambda: samfn.schedules.constant(config.lr),
+    }[config.schedule]()
+    return samfn.schedules.warmup(schedule, round(config.warmup_epochs * steps_per_epoch))
+
+
+def _to(split: Split, device: torch.device) -> Split:
+    return Split(split.name, split.images.to(device), split.labels.to(device))

@@ -64,21 +64,26 @@ def dials():
         yield torch.tensor(0.01 * (index + 1)), torch.tensor(0.1 / (index + 1))
 
 
-def check_equal(optimizer, method):
+# In a graph, torch.optim's kernels correct the bias in the counter's float32.
+ROUNDED = {"adam", "adamw", "nadam"}
+
+
+def check_equal(optimizer, method, **tolerance):
     loss_fn, state = small_task(optimizer, method)
     compiled, eager, graphs = compiled_step(loss_fn, optimizer, method)
     other = state
     for (rho, lr), batch in zip(dials(), batches(5), strict=True):
         state, metrics = compiled(state, batch, rho, lr)
         other, expected = eager(other, batch, rho, lr)
-        assert_close(metrics, expected)
-    assert_close(state, other)
+        assert_close(metrics, expected, **tolerance)
+    assert_close(state, other, **tolerance)
     assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_makes_one_graph_for_five_values_of_the_dials(name):
-    check_equal(OPTIMIZERS[name], samfn.sam())
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if name in ROUNDED else {}
+    check_equal(OPTIMIZERS[name], samfn.sam(), **tolerance)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,0 +1,113 @@
+"""Each way to get SAM wrong makes the tests that pin it down fail."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PERTURB, UPDATE = "tests/test_perturb.py", "tests/test_update.py"
+
+# Name -> file, the right line, a wrong one, and the tests that tell them apart.
+MUTANTS = {
+    "no normalisation": (
+        "perturb.py",
+        "rho / length, 0.0)",
+        "rho, 0.0)",
+        PERTURB,
+    ),
+    "norm of each tensor": (
+        "perturb.py",
+        "return tree.add_scaled(params, _reciprocal(tree.norm(grads), rho), grads)",
+        "return {n: tree.add_scaled({n: w}, _reciprocal(tree.norm({n: grads[n]}), rho),"
+        " {n: grads[n]})[n] for n, w in params.items()}",
+        PERTURB,
+    ),
+    "wrong sign": (
+        "perturb.py",
+        "_reciprocal(tree.norm(grads), rho), grads)",
+        "-_reciprocal(tree.norm(grads), rho), grads)",
+        PERTURB,
+    ),
+    "no guard at zero": (
+        "perturb.py",
+        "torch.where(length > smallest, rho / length, 0.0)",
+        "rho / length",
+        PERTURB,
+    ),
+    "guard by adding 1e-6": (
+        "perturb.py",
+        "torch.where(length > smallest, rho / length, 0.0)",
+        "rho / (length + 1e-6)",
+        PERTURB,
+    ),
+    "sum of absolute values": (
+        "tree.py",
+        "torch._foreach_norm(leaves, 2, dtype=dtype)",
+        "torch._foreach_norm(leaves, 1, dtype=dtype)",
+        PERTURB,
+    ),
+    "in place": (
+        "tree.py",
+        "torch._foreach_add(*_aligned(left, right))",
+        "[a.add_(b) for a, b in zip(*_aligned(left, right), strict=True)]",
+        PERTURB,
+    ),
+    "statistics counted twice": (
+        "methods.py",
+        "worst = evaluate(perturbed, buffers, batch)",
+        "worst = evaluate(perturbed, clean.buffers, batch);"
+        " clean = clean._replace(buffers=worst.buffers)",
+        UPDATE,
+    ),
+    "loss of the perturbed pass": (
+        "methods.py",
+        "return Descent(worst.grads, clean, worst.loss, length), memory",
+        "return Descent(worst.grads, clean._replace(loss=worst.loss), worst.loss,"
+        " length), memory",
+        UPDATE,
+    ),
+    "gradient of the clean pass": (
+        "methods.py",
+        "return Descent(worst.grads, clean,",
+        "return Descent(clean.grads, clean,",
+        UPDATE,
+    ),
+    "descent from the perturbed weights": (
+        "methods.py",
+        "worst = evaluate(perturbed, buffers, batch)",
+        "worst = evaluate(perturbed, buffers, batch);"
+        " [params[n].copy_(w) for n, w in perturbed.items()]",
+        UPDATE,
+    ),
+    "a step that is not finite is taken": (
+        "update.py",
+        "params=tree.select(finite, new_params, params)",
+        "params=new_params",
+        UPDATE,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_tests_kill_the_mutant(tmp_path, name):
+    file, right, wrong, tests = MUTANTS[name]
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "runs"))
+    path = tmp_path / "copy" / "samfn" / file
+    source = path.read_text()
+    assert source.count(right) == 1
+    path.write_text(source.replace(right, wrong))
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", tests],
+        cwd=tmp_path / "copy",
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "copy")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1, result.stdout
+    assert "1 failed" in result.stdout

@@ -7,7 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SPLITS = ("train", "test")
-CIFAR_HOST = "www.cs.toronto.edu"
+CIFAR_URL = "https://www.cs.toronto.edu"
 
 Source = Literal["cifar10", "cifar100", "folder", "digits"]
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -65,7 +66,7 @@ def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
             f"{data_dir} holds neither train/<class>/* and test/<class>/* images nor"
             " cifar-10-batches-py; to download CIFAR-10 there, add --data cifar10"
         )
-    if is_reachable(CIFAR_HOST):
+    if is_reachable(CIFAR_URL):
         return "cifar10", f"CIFAR-10, downloaded to {root}"
     return "digits", (
         f"no CIFAR-10 in {root} and no network to download it: training on"
@@ -110,10 +111,13 @@ def default_root() -> Path:
     return Path(cache) / "samfn"
 
 
-def is_reachable(host: str, seconds: float = 3.0) -> bool:
-    """Return whether `host` answers on the HTTPS port."""
+def is_reachable(url: str, seconds: float = 3.0) -> bool:
+    """Return whether a server answers at `url`, through a proxy if one is set."""
     try:
-        socket.create_connection((host, 443), timeout=seconds).close()
+        request = urllib.request.Request(url, method="HEAD")
+        urllib.request.urlopen(request, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True  # An answer, if not the one that was hoped for.
     except OSError:
         return False
     return True

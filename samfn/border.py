@@ -4,7 +4,7 @@ They look at names, shapes and types, which costs nothing in a compiled step, an
 the values of tensors, which would make a GPU wait.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +34,7 @@ def require_dial(name: str, value: float | Tensor) -> None:
 
 
 def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
-    """Raise unless both mappings agree in names and shapes.
+    """Raise unless both mappings agree in names, shapes and dtypes.
 
     Args:
         expected: the mapping that rules.
@@ -42,7 +42,7 @@ def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
         names: what the two are called in the error, as "params and grads".
 
     Raises:
-        ValueError: says which names or shapes differ, the first five of them.
+        ValueError: says what differs, the first five of it.
     """
     if expected.keys() != given.keys():
         missing = sorted(expected.keys() - given.keys())
@@ -51,13 +51,19 @@ def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
             f"{names} must have the same names: {_some(missing)} missing,"
             f" {_some(unexpected)} unexpected"
         )
-    differing = [
-        f"{name}: {_shape(leaf)} against {_shape(given[name])}"
-        for name, leaf in expected.items()
-        if leaf.shape != given[name].shape
-    ]
-    if differing:
-        raise ValueError(f"{names} must have the same shapes: {_some(differing)}")
+    _require_same(expected, given, names, "shapes", lambda leaf: tuple(leaf.shape))
+    _require_same(expected, given, names, "dtypes", lambda leaf: leaf.dtype)
+
+
+def require_gradients(params: Params, grads: Params) -> None:
+    """Raise unless `grads` can be the gradient at `params`.
+
+    Raises:
+        ValueError: names, shapes, dtypes or devices differ.
+    """
+    names = "params and grads"
+    require_same_layout(params, grads, names=names)
+    _require_same(params, grads, names, "devices", lambda leaf: leaf.device)
 
 
 def require_tensors(what: str, mapping: Any) -> None:
@@ -102,8 +108,20 @@ def require_params(params: Params) -> None:
             )
 
 
-def _shape(leaf: Tensor) -> str:
-    return str(tuple(leaf.shape))
+def _require_same(
+    expected: Params,
+    given: Params,
+    names: str,
+    what: str,
+    trait: Callable[[Tensor], Any],
+) -> None:
+    differing = [
+        f"{name}: {trait(leaf)} against {trait(given[name])}"
+        for name, leaf in expected.items()
+        if trait(leaf) != trait(given[name])
+    ]
+    if differing:
+        raise ValueError(f"{names} must have the same {what}: {_some(differing)}")
 
 
 def _some(items: list[str], shown: int = 5) -> str:

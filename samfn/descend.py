@@ -67,7 +67,7 @@ def descend(
         ValueError: names or shapes differ, `lr` is a negative number, or `opt_state`
             was made by another optimizer or for other parameters.
     """
-    border.require_same_layout(params, grads, names="params and grads")
+    border.require_gradients(params, grads)
     border.require_dial("lr", lr)
     return optimizer.update(params, grads, opt_state, lr)
 

@@ -31,8 +31,8 @@ def perturb(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Ten
         gives back w exactly.
 
     Raises:
-        ValueError: names or shapes differ, the mappings are empty, or `rho` is a
-            negative number.
+        ValueError: names, shapes, dtypes or devices differ, the mappings are empty, or
+            `rho` is a negative number.
 
     Source:
         Foret et al., 2021, arXiv:2010.01412, equation 2 with p = 2. Implementations
@@ -107,5 +107,5 @@ def _reciprocal(length: Tensor, rho: float | Tensor) -> Tensor:
 
 
 def _check(params: Params, grads: Params, rho: float | Tensor) -> None:
-    border.require_same_layout(params, grads, names="params and grads")
+    border.require_gradients(params, grads)
     border.require_dial("rho", rho)

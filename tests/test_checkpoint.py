@@ -105,5 +105,5 @@ def test_a_state_of_another_structure_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"params/7.bias: \(9,\) against \(3,\)"):
         samfn.restore(path, like=like)
     like.params["7.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"7.bias as torch.float64, expected torch.floa"):
+    with pytest.raises(ValueError, match=r"7.bias: torch.float32 against torch.float64"):
         samfn.restore(path, like=like)

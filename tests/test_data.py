@@ -1,6 +1,9 @@
 import hashlib
+import http.server
 import pickle
+import socket
 import tarfile
+import threading
 
 import numpy
 import pytest
@@ -124,7 +127,7 @@ def test_a_directory_that_holds_nothing_is_an_error(tmp_path):
 def test_the_source_follows_from_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # A name that no server can have: what a machine without network sees.
-    monkeypatch.setattr(data, "CIFAR_HOST", "no-such-host.invalid")
+    monkeypatch.setattr(data, "CIFAR_URL", "https://no-such-host.invalid")
     source, line = data.choose_source("auto", None)
     assert source == "digits"
     assert "no CIFAR-10" in line
@@ -136,8 +139,29 @@ def test_the_source_follows_from_what_is_there(tmp_path, monkeypatch):
     assert data.choose_source("cifar100", tmp_path)[0] == "cifar100"
 
 
-def test_a_host_that_answers_is_reachable():
-    assert not data.is_reachable("no-such-host.invalid", seconds=0.5)
+class Refusing(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_error(self.server.status)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_server_that_answers_is_reachable_whatever_it_says(status):
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.status = status
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert data.is_reachable(f"http://127.0.0.1:{server.server_port}")
+
+
+def test_a_server_that_is_not_there_or_never_answers_is_not_reachable():
+    assert not data.is_reachable("https://no-such-host.invalid")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert not data.is_reachable(url, seconds=0.2)
 
 
 def write_cifar10(root, reader):

@@ -134,6 +134,13 @@ def test_adaptive_does_not_change_when_weights_are_rescaled():
 BAD_INPUTS = [
     ({"b": torch.ones(2)}, 0.1, ValueError, "a missing, b unexpected"),
     ({"a": torch.ones(1)}, 0.1, ValueError, r"a: \(2,\) against \(1,\)"),
+    (
+        {"a": torch.ones(2).half()},
+        0.1,
+        ValueError,
+        "a: torch.float32 against torch.float16",
+    ),
+    ({"a": torch.ones(2, device="meta")}, 0.1, ValueError, "a: cpu against meta"),
     ({"a": torch.ones(2)}, -0.1, ValueError, "rho must be .* at least 0, got -0.1"),
     ({"a": torch.ones(2)}, float("nan"), ValueError, "rho must be finite .* got nan"),
     ({"a": torch.ones(2)}, torch.ones(1), ValueError, r"0-d tensor, got shape \(1,\)"),

@@ -132,7 +132,7 @@ def change(tree, name, value):
         ),
         (
             lambda p, b: (change(p, "0.bias", p["0.bias"].float()), b),
-            "0.bias is torch.float64 in the model, got torch.float32",
+            "same dtypes: 0.bias: torch.float64 against torch.float32",
         ),
     ],
 )

@@ -119,7 +119,8 @@ def sam_update(
     border.require_params(state.params)
     border.require_dial("rho", rho)
     border.require_dial("lr", lr)
-    if check := getattr(loss_fn, "check", None):
+    check = getattr(loss_fn, "check", None)
+    if check is not None:
         check(state.params, state.buffers)
 
     params, buffers, opt_state, method_state, step = state

@@ -103,7 +103,8 @@ def from_torch(
     """
     defaults = dict(optimizer_class([torch.zeros(1)], **options).defaults)
     defaults["beta1"], defaults["beta2"] = defaults.pop("betas", (None, None))
-    accepted = inspect.signature(kernel).parameters
+    accepted = dict(inspect.signature(kernel).parameters)
+    counts, capturable = STEPS in accepted, "capturable" in accepted
     fixed = {key: value for key, value in defaults.items() if key in accepted}
     # A kernel takes its lists by position: parameters, gradients, then memory. It wants
     # an empty list for memory that these options do not use.
@@ -120,7 +121,7 @@ def from_torch(
             key: {name: start(w) for name, w in params.items()}
             for key, start in memory.items()
         }
-        if STEPS in accepted:
+        if counts:
             opt_state[STEPS] = torch.zeros((), device=_any(params).device)
         return opt_state
 
@@ -135,11 +136,11 @@ def from_torch(
         }
         options = fixed | {key: list(new_state[key].values()) for key in memory}
         options["lr"] = _scalar(lr)
-        if STEPS in accepted:
+        if counts:
             # The kernels count once per parameter, we keep one count for all.
             options[STEPS] = list(opt_state[STEPS].repeat(len(params)).unbind())
             new_state[STEPS] = opt_state[STEPS] + 1
-        if "capturable" in accepted:
+        if capturable:
             options["capturable"] = _is_capturable(params)
         ordered = [grads[name] for name in params]
         kernel(list(new_params.values()), ordered, **options)

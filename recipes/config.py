@@ -242,14 +242,18 @@ def read_toml(path: Path) -> dict[str, Any]:
 def write_toml(config: Config, path: Path) -> None:
     """Write all settings, so that `read_toml` gives back the same `Config`."""
     # With all settings named, a preset would only bring back what was turned off.
-    values = dataclasses.asdict(replace(config, preset="none"))
-    written = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in values.items()
-        if value is not None
-    }
+    values = plain_values(replace(config, preset="none"))
+    written = {key: value for key, value in values.items() if value is not None}
     text = "# Settings of a run of recipes.cifar_wrn; what is absent is off.\n"
     path.write_text(text + tomli_w.dumps(written), encoding="utf-8")
+
+
+def plain_values(config: Config) -> dict[str, Any]:
+    """Return all settings by name, paths as text, so that JSON and TOML hold them."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
 
 
 def _resumed(run: Path, read: Callable[..., Config]) -> Config:

@@ -44,11 +44,15 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one plain line."""
-        self._console.print(escape(text), soft_wrap=True)
+        self._print(escape(text))
 
     def fail(self, text: str) -> None:
         """Print one line about what went wrong."""
-        self._console.print(f"[bold red]error[/] {escape(text)}", soft_wrap=True)
+        self._print(f"[bold red]error[/] {escape(text)}")
+
+    def _print(self, markup: str) -> None:
+        # A terminal wraps between words; a file or pipe keeps the line whole.
+        self._console.print(markup, soft_wrap=not self._console.is_terminal)
 
     def facts(self, title: str, facts: dict[str, str]) -> None:
         """Print a titled list of names and values."""

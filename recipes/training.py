@@ -4,19 +4,18 @@ All randomness is a function of the seed and the position, so that a run that st
 anywhere goes on exactly as if it had not.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import samfn
 from recipes import augment
-from recipes.console import Display
+from recipes.config import plain_values
+from recipes.console import Display, Live
 from recipes.rundir import Row, RunDirectory
 from recipes.task import Split, Task, generator, seed
 
@@ -151,12 +150,12 @@ def train(
                 _save(task, state, progress, run, "last")
                 return False
             row = _record(task, state, progress, meter)
-            improved = row[f"{task.chosen_by.name}_accuracy"] > progress.best
-            best = max(progress.best, row[f"{task.chosen_by.name}_accuracy"])
-            progress = Progress(epoch=progress.epoch + 1, best=best)
+            accuracy = row[f"{task.chosen_by.name}_accuracy"]
+            best = progress.best
+            progress = Progress(epoch=progress.epoch + 1, best=max(best, accuracy))
             run.append(row)
             _save(task, state, progress, run, "last")
-            if improved:
+            if accuracy > best:
                 _save(task, state, progress, run, "best")
             live.epoch(row)
             if live.stopping and progress.epoch < config.epochs:
@@ -165,7 +164,7 @@ def train(
 
 
 def _train_epoch(
-    task: Task, state: samfn.TrainState, progress: Progress, live: Any
+    task: Task, state: samfn.TrainState, progress: Progress, live: Live
 ) -> tuple[samfn.TrainState, Progress, Meter]:
     """Train to the end of an epoch, or until the user wants to stop."""
     started = time.perf_counter() - progress.seconds
@@ -204,10 +203,7 @@ def _record(task: Task, state: samfn.TrainState, progress: Progress, meter: Mete
     row |= {"lr": task.lr(int(state.step) - 1), "rho": task.config.rho}
     row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
     row |= means
-    for split in {
-        task.chosen_by.name: task.chosen_by,
-        task.test.name: task.test,
-    }.values():
+    for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
         loss, accuracy = evaluate(task, state, split)
         row |= {f"{split.name}_loss": loss, f"{split.name}_accuracy": accuracy}
     row["skipped_steps"] = task.steps_per_epoch - steps
@@ -225,17 +221,12 @@ def _save(
     run: RunDirectory,
     name: str,
 ) -> None:
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(task.config).items()
-    }
-    normalisation = {"mean": task.mean.tolist(), "std": task.std.tolist()}
     samfn.save(
         run.checkpoint(name),
         state,
         progress=progress._asdict(),
-        config=settings,
-        normalisation=normalisation,
+        config=plain_values(task.config),
+        normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
     )
 
 

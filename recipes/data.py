@@ -69,7 +69,8 @@ def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
     if is_reachable(CIFAR_URL):
         return "cifar10", f"CIFAR-10, downloaded to {root}"
     return "digits", (
-        f"no CIFAR-10 in {root} and no network: training on scikit-learn's handwritten digits"
+        f"no CIFAR-10 in {root} and no network: training on scikit-learn's"
+        " handwritten digits"
     )
 
 

@@ -4,13 +4,29 @@ Shapes: B images, C channels, H x W pixels, K classes.
 """
 
 from collections import OrderedDict
+from typing import Literal, NamedTuple
 
 import torch
 from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LAYOUTS = {"standard": 0, "davda54": 1}  # blocks that a layout adds to each stage
+
+class Layout(NamedTuple):
+    """What a reading of "WRN-depth-width" adds to the paper's."""
+
+    more_blocks: int
+    """Blocks in each stage beyond those that the depth counts."""
+    fan: Literal["fan_in", "fan_out"]
+    """What the variance of the initial convolutions is divided by."""
+
+
+LAYOUTS = {
+    # fan_out as in the authors' code: standard deviation sqrt(2 / (k * k * outputs))
+    "standard": Layout(0, "fan_out"),
+    # github.com/davda54/sam, example/model/wide_res_net.py
+    "davda54": Layout(1, "fan_in"),
+}
 
 
 class Block(nn.Module):
@@ -52,7 +68,7 @@ class WideResNet(nn.Sequential):
         zero_head: start with a classifier of zeros, so that every class is equally
             likely at first.
         layout: "standard", or "davda54" for that example's network, which has one block
-            more in each stage: his "16-8" is WRN-22-8.
+            more in each stage, so that his "16-8" is WRN-22-8, and starts differently.
 
     Raises:
         ValueError: no such depth, width or layout.
@@ -69,13 +85,10 @@ class WideResNet(nn.Sequential):
         zero_head: bool = False,
         layout: str = "standard",
     ) -> None:
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth must be 10, 16, 22, 28, ..., got {depth}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        _require_size(depth, width)
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {[*LAYOUTS]}, got {layout!r}")
-        blocks = (depth - 4) // 6 + LAYOUTS[layout]
+        blocks = (depth - 4) // 6 + LAYOUTS[layout].more_blocks
         widths = [16, 16 * width, 32 * width, 64 * width]
         stages = [
             _stage(blocks, inputs, outputs, stride, dropout)
@@ -95,7 +108,7 @@ class WideResNet(nn.Sequential):
                 head=nn.Linear(widths[-1], classes),
             )
         )
-        _initialise(self, zero_head)
+        _initialise(self, LAYOUTS[layout].fan, zero_head)
 
 
 class GlobalMean(nn.Module):
@@ -109,12 +122,20 @@ def parse_name(name: str) -> tuple[int, int]:
     """Return depth and width of a name such as "wrn-28-10".
 
     Raises:
-        ValueError: `name` is not of that form.
+        ValueError: `name` is not of that form, or there is no such network.
     """
     match name.lower().split("-"):
         case ["wrn", depth, width] if depth.isdecimal() and width.isdecimal():
+            _require_size(int(depth), int(width))
             return int(depth), int(width)
     raise ValueError(f"model must look like wrn-28-10, got {name!r}")
+
+
+def _require_size(depth: int, width: int) -> None:
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth must be 10, 16, 22, 28, ..., got {depth}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
 
 
 def _stage(
@@ -126,11 +147,12 @@ def _stage(
 
 
 @torch.no_grad()
-def _initialise(model: nn.Module, zero_head: bool) -> None:
+def _initialise(
+    model: nn.Module, fan: Literal["fan_in", "fan_out"], zero_head: bool
+) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            # fan_out as in the authors' code: sqrt(2 / (k * k * outputs))
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
             if zero_head:

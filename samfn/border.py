@@ -44,6 +44,13 @@ def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
     Raises:
         ValueError: says what differs, the first five of it.
     """
+    require_same_names(expected, given, names=names)
+    _require_same(expected, given, names, "shapes", lambda leaf: tuple(leaf.shape))
+    _require_same(expected, given, names, "dtypes", lambda leaf: leaf.dtype)
+
+
+def require_same_names(expected: Params, given: Params, *, names: str) -> None:
+    """Raise unless both mappings have the same names; see `require_same_layout`."""
     if expected.keys() != given.keys():
         missing = sorted(expected.keys() - given.keys())
         unexpected = sorted(given.keys() - expected.keys())
@@ -51,8 +58,6 @@ def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
             f"{names} must have the same names: {_some(missing)} missing,"
             f" {_some(unexpected)} unexpected"
         )
-    _require_same(expected, given, names, "shapes", lambda leaf: tuple(leaf.shape))
-    _require_same(expected, given, names, "dtypes", lambda leaf: leaf.dtype)
 
 
 def require_gradients(params: Params, grads: Params) -> None:
@@ -79,18 +84,18 @@ def require_tensors(what: str, mapping: Any) -> None:
             raise TypeError(f"{what}[{name!r}] must be a tensor, got {type(value)}")
 
 
-def require_params(params: Params) -> None:
-    """Raise unless `params` can be trained.
+def require_trainable(params: Params, buffers: Params) -> None:
+    """Raise unless `params` can be trained beside `buffers`.
 
     Raises:
-        TypeError: not a mapping to tensors.
-        ValueError: empty, on several devices, or with a tensor that requires grad or is
-            not floating point.
+        TypeError: not mappings to tensors.
+        ValueError: `params` is empty, or holds a tensor that requires grad or is not
+            floating point; the tensors are on several devices.
     """
     require_tensors("params", params)
+    require_tensors("buffers", buffers)
     if not params:
         raise ValueError("params must hold at least one tensor, got none")
-    device = next(iter(params.values())).device
     for name, value in params.items():
         if not value.is_floating_point():
             raise ValueError(
@@ -101,10 +106,12 @@ def require_params(params: Params) -> None:
                 f"params must not require grad, {name} does: detach them, as"
                 " samfn.split does"
             )
+    device = next(iter(params.values())).device
+    for name, value in (*params.items(), *buffers.items()):
         if value.device != device:
             raise ValueError(
-                f"params must be on one device, {name} is on {value.device} and others"
-                f" on {device}"
+                f"params and buffers must be on one device, {name} is on {value.device},"
+                f" others on {device}"
             )
 
 

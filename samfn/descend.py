@@ -20,7 +20,7 @@ from torch.optim.sgd import sgd as sgd_kernel
 from samfn import border, tree
 from samfn.tree import Params
 
-OptState = Mapping[str, Any]  # keyword of the kernel -> name -> tensor, or one tensor
+OptState = Mapping[str, Any]  # tensors, and mappings of names to tensors
 
 STEPS = "state_steps"  # what torch.optim's kernels call their step counters
 
@@ -38,6 +38,8 @@ class Optimizer(NamedTuple):
         [Params, Params, OptState, float | Tensor], tuple[dict[str, Tensor], OptState]
     ]
     """(params, grads, opt_state, lr) -> (params, opt_state), changing none of them."""
+    check: Callable[[OptState, Params], None] = lambda opt_state, params: None
+    """(opt_state, params) -> None; raises ValueError where they do not go together."""
 
 
 def descend(
@@ -69,6 +71,7 @@ def descend(
     """
     border.require_gradients(params, grads)
     border.require_dial("lr", lr)
+    optimizer.check(opt_state, params)
     return optimizer.update(params, grads, opt_state, lr)
 
 
@@ -80,7 +83,8 @@ def from_torch(
 ) -> Optimizer:
     """Make an optimizer of a class of torch.optim and its functional kernel.
 
-    For example::
+    The kernel must take its lists by position and its options, `lr` among them, by
+    keyword, as those of RAdam, Adamax and Adadelta do. For example::
 
         from torch.optim.radam import radam as kernel
 
@@ -128,7 +132,6 @@ def from_torch(
     def update(
         params: Params, grads: Params, opt_state: OptState, lr: float | Tensor
     ) -> tuple[dict[str, Tensor], OptState]:
-        _require_memory(opt_state, expected, params)
         new_params = tree.clone(params)
         new_state: dict[str, Any] = {
             key: tree.clone({name: opt_state[key][name] for name in params})
@@ -146,7 +149,10 @@ def from_torch(
         kernel(list(new_params.values()), ordered, **options)
         return new_params, new_state
 
-    return Optimizer(init, update)
+    def check(opt_state: OptState, params: Params) -> None:
+        _require_memory(opt_state, expected, params)
+
+    return Optimizer(init, update, check)
 
 
 def sgd(
@@ -295,7 +301,7 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
         factor = (max_norm / tree.norm(grads)).clamp(max=1.0)
         return optimizer.update(params, tree.scale(grads, factor), opt_state, lr)
 
-    return Optimizer(optimizer.init, update)
+    return Optimizer(optimizer.init, update, optimizer.check)
 
 
 def _adam_memory(amsgrad: bool = False) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -312,8 +318,8 @@ def _is_keyword_only(parameter: inspect.Parameter) -> bool:
 
 
 def _scalar(lr: float | Tensor) -> float | Tensor:
-    # Outside of a graph the kernels take no CPU tensor for lr in their foreach form.
-    # Reading one is free on the CPU; on a GPU it would wait.
+    # Outside of a graph the kernels' foreach forms take no CPU tensor for lr, and reading
+    # it is free. They read one on a GPU themselves, and wait: there, give a number.
     if (
         isinstance(lr, Tensor)
         and lr.device.type == "cpu"
@@ -324,8 +330,8 @@ def _scalar(lr: float | Tensor) -> float | Tensor:
 
 
 def _is_capturable(params: Params) -> bool:
-    # Keeps the step counters on the device; the compiler lifts the check of devices.
-    return torch.compiler.is_compiling() or _any(params).device.type != "cpu"
+    # Keeps step counters on the device, where torch.optim supports that.
+    return torch.compiler.is_compiling() or _any(params).device.type in ("cuda", "xpu")
 
 
 def _require_memory(opt_state: OptState, expected: set[str], params: Params) -> None:

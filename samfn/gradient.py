@@ -1,4 +1,4 @@
-"""From a pure loss function to its gradient: the one module that calls torch.func.
+"""From a pure loss function to its gradient: the one module that differentiates.
 
 A loss function takes `(params, buffers, batch)` and returns the loss, a 0-d tensor,
 alone or together with an `Aux`. It reads no other state and changes nothing.
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
+from samfn import border
 from samfn.tree import Batch, Params
 
 
@@ -40,8 +41,6 @@ class Pass(NamedTuple):
     """Gradient of the loss, names and shapes of the parameters."""
 
 
-_TENSOR = "the place of a tensor"
-
 Evaluate = Callable[[Params, Params, Batch], Pass]
 
 
@@ -52,8 +51,8 @@ def evaluate(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> 
 
     Raises:
         TypeError: `loss_fn` returned neither a loss nor a pair of loss and `Aux`.
-        ValueError: the loss is no floating-point scalar, or the names of the buffers
-            changed.
+        ValueError: the loss is no floating-point scalar, or the buffers changed in names,
+            shapes or dtypes.
     """
     around: list[Any] = []
 
@@ -61,13 +60,18 @@ def evaluate(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> 
         loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
         leaves, structure = pytree.tree_flatten((aux.outputs, dict(aux.buffers)))
         # torch.func lets tensors through and nothing else; the rest goes around it.
-        around[:] = structure, [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
-        return loss, [x for x in leaves if isinstance(x, Tensor)]
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        around[:] = others, is_tensor, structure
+        return loss, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     grads, (loss, tensors) = grad_and_value(objective, has_aux=True)(dict(params))
-    structure, leaves = around
+    others, is_tensor, structure = around
     through = iter(tensors)
-    leaves = [next(through) if x is _TENSOR else x for x in leaves]
+    leaves = [
+        next(through) if through_it else other
+        for other, through_it in zip(others, is_tensor, strict=True)
+    ]
     outputs, new_buffers = pytree.tree_unflatten(leaves, structure)
     return Pass(loss, outputs, new_buffers, grads)
 
@@ -92,11 +96,15 @@ def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
 
     def regularized(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
-        squares = torch.stack([w.float().square().sum() for w in params.values()])
-        return loss + weight_decay / 2 * squares.sum(), aux
+        return loss + weight_decay / 2 * _sum_of_squares(params), aux
 
     regularized.check = getattr(loss_fn, "check", None)  # type: ignore[attr-defined]
     return regularized
+
+
+def _sum_of_squares(params: Params) -> Tensor:
+    wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in params.values()]
+    return torch.stack([w.square().sum() for w in wide]).sum()
 
 
 def _loss_and_aux(returned: Any, buffers: Params) -> tuple[Tensor, Aux]:
@@ -115,7 +123,5 @@ def _loss_and_aux(returned: Any, buffers: Params) -> tuple[Tensor, Aux]:
             "loss_fn must return a floating-point scalar loss, got shape"
             f" {tuple(loss.shape)} and {loss.dtype}: reduce it, as with .mean()"
         )
-    if aux.buffers.keys() != buffers.keys():
-        changed = sorted(aux.buffers.keys() ^ buffers.keys())
-        raise ValueError(f"loss_fn must keep the names of the buffers: {changed}")
+    border.require_same_layout(buffers, aux.buffers, names="buffers and new buffers")
     return loss, aux

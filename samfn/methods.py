@@ -98,12 +98,12 @@ def accumulated(method: Method, size: int) -> Method:
         memory: MethodState,
     ) -> tuple[Descent, MethodState]:
         def evaluate_all(params: Params, buffers: Params, batch: Batch) -> Pass:
-            passes, weights = [], []
+            total: Pass | None = None
             for micro_batch, weight in _micro_batches(batch, size):
-                passes.append(evaluate(params, buffers, micro_batch))
-                weights.append(weight)
-                buffers = passes[-1].buffers
-            return _mean_pass(passes, weights)
+                part = evaluate(params, buffers, micro_batch)
+                total = _add_pass(total, part, weight)
+                buffers = part.buffers
+            return _joined(total)
 
         return method.descent(evaluate_all, params, buffers, batch, rho, memory)
 
@@ -115,8 +115,8 @@ def per_micro_batch(method: Method, size: int) -> Method:
 
     descend with the mean over micro-batches B_j of grad L_j(w + e_j), e_j from L_j alone
 
-    The mean is weighted by the sizes. Metrics are means too, outputs are concatenated,
-    and BatchNorm's statistics pass through the clean passes in turn.
+    The mean is weighted by the sizes. Metrics are means too, outputs are concatenated
+    (scalars averaged), and BatchNorm's statistics pass through the clean passes in turn.
 
     Args:
         method: any method.
@@ -137,15 +137,15 @@ def per_micro_batch(method: Method, size: int) -> Method:
         rho: float | Tensor,
         memory: MethodState,
     ) -> tuple[Descent, MethodState]:
-        parts, weights = [], []
+        total: Descent | None = None
         for micro_batch, weight in _micro_batches(batch, size):
             part, memory = method.descent(
                 evaluate, params, buffers, micro_batch, rho, memory
             )
-            parts.append(part)
-            weights.append(weight)
+            total = _add_descent(total, part, weight)
             buffers = part.clean.buffers
-        return _mean_descent(parts, weights), memory
+        assert total is not None  # There is at least one micro-batch.
+        return total._replace(clean=_joined(total.clean)), memory
 
     return Method(method.init, descent)
 
@@ -153,7 +153,10 @@ def per_micro_batch(method: Method, size: int) -> Method:
 def same_randomness(method: Method) -> Method:
     """Draw the same random numbers, as for dropout, in every pass of a step.
 
-    The original SAM code does so; a plain PyTorch loop draws anew in each pass.
+    The original SAM code does so; a plain PyTorch loop draws anew in each pass. Put it
+    inside of `accumulated` and `per_micro_batch`: around them, it would give every
+    micro-batch the same mask. It reads the state of the generator, which `torch.compile`
+    does not trace.
     """
 
     def descent(
@@ -205,54 +208,65 @@ def _is_number_zero(rho: float | Tensor) -> bool:
 def _micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
     """Cut every tensor of a batch along its first dimension; give each part's share."""
     leaves, structure = pytree.tree_flatten(batch)
-    lengths = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
-    if len(lengths) != 1 or not all(isinstance(leaf, Tensor) for leaf in leaves):
+    lengths = {leaf.shape[:1] if isinstance(leaf, Tensor) else None for leaf in leaves}
+    if len(lengths) != 1 or not (length := next(iter(lengths))) or not length[0]:
+        found = [tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in leaves]
         raise ValueError(
-            "micro-batches need a batch of tensors of one length, got lengths"
-            f" {sorted(lengths)} among {len(leaves)} leaves"
+            "micro-batches need a batch of tensors of one length, got shapes"
+            f" {', '.join(map(str, found))}"
         )
-    (length,) = lengths
     cut = [leaf.split(size) for leaf in leaves]
     return [
-        (pytree.tree_unflatten(part, structure), len(part[0]) / length)
+        (pytree.tree_unflatten(part, structure), len(part[0]) / length[0])
         for part in map(list, zip(*cut, strict=True))
     ]
 
 
-def _mean_pass(passes: list[Pass], weights: list[float]) -> Pass:
+def _add_pass(total: Pass | None, part: Pass, weight: float) -> Pass:
+    """Add a micro-batch to the weighted mean; outputs are gathered in a list."""
     return Pass(
-        loss=_mean([one.loss for one in passes], weights),
-        outputs=_concatenate([one.outputs for one in passes]),
-        buffers=passes[-1].buffers,
-        grads=_mean_tree([one.grads for one in passes], weights),
+        loss=_add(total and total.loss, part.loss, weight),
+        outputs=[*(total.outputs if total else ()), (part.outputs, weight)],
+        buffers=part.buffers,
+        grads=_add_tree(total and total.grads, part.grads, weight),
     )
 
 
-def _mean_descent(parts: list[Descent], weights: list[float]) -> Descent:
+def _add_descent(total: Descent | None, part: Descent, weight: float) -> Descent:
+    norm = total and total.perturbation_norm
     return Descent(
-        grads=_mean_tree([part.grads for part in parts], weights),
-        clean=_mean_pass([part.clean for part in parts], weights),
-        perturbed_loss=_mean([part.perturbed_loss for part in parts], weights),
-        perturbation_norm=_mean([part.perturbation_norm for part in parts], weights),
+        grads=_add_tree(total and total.grads, part.grads, weight),
+        clean=_add_pass(total and total.clean, part.clean, weight),
+        perturbed_loss=_add(total and total.perturbed_loss, part.perturbed_loss, weight),
+        perturbation_norm=_add(norm, part.perturbation_norm, weight),
     )
 
 
-def _mean(values: list[Tensor], weights: list[float]) -> Tensor:
-    return torch.stack([v * w for v, w in zip(values, weights, strict=True)]).sum()
+def _add(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
+    return part * weight if total is None else total + part * weight
 
 
-def _mean_tree(trees: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    total = tree.scale(trees[0], weights[0])
-    for one, weight in zip(trees[1:], weights[1:], strict=True):
-        total = tree.add_scaled(total, weight, one)
-    return total
+def _add_tree(
+    total: dict[str, Tensor] | None, part: dict[str, Tensor], weight: float
+) -> dict[str, Tensor]:
+    if total is None:
+        return tree.scale(part, weight)
+    return tree.add_scaled(total, weight, part)
 
 
-def _concatenate(outputs: list[Any]) -> Any:
-    return pytree.tree_map(
-        lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0],
-        *outputs,
-    )
+def _joined(total: Pass | None) -> Pass:
+    """Make one tree of the gathered outputs: scalars averaged, tensors concatenated."""
+    assert total is not None  # There is at least one micro-batch.
+    outputs, weights = zip(*total.outputs, strict=True)
+
+    def join(*parts: Any) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if parts[0].ndim:
+            return torch.cat(parts)
+        return torch.stack([p * w for p, w in zip(parts, weights, strict=True)]).sum()
+
+    return total._replace(outputs=pytree.tree_map(join, *outputs))
 
 
 def _require_size(size: int) -> None:

@@ -73,6 +73,9 @@ class Supervised:
         self, params: Params, buffers: Params, batch: tuple[Any, Any]
     ) -> tuple[Tensor, Aux]:
         """Return the loss and, beside it, the model's outputs and new buffers."""
+        # functional_call would take the model's own tensor for a missing name.
+        border.require_same_names(self._params, params, names="the model and params")
+        border.require_same_names(self._buffers, buffers, names="the model and buffers")
         inputs, targets = batch
         # BatchNorm writes its statistics in place; these copies are what it writes to.
         fresh = {
@@ -91,16 +94,16 @@ class Supervised:
     def check(self, params: Params, buffers: Params) -> None:
         """Raise unless `params` and `buffers` are what `split(model)` gives.
 
-        `functional_call` alone would take the model's own tensor for a missing name and
-        ignore an unexpected one.
-
         Raises:
             ValueError: a name, shape or dtype differs, or a tensor shares its memory
                 with the model's own.
         """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # The model may have been moved or cast since it was wrapped.
+            self._params, self._buffers = _references(self._model)
         _require_layout(self._params, params, "params")
         _require_layout(self._buffers, buffers, "buffers")
-        if torch.compiler.is_compiling():
+        if compiling:
             return  # A graph knows no addresses.
         for own, given in ((self._params, params), (self._buffers, buffers)):
             for name, tensor in given.items():

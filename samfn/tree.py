@@ -74,12 +74,15 @@ def clone(tree: Params) -> dict[str, Tensor]:
     return {name: leaf.clone() for name, leaf in tree.items()}
 
 
-def select(condition: Tensor, new: Params, old: Params) -> dict[str, Tensor]:
+def select(condition: Tensor, new: Any, old: Any) -> Any:
     """Return `new` where the 0-d boolean `condition` holds, else `old`.
 
-    Selecting never computes with the side that is dropped, so a NaN there is harmless.
+    Both are tensors, or mappings nested alike. Selecting never computes with the side
+    that is dropped, so a NaN there is harmless.
     """
-    return {name: torch.where(condition, new[name], old[name]) for name in old}
+    if isinstance(old, Mapping):
+        return {key: select(condition, new[key], old[key]) for key in old}
+    return torch.where(condition, new, old)
 
 
 def _aligned(left: Params, right: Params) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,5 @@
 """One training step as a pure function: gradient, perturb, gradient, descend."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,11 +59,10 @@ def init(
 
     Raises:
         TypeError: a value is no tensor.
-        ValueError: `params` is empty, spread over devices, or holds a tensor that
-            requires grad or is not floating point; a name stands in both mappings.
+        ValueError: `params` is empty, or holds a tensor that requires grad or is not
+            floating point; tensors are on several devices; a name stands in both.
     """
-    border.require_params(params)
-    border.require_tensors("buffers", buffers)
+    border.require_trainable(params, buffers)
     if shared := sorted(params.keys() & buffers.keys()):
         raise ValueError(f"params and buffers must not share names, both hold {shared}")
     return TrainState(
@@ -116,12 +114,13 @@ def sam_update(
     Source:
         Foret et al., 2021, arXiv:2010.01412, algorithm 1.
     """
-    border.require_params(state.params)
+    border.require_trainable(state.params, state.buffers)
     border.require_dial("rho", rho)
     border.require_dial("lr", lr)
     check = getattr(loss_fn, "check", None)
     if check is not None:
         check(state.params, state.buffers)
+    optimizer.check(state.opt_state, state.params)
 
     params, buffers, opt_state, method_state, step = state
     seen, new_method_state = method.descent(
@@ -135,8 +134,8 @@ def sam_update(
     new_state = TrainState(
         params=tree.select(finite, new_params, params),
         buffers=tree.select(finite, seen.clean.buffers, buffers),
-        opt_state=_select(finite, new_opt_state, opt_state),
-        method_state=_select(finite, new_method_state, method_state),
+        opt_state=tree.select(finite, new_opt_state, opt_state),
+        method_state=tree.select(finite, new_method_state, method_state),
         step=step + 1,
     )
     return new_state, Metrics(
@@ -152,10 +151,3 @@ def sam_update(
 
 def _all_finite(*values: Tensor) -> Tensor:
     return torch.stack([value.isfinite() for value in values]).all()
-
-
-def _select(condition: Tensor, new: Any, old: Any) -> Any:
-    """Select among nested mappings."""
-    if isinstance(old, Mapping):
-        return {key: _select(condition, new[key], old[key]) for key in old}
-    return torch.where(condition, new, old)

@@ -68,6 +68,32 @@ def dials():
 ROUNDED = {"adam", "adamw", "nadam"}
 
 
+def check_equal_for(loss_of, **tolerance):
+    model = small_network(torch.float32)
+    optimizer = OPTIMIZERS["sgd"]
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    compiled, eager, graphs = compiled_step(loss_of(model), optimizer, samfn.sam())
+    images, labels = batches(1, torch.float32)[0]
+    rho, lr = torch.tensor(0.05), torch.tensor(0.1)
+    results = [step(state, (images, labels), rho, lr) for step in (compiled, eager)]
+    assert_close(*results, **tolerance)
+    assert len(graphs) == 1
+
+
+def test_weight_decay_in_the_loss_traces():
+    check_equal_for(
+        lambda model: samfn.l2_regularized(samfn.supervised(model, F.cross_entropy), 0.01)
+    )
+
+
+def test_half_precision_traces():
+    check_equal_for(
+        lambda model: samfn.supervised(model, F.cross_entropy, dtype=torch.bfloat16),
+        rtol=0.05,
+        atol=0.01,
+    )
+
+
 def check_equal(optimizer, method, **tolerance):
     loss_fn, state = small_task(optimizer, method)
     compiled, eager, graphs = compiled_step(loss_fn, optimizer, method)

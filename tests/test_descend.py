@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.adadelta import adadelta as adadelta_kernel
+from torch.optim.adamax import adamax as adamax_kernel
 from torch.optim.radam import radam as radam_kernel
 from torch.testing import assert_close
 
@@ -11,6 +13,18 @@ radam = samfn.from_torch(
     radam_kernel,
     {"exp_avgs": torch.zeros_like, "exp_avg_sqs": torch.zeros_like},
     weight_decay=0.01,
+)
+
+adamax = samfn.from_torch(
+    torch.optim.Adamax,
+    adamax_kernel,
+    {"exp_avgs": torch.zeros_like, "exp_infs": torch.zeros_like},
+)
+adadelta = samfn.from_torch(
+    torch.optim.Adadelta,
+    adadelta_kernel,
+    {"square_avgs": torch.zeros_like, "acc_deltas": torch.zeros_like},
+    weight_decay=0.1,
 )
 
 PAIRS = [
@@ -57,6 +71,8 @@ PAIRS = [
         torch.optim.Adagrad,
         {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5},
     ),
+    (adamax, torch.optim.Adamax, {}),
+    (adadelta, torch.optim.Adadelta, {"weight_decay": 0.1}),
     (radam, torch.optim.RAdam, {"weight_decay": 0.01}),
 ]
 

@@ -57,6 +57,12 @@ def test_l2_adds_half_the_decay_times_the_squared_weights():
     assert_close(seen.grads, expected)
 
 
+def test_l2_does_not_round_wide_parameters():
+    w = torch.tensor([0.1], dtype=torch.float64)
+    regularized = samfn.l2_regularized(lambda p, b, x: 0 * p["w"].sum(), 1.0)
+    assert torch.equal(evaluate(regularized, {"w": w}, {}, None).grads["w"], w)
+
+
 def test_l2_keeps_the_checks_of_the_loss():
     model = small_network()
     params, buffers = samfn.split(model)
@@ -76,7 +82,12 @@ def test_l2_keeps_the_checks_of_the_loss():
         (
             lambda p, b, x: (p["w"].sum(), samfn.Aux(None, {})),
             ValueError,
-            r"names of the buffers: \['b'\]",
+            "buffers and new buffers must have the same names: b missing",
+        ),
+        (
+            lambda p, b, x: (p["w"].sum(), samfn.Aux(None, {"b": torch.ones(3)})),
+            ValueError,
+            r"same shapes: b: \(1,\) against \(3,\)",
         ),
     ],
 )

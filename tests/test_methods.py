@@ -116,11 +116,26 @@ def test_statistics_pass_through_the_micro_batches_of_the_clean_pass_alone(combi
     assert_close(dict(seen.clean.buffers), dict(model.named_buffers()))
 
 
+@pytest.mark.parametrize("combine", [samfn.accumulated, samfn.per_micro_batch])
+def test_scalar_outputs_are_averaged_and_others_gathered(combine):
+    def loss_fn(params, buffers, batch):
+        outputs = {"mean": batch.mean(), "all": batch, "name": "x"}
+        return (params["weight"].sum() * batch).mean(), samfn.Aux(outputs, buffers)
+
+    batch = torch.arange(5.0).double()
+    seen = descent_of(combine(samfn.sam(), 2), loss_fn, START, batch)
+    assert_close(seen.clean.outputs["mean"], batch.mean())
+    assert_close(seen.clean.outputs["all"], batch)
+    assert seen.clean.outputs["name"] == "x"
+
+
 def test_batches_that_cannot_be_cut_are_errors():
     loss_fn, params, _, (images, labels) = supervised_case()
     method = samfn.accumulated(samfn.sam(), 2)
-    with pytest.raises(ValueError, match=r"one length, got lengths \[3, 10\]"):
+    with pytest.raises(ValueError, match=r"one length, got shapes \(10, 4\), \(3,\)"):
         descent_of(method, loss_fn, params, (images, labels[:3]))
+    with pytest.raises(ValueError, match=r"one length, got shapes \(\)$"):
+        descent_of(method, loss_fn, params, torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"at least one example, got size 0"):
         samfn.per_micro_batch(samfn.sam(), 0)
 

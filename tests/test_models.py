@@ -44,6 +44,15 @@ def test_stages_halve_the_image_twice():
     assert shapes == [(32, 32, 32), (64, 16, 16), (128, 8, 8)]
 
 
+@pytest.mark.parametrize(("layout", "fan"), [("standard", 32), ("davda54", 16)])
+def test_convolutions_start_with_the_variance_of_their_layout(layout, fan):
+    torch.manual_seed(0)
+    weight = WideResNet(10, 2, 10, layout=layout).stage1[0].conv1.weight
+    assert weight.shape == (32, 16, 3, 3)
+    expected = (2 / (9 * fan)) ** 0.5
+    assert weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
 def test_a_head_of_zeros_finds_every_class_equally_likely():
     images = torch.randn(4, 3, 8, 8)
     assert not WideResNet(10, 1, 5, zero_head=True)(images).any()
@@ -66,6 +75,7 @@ def test_dropout_reaches_the_blocks():
         (lambda: WideResNet(10, 0, 10), "width must be at least 1, got 0"),
         (lambda: WideResNet(10, 1, 10, layout="x"), "one of .* got 'x'"),
         (lambda: parse_name("resnet-18"), "look like wrn-28-10, got 'resnet-18'"),
+        (lambda: parse_name("wrn-12-1"), "depth must be 10, 16, .* got 12"),
         (lambda: parse_name("wrn-28"), "look like wrn-28-10, got 'wrn-28'"),
         (lambda: parse_name("wrn-a-b"), "look like wrn-28-10, got 'wrn-a-b'"),
     ],

@@ -149,6 +149,25 @@ def test_what_does_not_fit_the_model_is_an_error(edit, message):
         )
 
 
+def test_the_loss_alone_refuses_other_names_too():
+    model = small_network()
+    params, buffers = samfn.split(model)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    with pytest.raises(ValueError, match=r"model and params .* 0.bias missing"):
+        loss_fn({n: p for n, p in params.items() if n != "0.bias"}, buffers, batches(1)[0])
+    with pytest.raises(ValueError, match=r"model and buffers .* x unexpected"):
+        loss_fn(params, {**buffers, "x": torch.ones(1)}, batches(1)[0])
+
+
+def test_a_model_may_be_cast_after_it_was_wrapped():
+    model = small_network(torch.float32)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    model.double()
+    state = samfn.init(*samfn.split(model), optimizer=samfn.sgd())
+    options = {"loss_fn": loss_fn, "optimizer": samfn.sgd(), "lr": 0.1}
+    assert samfn.sam_update(state, batches(1)[0], **options)[1].finite
+
+
 def test_parameters_that_share_memory_with_the_model_are_an_error():
     model = small_network()
     _, buffers = samfn.split(model)

@@ -241,7 +241,13 @@ def test_a_step_that_is_not_finite_changes_no_tensor_and_is_counted(place, optim
             {"w": torch.ones(1), "v": torch.ones(1, device="meta")},
             {},
             ValueError,
-            "on one device, v is on meta and others on cpu",
+            "on one device, v is on meta, others on cpu",
+        ),
+        (
+            {"w": torch.ones(1)},
+            {"b": torch.ones(1, device="meta")},
+            ValueError,
+            "on one device, b is on meta, others on cpu",
         ),
     ],
 )

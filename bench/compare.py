@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +24,11 @@ import torch
 import tyro
 
 from recipes import plots
-from recipes.config import CONFIG_FILE, read_toml
+from recipes.config import CONFIG_FILE, Config, parse, read_toml
 from recipes.rundir import RunDirectory
 
 RESULTS = Path(__file__).parent / "results"
+WALL = "wall_seconds"  # file in a run's directory: of the whole command
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Arm:
             raise SystemExit(f"--arm: expected 'label: flags', got {text!r}")
         self.label, self.flags = label.strip(), flags.strip()
         self.runs: list[list[dict[str, Any]]] = []
+        self.walls: list[float] = []
 
     def last(self) -> list[float]:
         """Return the test accuracy of the last epoch, one for each seed."""
@@ -81,8 +83,10 @@ def main() -> None:
             output = Path("runs") / comparison.name / f"{slug(arm.label)}-{seed}"
             rows = run(output, f"{common} {arm.flags} --seed {seed}")
             arm.runs.append(rows)
+            arm.walls.append(float((output / WALL).read_text()))
             case = {"arm": arm.label, "seed": seed, "last": arm.last()[-1]}
             case |= {"best": arm.best()[-1], "epoch_seconds": rows[-1]["seconds"]}
+            case |= {"wall_seconds": arm.walls[-1]}
             print(json.dumps(case), flush=True)
     stem = RESULTS / f"{comparison.name}_{time.strftime('%Y-%m-%d')}"
     series = {arm.label: [accuracies(rows) for rows in arm.runs] for arm in arms}
@@ -93,21 +97,21 @@ def main() -> None:
 
 
 def run(output: Path, flags: str) -> list[dict[str, Any]]:
-    """Train into `output`, or resume there, and return the rows of its metrics."""
-    directory = RunDirectory(output)
-    asked = [*shlex.split(flags), "--output", str(output)]
+    """Train into `output`, or go on there, and return the rows of its metrics."""
+    directory, asked = RunDirectory(output), shlex.split(flags)
+    config = replace(parse(asked), preset="none")
+    asked += ["--output", str(output)]
     if (output / CONFIG_FILE).exists():
+        if Config(**read_toml(output / CONFIG_FILE)) != config:
+            raise SystemExit(f"{output} holds a run of other settings: move it away")
         asked = ["--resume", str(output)]
-    if not finished(output):
+        if not directory.checkpoint("last").exists():
+            raise SystemExit(f"{output} was stopped before a checkpoint: remove it")
+    if len(directory.rows()) < config.epochs:
+        started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "recipes.cifar_wrn", *asked], check=True)
+        (output / WALL).write_text(f"{time.perf_counter() - started:.1f}\n")
     return directory.rows()
-
-
-def finished(output: Path) -> bool:
-    """Return whether a run reached its last epoch."""
-    settings = output / CONFIG_FILE
-    rows = RunDirectory(output).rows()
-    return settings.exists() and len(rows) == read_toml(settings)["epochs"]
 
 
 def accuracies(rows: list[dict[str, Any]]) -> list[float]:
@@ -120,7 +124,8 @@ def report(comparison: Comparison, arms: list[Arm], common: str, stem: str) -> s
     baseline = arms[0].seconds()
     table = [
         f"| {arm.label} | {spread(arm.last())} | {spread(arm.best())} |"
-        f" {arm.seconds():.1f} | {arm.seconds() / baseline:.2f} |"
+        f" {arm.seconds():.2f} | {arm.seconds() / baseline:.2f} |"
+        f" {statistics.median(arm.walls):.0f} |"
         for arm in arms
     ]
     command = [f"python -m bench.compare {comparison.name} --seeds {comparison.seeds}"]
@@ -134,10 +139,10 @@ def report(comparison: Comparison, arms: list[Arm], common: str, stem: str) -> s
         "",
         f"Test accuracy in percent, mean ± standard deviation of {comparison.seeds} seeds;"
         " the best epoch is chosen by the test set. Seconds are the median of all training"
-        " epochs, without evaluation.",
+        " epochs, without evaluation, and that of the whole command with imports and all.",
         "",
-        f"| | last epoch | best epoch | s/epoch | against {arms[0].label} |",
-        "| --- | --- | --- | --- | --- |",
+        f"| | last epoch | best epoch | s/epoch | against {arms[0].label} | s/run |",
+        "| --- | --- | --- | --- | --- | --- |",
         *table,
         "",
         f"{time.strftime('%Y-%m-%d')}, {hardware()}, torch {torch.__version__},"

@@ -9,17 +9,20 @@
 A run leaves a directory with its settings, metrics, picture and checkpoints.
 """
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
+import samfn
 from recipes import plots
-from recipes.config import PROGRAM, Config, ConfigError, parse
+from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse
 from recipes.console import Display
-from recipes.data import DataError, choose_source, load
+from recipes.data import DataError, Source, load
 from recipes.rundir import RunDirectory
 from recipes.task import Task, assemble
 from recipes.training import (
@@ -40,61 +43,78 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the recipe; return its exit code."""
     display = Display()
     try:
-        return run(parse(args), display)
-    except (ConfigError, DataError, ValueError, FileNotFoundError) as error:
+        return run(parse(args, display.say), display)
+    except (ConfigError, DataError, OSError) as error:
         display.fail(str(error))
         return WRONG_INPUT
     except DivergedError as error:
         display.fail(str(error))
         return DIVERGED
     except KeyboardInterrupt:
-        display.say("interrupted; nothing was saved since the last checkpoint")
+        display.fail("interrupted; nothing was saved since the last checkpoint")
         return INTERRUPTED
 
 
 def run(config: Config, display: Display) -> int:
-    """Load the data, then train, evaluate or show, as the configuration says."""
-    source, origin = choose_source(config.data, config.data_dir)
-    display.say(origin)
+    """Load the data, then train, evaluate or try, as the configuration says."""
     dataset = load(
-        source, config.data_dir, image_size=config.image_size, track=display.track
+        cast(Source, config.data),
+        config.data_dir,
+        image_size=config.image_size,
+        track=display.track,
     )
     task, state = assemble(config, dataset)
     if config.preset == "small":
         display.say(
             "This is a small preset, made for a CPU: it shows that everything works, not"
-            " what SAM reaches. --preset davda54 or foret2021 are the real ones."
+            " what SAM reaches. --preset davda54 and foret2021 are the real ones."
         )
-    display.facts("samfn", describe(task, source))
+    display.facts("samfn", describe(task))
     if config.dry_run:
-        state, metrics, _ = step(task, state, 0, 0, order(task, 0)[0])
-        display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, nothing written")
-        return 0
-    if config.eval_only and config.resume is not None:
-        state, progress = restore(RunDirectory(config.resume), "best", state)
-        loss, accuracy = evaluate(task, state, task.test)
-        display.say(
-            f"best epoch {progress.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
-        )
-        return 0
-    progress = Progress()
+        return try_out(task, state, display)
+    if config.eval_only:
+        return evaluate_best(task, state, display)
+    return train_and_report(task, state, display)
+
+
+def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
+    """Take one step."""
+    _, metrics, _ = step(task, state, 0, 0, order(task, 0)[0])
+    display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, no run written")
+    return 0
+
+
+def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
+    """Evaluate the best checkpoint of the run that --resume names."""
+    assert task.config.resume is not None  # `validate` saw to it.
+    state, progress = restore(task, RunDirectory(task.config.resume), "best", state)
+    loss, accuracy = evaluate(task, state, task.test)
+    display.say(
+        f"best epoch {progress.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
+    )
+    return 0
+
+
+def train_and_report(task: Task, state: samfn.TrainState, display: Display) -> int:
+    """Train, from the start or from where a run stopped, and leave a run behind."""
+    config, progress = task.config, Progress()
     if config.resume is not None:
         directory = RunDirectory(config.resume)
-        state, progress = restore(directory, "last", state)
+        state, progress = restore(task, directory, "last", state)
         directory.rewind(progress.epoch)
-        display.say(f"resuming in epoch {progress.epoch + 1}, step {int(state.step)}")
+        display.say(f"resuming after {progress.epoch} epochs and {progress.batch} steps")
     else:
-        directory = RunDirectory.create(config.output or new_name(config, source), config)
+        directory = RunDirectory.create(config.output or new_name(config), config)
     started = time.perf_counter()
     finished = train(task, state, progress, directory, display)
     seconds = time.perf_counter() - started
     rows = directory.rows()
     if rows:
-        plots.curves(rows, directory.curves, f"{source}, {config.model}, {name(config)}")
+        title = f"{config.data}, {config.model}, {name(config)}"
+        plots.curves(rows, directory.curves, title)
+    where = shlex.quote(str(directory.path))
     if not finished:
-        display.say(
-            f"stopped; {PROGRAM} --resume {directory.path} goes on where this ended"
-        )
+        display.say(f"stopped; {PROGRAM} --resume {where} goes on where this ended")
         return INTERRUPTED
     display.facts("done", summarise(task, directory, seconds))
     return 0
@@ -105,20 +125,21 @@ def name(config: Config) -> str:
     return "SGD" if config.rho == 0 else f"{config.method.upper()} rho {config.rho:g}"
 
 
-def new_name(config: Config, source: str) -> Path:
+def new_name(config: Config) -> Path:
     """Return a new directory below runs/, named for what is run and when."""
     method = "sgd" if config.rho == 0 else config.method
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{stamp}-{source}-{config.model}-{method}"
+    parts = (stamp, config.data, config.model, method, f"seed{config.seed}")
+    return Path("runs") / "-".join(parts)
 
 
-def describe(task: Task, source: str) -> dict[str, str]:
+def describe(task: Task) -> dict[str, str]:
     """Return what the banner says of a run."""
     config = task.config
     count = sum(parameter.numel() for parameter in task.model.parameters())
     height, width = task.train_images.shape[2:]
     facts = {
-        "data": f"{source}, {len(task.train_labels):,} training and"
+        "data": f"{config.data}, {len(task.train_labels):,} training and"
         f" {len(task.test.labels):,} test images, {width}x{height}",
         "model": f"{config.model}, {count:,} parameters",
         "method": name(config),
@@ -136,8 +157,9 @@ def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, 
     rows, config = directory.rows(), task.config
     chosen_by = task.chosen_by.name
     best = max(rows, key=lambda row: row[f"{chosen_by}_accuracy"])
-    other = "--rho 0" if config.rho else "--rho 0.05"
-    compared = "plain SGD" if config.rho else "SAM"
+    other, compared = ("0", "plain SGD") if config.rho else ("0.05", "SAM")
+    where = shlex.quote(str(directory.path))
+    again = shlex.quote(str(directory.path / CONFIG_FILE))
     return {
         "last epoch": f"test accuracy {rows[-1]['test_accuracy']:.2f} %",
         "best epoch": f"test accuracy {best['test_accuracy']:.2f} % in epoch"
@@ -145,8 +167,8 @@ def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, 
         "time": f"{seconds:.1f} s, {rows[-1]['images_per_second']:,.0f} images/s",
         "files": str(directory.path),
         "picture": str(directory.curves),
-        "next": f"{PROGRAM} {other}  compares with {compared}",
-        "evaluate": f"{PROGRAM} --eval-only --resume {directory.path}",
+        f"try {compared}": f"{PROGRAM} --config {again} --rho {other}",
+        "evaluate": f"{PROGRAM} --eval-only --resume {where}",
     }
 
 

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from recipes import models
-from recipes.data import choose_source
+from recipes.data import choose_source, root_of
 
 PROGRAM = "python -m recipes.cifar_wrn"
 CONFIG_FILE = "config.toml"
@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     # A minute on a laptop. Digits are 8x8, and a mirrored 3 is no 3.
     "digits": {
+        "data": "digits",
         "model": "wrn-10-1",
         "epochs": 80,
         "batch_size": 64,
@@ -40,14 +41,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cutout": 16,
         "schedule": "step",
     },
-    # Foret et al., 2021, arXiv:2010.01412, table 1: WRN-28-10 with basic augmentation. The
-    # decay in the loss, the clip and the dropout mask are those of their code. They
-    # perturb on each of several devices; this perturbs for the whole batch.
+    # Foret et al., 2021, arXiv:2010.01412, table 1: WRN-28-10 with basic augmentation.
+    # Nesterov, the decay in the loss and the clip are those of their code. They perturb on
+    # each of several devices; this perturbs for the whole batch.
     "foret2021": {
         "model": "wrn-28-10",
         "batch_size": 256,
+        "nesterov": True,
         "decay_in_loss": True,
-        "same_dropout": True,
         "clip_norm": 5.0,
     },
 }
@@ -81,8 +82,8 @@ class Config:
     label_noise: float = 0.0
     """Share of the training labels that are replaced by another class, 0 to 1."""
     validation: float = 0.0
-    """Share of the training set held out to choose the best epoch by, 0 to below 1. With
-    0 the best epoch is chosen by the test set."""
+    """Share of the training set held out to choose the best epoch by, 0 to below 1; its
+    labels stay clean. With 0 the best epoch is chosen by the test set."""
 
     crop_padding: int = 4
     """Largest shift of a training image, in pixels. 0 is off."""
@@ -145,78 +146,100 @@ class Config:
     eval_only: bool = False
     """Evaluate the best checkpoint of the run given by --resume, and train nothing."""
     dry_run: bool = False
-    """Show the configuration, take one step, and write nothing."""
-
-    def __post_init__(self) -> None:
-        """Check every value that has a range."""
-        finite = float("inf")
-        clip, side = self.clip_norm, self.image_size
-        for name, holds, expected in (
-            ("preset", self.preset in {"auto", *PRESETS}, f"one of {[*PRESETS]}"),
-            ("label_noise", 0 <= self.label_noise <= 1, "0 to 1"),
-            ("validation", 0 <= self.validation < 1, "0 to below 1"),
-            ("dropout", 0 <= self.dropout < 1, "0 to below 1"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to below 1"),
-            ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
-            ("nesterov", self.momentum > 0 or not self.nesterov, "momentum with it"),
-            ("rho", 0 <= self.rho < finite, "a finite number of at least 0"),
-            ("lr", 0 < self.lr < finite, "a finite number above 0"),
-            ("weight_decay", 0 <= self.weight_decay < finite, "a number of at least 0"),
-            ("clip_norm", clip is None or clip > 0, "a number above 0, or None"),
-            ("crop_padding", self.crop_padding >= 0, "at least 0 pixels"),
-            ("cutout", self.cutout >= 0, "at least 0 pixels"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 2, "at least 2"),
-            ("image_size", side is None or side >= 4, "at least 4 pixels, or None"),
-            (
-                "warmup_epochs",
-                0 <= self.warmup_epochs <= self.epochs,
-                "0 to all epochs",
-            ),
-            ("eval_only", bool(self.resume) or not self.eval_only, "--resume with it"),
-        ):
-            if not holds:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(
-                    f"{flag}: expected {expected}, got {getattr(self, name)!r}"
-                )
-        try:
-            models.parse_name(self.model)
-        except ValueError as error:
-            raise ConfigError(f"--model: {error}") from error
+    """Show the configuration, take one step, and leave no run behind."""
 
 
-# What may differ from the run that is resumed without changing what it learns.
-FREE_ON_RESUME = {
-    "preset",
-    "config",
-    "output",
-    "resume",
-    "eval_only",
-    "dry_run",
-    "device",
-}
+# What belongs to one call of the command and not to what it trains.
+PER_CALL = {"config", "output", "resume", "eval_only", "dry_run"}
+# What a run may be resumed with that it was not started with. Another device rounds
+# differently and draws other random numbers; the data are checked by their content.
+FREE_ON_RESUME = {"preset", "device", "data_dir"}
 
 
-def parse(args: Sequence[str] | None = None) -> Config:
+def parse(
+    args: Sequence[str] | None = None, say: Callable[[str], None] = lambda line: None
+) -> Config:
     """Read the command line: defaults, then preset, then TOML file, then flags.
+
+    Args:
+        args: flags; None takes those that the program was called with.
+        say: is given one line about where the images come from.
+
+    Returns:
+        The settings, resolved: the source of the images, its directory, the device and
+        the preset are what they came to, and never "auto".
 
     Raises:
         ConfigError: a value, a preset or a key of the file is not among what is allowed.
+        DataError: there are no images where they should be.
         SystemExit: the command line is wrong, or asks for help.
     """
 
-    def read(**defaults: Any) -> Config:
-        return tyro.cli(Config, prog=PROGRAM, args=args, default=Config(**defaults))
+    def read(values: dict[str, Any]) -> Config:
+        return tyro.cli(Config, prog=PROGRAM, args=args, default=Config(**values))
 
-    asked = read()
+    asked = read({})
     if asked.resume is not None:
-        return _resumed(asked.resume, read)
+        return _resumed(asked, asked.resume, read)
     values = read_toml(asked.config) if asked.config else {}
-    asked = read(**values)
-    preset = _preset(asked) if asked.preset == "auto" else asked.preset
-    config = read(**PRESETS[preset] | values)
-    return replace(config, preset=preset)
+    preset = read(values).preset
+    asked = read(_preset(preset) | values)
+    _require_fitting(asked)
+    source, origin = choose_source(asked.data, asked.data_dir)
+    say(origin)
+    device = choose_device(asked.device)
+    if preset == "auto":
+        small = "digits" if source == "digits" else "small"
+        preset = small if device.type == "cpu" or source == "digits" else "davda54"
+    config = replace(
+        read(PRESETS[preset] | values),
+        preset=preset,
+        data=source,
+        data_dir=None if source == "digits" else root_of(asked.data_dir),
+        device=str(device),
+    )
+    validate(config)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Raise unless every value is in its range.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what came.
+    """
+    finite = float("inf")
+    clip, side = config.clip_norm, config.image_size
+    for name, holds, expected in (
+        ("label_noise", 0 <= config.label_noise <= 1, "0 to 1"),
+        ("validation", 0 <= config.validation < 1, "0 to below 1"),
+        ("dropout", 0 <= config.dropout < 1, "0 to below 1"),
+        ("label_smoothing", 0 <= config.label_smoothing < 1, "0 to below 1"),
+        ("momentum", 0 <= config.momentum < 1, "0 to below 1"),
+        ("nesterov", config.momentum > 0 or not config.nesterov, "momentum with it"),
+        ("rho", 0 <= config.rho < finite, "a finite number of at least 0"),
+        ("lr", 0 < config.lr < finite, "a finite number above 0"),
+        ("weight_decay", 0 <= config.weight_decay < finite, "a number of at least 0"),
+        ("clip_norm", clip is None or clip > 0, "a number above 0, or None"),
+        ("crop_padding", config.crop_padding >= 0, "at least 0 pixels"),
+        ("cutout", config.cutout >= 0, "at least 0 pixels"),
+        ("epochs", config.epochs >= 1, "at least 1"),
+        ("batch_size", config.batch_size >= 2, "at least 2"),
+        ("image_size", side is None or side >= 4, "at least 4 pixels, or None"),
+        (
+            "warmup_epochs",
+            0 <= config.warmup_epochs <= config.epochs,
+            "0 to all epochs",
+        ),
+        ("eval_only", bool(config.resume) or not config.eval_only, "--resume with it"),
+    ):
+        if not holds:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}: expected {expected}, got {getattr(config, name)!r}")
+    try:
+        models.parse_name(config.model)
+    except ValueError as error:
+        raise ConfigError(f"--model: {error}") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -232,7 +255,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     types = get_type_hints(Config)
-    if unknown := sorted(values.keys() - types.keys()):
+    if unknown := sorted(values.keys() - (types.keys() - PER_CALL)):
         close = difflib.get_close_matches(unknown[0], types, 3)
         hint = f"; close to {unknown[0]}: {', '.join(close)}" if close else ""
         raise ConfigError(f"{path} has unknown settings: {', '.join(unknown)}{hint}")
@@ -240,10 +263,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def write_toml(config: Config, path: Path) -> None:
-    """Write all settings, so that `read_toml` gives back the same `Config`."""
+    """Write what a run trains, so that `--config` trains the same again."""
     # With all settings named, a preset would only bring back what was turned off.
     values = plain_values(replace(config, preset="none"))
-    written = {key: value for key, value in values.items() if value is not None}
+    written = {
+        key: value
+        for key, value in values.items()
+        if value is not None and key not in PER_CALL
+    }
     text = "# Settings of a run of recipes.cifar_wrn; what is absent is off.\n"
     path.write_text(text + tomli_w.dumps(written), encoding="utf-8")
 
@@ -256,26 +283,40 @@ def plain_values(config: Config) -> dict[str, Any]:
     }
 
 
-def _resumed(run: Path, read: Callable[..., Config]) -> Config:
+def _resumed(asked: Config, run: Path, read: Callable[[dict[str, Any]], Config]) -> Config:
+    """Return the settings of a run, which flags may repeat but not change."""
+    fresh = Config()
+    for name in ("config", "preset", "output"):
+        if getattr(asked, name) != getattr(fresh, name):
+            raise ConfigError(f"--{name}: a run is resumed with its own, drop it")
     values = read_toml(run / CONFIG_FILE)
-    saved = Config(**values)
-    config = replace(read(**values), resume=run, output=run)
+    saved, config = Config(**values), read(values)
     changed = [
-        f"{field.name} was {getattr(saved, field.name)!r}, is now {now!r}"
-        for field in dataclasses.fields(Config)
-        if (now := getattr(config, field.name)) != getattr(saved, field.name)
-        and field.name not in FREE_ON_RESUME
+        f"{name} was {getattr(saved, name)!r}, is now {getattr(config, name)!r}"
+        for name in get_type_hints(Config).keys() - PER_CALL - FREE_ON_RESUME
+        if getattr(config, name) != getattr(saved, name)
     ]
     if changed:
-        raise ConfigError(f"cannot resume with other settings: {'; '.join(changed)}")
-    return config
+        changes = "; ".join(sorted(changed))
+        raise ConfigError(f"--resume: cannot go on with other settings: {changes}")
+    validate(config)
+    return replace(config, device=str(choose_device(config.device)))
 
 
-def _preset(config: Config) -> str:
-    source, _ = choose_source(config.data, config.data_dir)
-    if source == "digits":
-        return "digits"
-    return "small" if choose_device(config.device).type == "cpu" else "davda54"
+def _preset(name: str) -> dict[str, Any]:
+    if name == "auto":
+        return {}
+    if name not in PRESETS:
+        raise ConfigError(f"--preset: expected auto or one of {[*PRESETS]}, got {name!r}")
+    return PRESETS[name]
+
+
+def _require_fitting(config: Config) -> None:
+    """Raise where a setting of the data would have no effect."""
+    if config.image_size is not None and config.data not in ("auto", "folder"):
+        raise ConfigError(f"--image-size: only folders are resized, not {config.data}")
+    if config.data_dir is not None and config.data == "digits":
+        raise ConfigError("--data-dir: digits come with scikit-learn, not from a directory")
 
 
 def choose_device(name: str) -> torch.device:

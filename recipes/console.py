@@ -3,6 +3,7 @@
 Where the output is no terminal, the same rows are plain lines, and nothing moves.
 """
 
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -41,14 +42,15 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
+        self._errors = Console(highlight=False, stderr=True)
 
     def say(self, text: str) -> None:
         """Print one plain line."""
         self._print(escape(text))
 
     def fail(self, text: str) -> None:
-        """Print one line about what went wrong."""
-        self._print(f"[bold red]error[/] {escape(text)}")
+        """Print one line about what went wrong, to the standard error."""
+        self._errors.print(f"[bold red]error[/] {escape(text)}", soft_wrap=True)
 
     def _print(self, markup: str) -> None:
         # A terminal wraps between words; a file or pipe keeps the line whole.
@@ -66,8 +68,9 @@ class Display:
             self._console.print(panel)
             return
         self.say(title)
+        width = max(map(len, facts))
         for name, value in facts.items():
-            self.say(f"  {name:<12}{value}")
+            self.say(f"  {name:<{width}}  {value}")
 
     def track(self, items: Iterable[Any], total: int, text: str) -> Iterable[Any]:
         """Yield the items, with a bar that shows how far they are."""
@@ -81,8 +84,14 @@ class Display:
         )
 
     @contextmanager
-    def training(self, epochs: int, steps: int) -> Iterator["Live"]:
-        """Show progress, and let Ctrl-C ask to stop, while training goes on."""
+    def training(self, epochs: int, steps: int, done: int) -> Iterator["Live"]:
+        """Show progress, and let Ctrl-C ask to stop, while training goes on.
+
+        Args:
+            epochs: in the whole run.
+            steps: in an epoch.
+            done: steps that were taken before, where a run is resumed.
+        """
         bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -97,7 +106,7 @@ class Display:
         )
         header = "".join(f"{name:>{width}}" for name, width in COLUMNS)
         self._console.print(f"[bold]{header}[/]", soft_wrap=True)
-        live = Live(self._console, bar, epochs, steps)
+        live = Live(self._console, bar, epochs, steps, done)
         before = signal.signal(signal.SIGINT, live.interrupt)
         try:
             with bar:
@@ -109,17 +118,20 @@ class Display:
 class Live:
     """The moving part of the display while training goes on."""
 
-    def __init__(self, console: Console, bar: Progress, epochs: int, steps: int) -> None:
+    def __init__(
+        self, console: Console, bar: Progress, epochs: int, steps: int, done: int
+    ) -> None:
         self.stopping = False
-        self._console, self._bar, self._epochs, self._steps = (
-            console,
-            bar,
-            epochs,
-            steps,
-        )
+        self._console, self._bar = console, bar
+        self._epochs, self._steps = epochs, steps
         self._next = time.monotonic() + TICK
         self._task: TaskID = bar.add_task(
-            "", total=epochs * steps, epoch=1, loss=float("nan"), rate=0.0
+            "",
+            total=epochs * steps,
+            completed=done,
+            epoch=f"{done // steps + 1}/{epochs}",
+            loss=float("nan"),
+            rate=0.0,
         )
 
     def due(self) -> bool:
@@ -161,4 +173,5 @@ class Live:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
-        self._console.print("stopping after this step; Ctrl-C again stops at once")
+        # Nothing else may be printed here: this runs in the middle of anything.
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")

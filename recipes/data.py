@@ -5,6 +5,7 @@ Shapes: N images, C channels, H x W pixels.
 
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import urllib.error
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SPLITS = ("train", "test")
+CACHE_FORMAT = 1  # to be raised when what is cached changes
 CIFAR_URL = "https://www.cs.toronto.edu"
 
 Source = Literal["cifar10", "cifar100", "folder", "digits"]
@@ -45,6 +47,8 @@ class Dataset(NamedTuple):
 def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
     """Decide where images come from, and say why in one line.
 
+    Downloads CIFAR-10 where "auto" finds no images and a network.
+
     Args:
         data: a `Source`, or "auto".
         data_dir: class folders, or where CIFAR lies or is downloaded to.
@@ -52,25 +56,38 @@ def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
     Raises:
         DataError: `data_dir` was given, and holds nothing that can be read.
     """
-    root = data_dir or default_root()
-    if data == "folder" or (data == "auto" and _has_folders(root)):
+    root = root_of(data_dir)
+    match data:
+        case "folder":
+            return "folder", f"images in the class folders of {root}"
+        case "digits":
+            return "digits", "scikit-learn's handwritten digits"
+        case "cifar10" | "cifar100":
+            return data, f"{data} in {root}"
+        case "auto":
+            return _found(root, data_dir is not None)
+    raise DataError(f"data must be auto, cifar10, cifar100, folder or digits, got {data!r}")
+
+
+def _found(root: Path, must_be_there: bool) -> tuple[Source, str]:
+    if _has_folders(root):
         return "folder", f"images in the class folders of {root}"
-    if data == "digits":
-        return "digits", "scikit-learn's handwritten digits, 8x8"
-    if data != "auto":
-        return _as_source(data), f"{data} in {root}"
     if (root / "cifar-10-batches-py").is_dir():
         return "cifar10", f"CIFAR-10 in {root}"
-    if data_dir is not None:
+    if must_be_there:
         raise DataError(
-            f"{data_dir} holds neither train/<class>/* and test/<class>/* images nor"
+            f"{root} holds neither train/<class>/* and test/<class>/* images nor"
             " cifar-10-batches-py; to download CIFAR-10 there, add --data cifar10"
         )
+    why = "no network"
     if is_reachable(CIFAR_URL):
-        return "cifar10", f"CIFAR-10, downloaded to {root}"
+        try:
+            load("cifar10", root)
+            return "cifar10", f"CIFAR-10 in {root}"
+        except DataError as error:
+            why = f"no download ({error})"
     return "digits", (
-        f"no CIFAR-10 in {root} and no network: training on scikit-learn's"
-        " handwritten digits"
+        f"no CIFAR-10 in {root} and {why}: training on scikit-learn's handwritten digits"
     )
 
 
@@ -95,7 +112,7 @@ def load(
     """
     if source == "digits":
         return read_digits()
-    root = data_dir or default_root()
+    root = root_of(data_dir)
     if source == "folder":
         return _cached(
             root,
@@ -105,10 +122,10 @@ def load(
     return _cached(root, {"source": source}, lambda: read_cifar(source, root))
 
 
-def default_root() -> Path:
-    """Return the user's cache directory for data."""
+def root_of(data_dir: Path | None) -> Path:
+    """Return the absolute directory of the data: the user's cache if none is given."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "samfn"
+    return (data_dir or Path(cache) / "samfn").resolve()
 
 
 def is_reachable(url: str, seconds: float = 3.0) -> bool:
@@ -118,7 +135,7 @@ def is_reachable(url: str, seconds: float = 3.0) -> bool:
         urllib.request.urlopen(request, timeout=seconds).close()
     except urllib.error.HTTPError:
         return True  # An answer, if not the one that was hoped for.
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
     return True
 
@@ -191,6 +208,15 @@ def read_folder(root: Path, image_size: int | None, track: Track) -> Dataset:
     return Dataset(images, labels, test_images, test_labels, tuple(train.classes))
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """Return a digest of all images, labels and class names."""
+    digest = hashlib.sha256(repr(dataset.classes).encode())
+    for tensor in dataset[:4]:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def corrupt_labels(
     labels: Tensor, classes: int, fraction: float, generator: torch.Generator
 ) -> Tensor:
@@ -217,9 +243,17 @@ def hold_out(
 
     Returns:
         The data set without it, and the images and labels of the validation set.
+
+    Raises:
+        DataError: one of the two sets would be empty.
     """
     order = torch.randperm(len(dataset.train_labels), generator=generator)
     count = round(fraction * len(order))
+    if not 0 < count < len(order):
+        raise DataError(
+            f"--validation: {fraction} of {len(order)} images is {count}, and both sets"
+            " need at least one"
+        )
     held, kept = order[:count], order[count:]
     images, labels = dataset.train_images, dataset.train_labels
     smaller = dataset._replace(train_images=images[kept], train_labels=labels[kept])
@@ -241,13 +275,6 @@ def statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means).float(), torch.stack(stds).float()
 
 
-def _as_source(data: str) -> Source:
-    match data:
-        case "cifar10" | "cifar100":
-            return data
-    raise DataError(f"data must be auto, cifar10, cifar100, folder or digits, got {data!r}")
-
-
 def _has_folders(root: Path) -> bool:
     return all((root / split).is_dir() for split in SPLITS)
 
@@ -256,7 +283,7 @@ def _listing(root: Path) -> str:
     """Return a digest of the names, sizes and times of all files that count."""
     digest = hashlib.sha256()
     for split in SPLITS:
-        for folder, subfolders, files in os.walk(root / split):
+        for folder, subfolders, files in os.walk(root / split, followlinks=True):
             subfolders.sort()
             for file in sorted(files):
                 path = Path(folder, file)
@@ -268,7 +295,8 @@ def _listing(root: Path) -> str:
 
 def _cached(root: Path, key: dict[str, Any], read: Callable[[], Dataset]) -> Dataset:
     """Return what `read` returns, from `root`'s cache where it was kept under `key`."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(key | {"format": CACHE_FORMAT}, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = root / f"samfn-{name}.safetensors"
     if path.exists():
         # If it is damaged, or was cut off while it was written, read the data again.
@@ -278,7 +306,10 @@ def _cached(root: Path, key: dict[str, Any], read: Callable[[], Dataset]) -> Dat
     tensors = dict(zip(Dataset._fields[:4], dataset[:4], strict=True))
     # In a read-only directory the next run reads the data again.
     with contextlib.suppress(OSError, SafetensorError):
-        save_file(tensors, path, {"classes": json.dumps(dataset.classes)})
+        # Several runs may do this at once; each renames a whole file into place.
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, temporary, {"classes": json.dumps(dataset.classes)})
+        os.replace(temporary, path)
     return dataset
 
 

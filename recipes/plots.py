@@ -1,6 +1,7 @@
 """Pictures of a run: the one module that knows matplotlib."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -52,7 +53,7 @@ def comparison(
 ) -> None:
     """Draw test accuracy over the epochs: one colour a label, one thin line a seed."""
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for colour, (label, runs) in zip(COLOURS, series.items(), strict=False):
+    for colour, (label, runs) in zip(cycle(COLOURS), series.items(), strict=False):
         epochs = range(1, len(runs[0]) + 1)
         mean = [sum(values) / len(values) for values in zip(*runs, strict=True)]
         for values in runs:

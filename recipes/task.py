@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import samfn
-from recipes.config import Config, choose_device
-from recipes.data import Dataset, corrupt_labels, hold_out, statistics
+from recipes.config import Config, ConfigError, choose_device
+from recipes.data import Dataset, corrupt_labels, fingerprint, hold_out, statistics
 from recipes.models import WideResNet, parse_name
 from samfn.gradient import LossFn
 from samfn.stateless import Supervised
@@ -50,14 +50,18 @@ class Task(NamedTuple):
     method: samfn.Method
     lr: samfn.schedules.Schedule
     steps_per_epoch: int
+    fingerprint: str
+    """Of the data, before labels were corrupted or images held out."""
 
 
 def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     """Make of a configuration and its data all that training needs.
 
     Raises:
-        ValueError: the training set is smaller than a batch.
+        ConfigError: the training set is smaller than a batch.
+        DataError: the validation set would be empty.
     """
+    digest = fingerprint(dataset)
     device = choose_device(config.device)
     test = Split("test", dataset.test_images, dataset.test_labels)
     chosen_by = test
@@ -72,7 +76,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         dataset = dataset._replace(train_labels=noisy)
     steps_per_epoch = len(dataset.train_labels) // config.batch_size
     if not steps_per_epoch:
-        raise ValueError(
+        raise ConfigError(
             f"--batch-size: expected at most the {len(dataset.train_labels)} training"
             f" images, got {config.batch_size}"
         )
@@ -103,6 +107,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         method=method,
         lr=_schedule(config, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
+        fingerprint=digest,
     )
     return task, state
 

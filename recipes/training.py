@@ -14,7 +14,7 @@ from torch import Tensor
 
 import samfn
 from recipes import augment
-from recipes.config import plain_values
+from recipes.config import ConfigError, plain_values
 from recipes.console import Display, Live
 from recipes.rundir import Row, RunDirectory
 from recipes.task import Split, Task, generator, seed
@@ -143,7 +143,7 @@ def train(
         DivergedError: no step of an epoch was finite. The last checkpoint is older.
     """
     config = task.config
-    with display.training(config.epochs, task.steps_per_epoch) as live:
+    with display.training(config.epochs, task.steps_per_epoch, int(state.step)) as live:
         while progress.epoch < config.epochs:
             state, progress, meter = _train_epoch(task, state, progress, live)
             if progress.batch < task.steps_per_epoch:
@@ -154,9 +154,10 @@ def train(
             best = progress.best
             progress = Progress(epoch=progress.epoch + 1, best=max(best, accuracy))
             run.append(row)
-            _save(task, state, progress, run, "last")
+            # In this order: a run that is killed between the two takes the epoch again.
             if accuracy > best:
                 _save(task, state, progress, run, "best")
+            _save(task, state, progress, run, "last")
             live.epoch(row)
             if live.stopping and progress.epoch < config.epochs:
                 return False
@@ -183,7 +184,7 @@ def _train_epoch(
         if live.stopping:
             break
     _, finite = meter.read()
-    if not finite:
+    if not finite and done == task.steps_per_epoch:
         raise DivergedError(
             f"none of the {done} steps of epoch {progress.epoch + 1} had a finite loss and"
             " gradient: try a lower --lr or --rho, or --warmup-epochs"
@@ -227,18 +228,25 @@ def _save(
         progress=progress._asdict(),
         config=plain_values(task.config),
         normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
+        data=task.fingerprint,
     )
 
 
 def restore(
-    run: RunDirectory, name: str, like: samfn.TrainState
+    task: Task, run: RunDirectory, name: str, like: samfn.TrainState
 ) -> tuple[samfn.TrainState, Progress]:
     """Read a checkpoint of a run.
 
     Raises:
-        FileNotFoundError, ValueError: as `samfn.restore`.
+        ConfigError: there is none, it is damaged, or it belongs to another network or to
+            other data.
     """
-    state, metadata = samfn.restore(run.checkpoint(name), like=like)
+    try:
+        state, metadata = samfn.restore(run.checkpoint(name), like=like)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"--resume: {error}") from error
+    if metadata["data"] != task.fingerprint:
+        raise ConfigError(f"--resume: {run.path} was trained on other images or labels")
     values = metadata["progress"]
     return state, Progress(**values | {"sums": tuple(values["sums"])})
 

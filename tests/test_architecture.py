@@ -10,14 +10,14 @@ LEVELS = {
     "tree": 0,
     "schedules": 0,
     "border": 1,
-    "gradient": 1,
+    "gradient": 2,
     "perturb": 2,
     "descend": 2,
-    "stateless": 2,
+    "stateless": 3,
     "methods": 3,
     "update": 4,
     "checkpoint": 5,
-    "__init__": 9,
+    "__init__": 6,
 }
 # Outside thing -> the files that may know it.
 OWNERS = {
@@ -29,6 +29,13 @@ OWNERS = {
     "einops": {"recipes/models.py", "recipes/augment.py"},
     "tyro": {"recipes/config.py", "bench/compare.py"},
     "torch.func": {"samfn/gradient.py", "samfn/stateless.py"},
+    "torch.nn": {
+        "samfn/stateless.py",
+        "recipes/models.py",
+        "recipes/augment.py",
+        "recipes/task.py",
+    },
+    "torch.optim": {"samfn/descend.py"},
 }
 
 

@@ -6,18 +6,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes import config as configs
-from recipes.config import PRESETS, Config, ConfigError, parse, read_toml, write_toml
+from recipes.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    choose_device,
+    parse,
+    read_toml,
+    write_toml,
+)
 
 DIGITS = ["--data", "digits"]
+BEST = str(choose_device("auto"))
 
 # One value for every field that differs from its default, as flags write it.
 FLAGS = {
-    "preset": ("none", "none"),
-    "config": None,  # has tests of its own
-    "data": ("digits", "digits"),
-    "data_dir": ("here", Path("here")),
-    "image_size": ("48", 48),
+    # These five, and three at the end, have tests of their own.
+    "preset": None,
+    "config": None,
+    "data": None,
+    "data_dir": None,
+    "image_size": None,
     "label_noise": ("0.4", 0.4),
     "validation": ("0.1", 0.1),
     "crop_padding": ("2", 2),
@@ -42,7 +51,7 @@ FLAGS = {
     "schedule": ("step", "step"),
     "warmup_epochs": ("2.5", 2.5),
     "precision": ("bf16", "bf16"),
-    "device": ("cpu", "cpu"),
+    "device": ("meta", "meta"),
     "seed": ("3", 3),
     "output": ("out", Path("out")),
     "resume": None,
@@ -53,6 +62,13 @@ FLAGS = {
 
 def test_every_field_is_covered_here():
     assert list(FLAGS) == [field.name for field in dataclasses.fields(Config)]
+
+
+def test_images_that_are_too_small_are_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(ConfigError, match="--image-size: expected at least 4 pixels"):
+        parse(["--data-dir", str(tmp_path), "--image-size", "3"])
 
 
 @pytest.mark.parametrize("name", [name for name, value in FLAGS.items() if value])
@@ -70,17 +86,18 @@ def test_every_flag_sets_its_field_and_no_other(name):
 
 
 def test_without_preset_the_defaults_are_those_of_the_class():
-    expected = Config(preset="none", data="digits")
+    expected = Config(preset="none", data="digits", device=BEST)
     assert parse(["--preset", "none", *DIGITS]) == expected
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_set_what_they_say_and_flags_override_them(preset):
-    config = parse(["--preset", preset, "--seed", "9"])
+    config = parse(["--preset", preset, "--seed", "9", *DIGITS])
     values = PRESETS[preset]
-    assert {key: getattr(config, key) for key in values} == values
-    assert config == Config(**values | {"preset": preset, "seed": 9})
-    assert parse(["--preset", preset, "--epochs", "3"]).epochs == 3
+    # Without CIFAR and network, the images are digits whatever the preset.
+    resolved = {"preset": preset, "seed": 9, "device": BEST, "data": "digits"}
+    assert config == Config(**values | resolved)
+    assert parse(["--preset", preset, "--epochs", "3", *DIGITS]).epochs == 3
 
 
 def test_presets_are_the_published_settings():
@@ -96,6 +113,8 @@ def test_presets_are_the_published_settings():
             config.schedule,
         )
     assert (foret.rho, foret100.rho, foret100.data) == (0.05, 0.1, "cifar100")
+    assert foret.nesterov
+    assert foret.clip_norm == 5.0
     davda, adaptive = (parse(["--preset", p]) for p in ("davda54", "davda54-adaptive"))
     assert (davda.method, davda.rho) == ("sam", 0.05)
     assert (adaptive.method, adaptive.rho) == ("asam-all", 2.0)
@@ -135,7 +154,6 @@ paths = st.text(
     st.builds(
         Config,
         data_dir=st.none() | paths,
-        output=st.none() | paths,
         clip_norm=st.none() | st.floats(1e-9, 1e9),
         lr=st.floats(1e-9, 1e9),
         rho=st.floats(0, 1e9),
@@ -152,6 +170,66 @@ def test_what_is_written_is_read_back(tmp_path_factory, config):
     tomllib.loads(path.read_text(encoding="utf-8"))
 
 
+def test_settings_of_one_call_are_not_written(tmp_path):
+    path = tmp_path / "c.toml"
+    write_toml(Config(output=tmp_path, resume=tmp_path, dry_run=True), path)
+    assert Config(**read_toml(path)) == Config(preset="none")
+
+
+def test_a_file_is_checked_with_the_flags_that_complete_it(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("warmup_epochs = 100\n")
+    config = parse([*DIGITS, "--config", str(file), "--epochs", "200"])
+    assert (config.warmup_epochs, config.epochs) == (100, 200)
+    with pytest.raises(ConfigError, match="--warmup-epochs: expected 0 to all epochs"):
+        parse([*DIGITS, "--config", str(file)])
+
+
+def test_settings_are_resolved(tmp_path):
+    said = []
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    config = parse(["--data-dir", str(tmp_path / "train" / "..")], said.append)
+    assert (config.data, config.data_dir) == ("folder", tmp_path)
+    assert config.device == BEST
+    assert said == [f"images in the class folders of {tmp_path}"]
+    config = parse([], said.append)
+    assert (config.data, config.data_dir, config.preset) == ("digits", None, "digits")
+    assert "no network" in said[1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_toml(parse([*DIGITS, "--epochs", "3"]), tmp_path / "config.toml")
+    return ["--resume", str(tmp_path)]
+
+
+def test_a_run_is_resumed_with_its_own_settings(run):
+    expected = parse([*DIGITS, "--epochs", "3"])
+    resumed = parse(run)
+    assert resumed.resume == Path(run[1])
+    assert dataclasses.replace(resumed, resume=None, preset="digits") == expected
+    assert parse([*run, "--epochs", "3"]) == resumed
+    assert parse([*run, "--eval-only"]).eval_only
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--lr 0.3 --seed 5",
+            "other settings: lr was 0.1, is now 0.3; seed was 0, is now 5",
+        ),
+        ("--preset small", "--preset: a run is resumed with its own, drop it"),
+        ("--config c.toml", "--config: a run is resumed with its own, drop it"),
+        ("--output out", "--output: a run is resumed with its own, drop it"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(run, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse([*run, *flags.split()])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -161,6 +239,8 @@ def test_what_is_written_is_read_back(tmp_path_factory, config):
         ("flip = 1", "flip cannot be 1, expected bool"),
         ('method = "adam"', "method cannot be 'adam', expected .*asam-all"),
         ("epochs = ", "is no TOML"),
+        ('resume = "run"', "unknown settings: resume"),
+        ("dry_run = true", "unknown settings: dry_run"),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path, text, message):
@@ -178,7 +258,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--preset best", "--preset: expected one of .*davda54.* got 'best'"),
+        ("--preset best", "--preset: expected auto or one of .*davda54.* got 'best'"),
         ("--rho -0.1", "--rho: expected a finite number of at least 0, got -0.1"),
         ("--rho nan", "--rho: .* got nan"),
         ("--lr 0", "--lr: expected a finite number above 0, got 0.0"),
@@ -194,16 +274,18 @@ def test_a_missing_file_is_named(tmp_path):
         ("--clip-norm 0", "--clip-norm: expected a number above 0, or None, got 0.0"),
         ("--crop-padding -1", "--crop-padding: expected at least 0 pixels"),
         ("--cutout -1", "--cutout: expected at least 0 pixels"),
-        ("--image-size 3", "--image-size: expected at least 4 pixels"),
+        ("--image-size 9", "--image-size: only folders are resized, not digits"),
+        ("--data-dir here", "--data-dir: digits come with scikit-learn"),
         ("--warmup-epochs 999", "--warmup-epochs: expected 0 to all epochs"),
         ("--eval-only", "--eval-only: expected --resume with it"),
+        ("--model wrn-12-1", "--model: depth must be 10, 16"),
         ("--model resnet18", "--model: .*wrn-28-10, got 'resnet18'"),
         ("--device gpu", "--device: 'gpu' cannot be used"),
     ],
 )
 def test_values_out_of_range_say_what_was_expected(flags, message):
     with pytest.raises(ConfigError, match=message):
-        configs.choose_device(parse([*DIGITS, *flags.split()]).device)
+        parse([*DIGITS, *flags.split()])
 
 
 def test_unknown_flags_end_with_the_usage_code():

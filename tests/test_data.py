@@ -126,8 +126,6 @@ def test_a_directory_that_holds_nothing_is_an_error(tmp_path):
 
 def test_the_source_follows_from_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    # A name that no server can have: what a machine without network sees.
-    monkeypatch.setattr(data, "CIFAR_URL", "https://no-such-host.invalid")
     source, line = data.choose_source("auto", None)
     assert source == "digits"
     assert "no CIFAR-10" in line
@@ -137,6 +135,18 @@ def test_the_source_follows_from_what_is_there(tmp_path, monkeypatch):
     assert data.choose_source("auto", None)[0] == "cifar10"
     assert data.choose_source("auto", make_folder(tmp_path / "own"))[0] == "folder"
     assert data.choose_source("cifar100", tmp_path)[0] == "cifar100"
+
+
+def test_a_download_that_fails_leaves_the_digits(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.status = 200
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(data, "CIFAR_URL", url)
+        source, line = data.choose_source("auto", None)
+    assert source == "digits"
+    assert "no download (cannot read or download cifar10" in line
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -263,6 +273,33 @@ def test_validation_takes_images_away_from_training_with_their_labels():
     rows = [sorted(map(tuple, table.tolist())) for table in (together, original)]
     assert rows[0] == rows[1]
     assert smaller.test_images is digits.test_images
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_validation_leaves_no_set_empty(fraction):
+    with pytest.raises(DataError, match="both sets need at least one"):
+        data.hold_out(data.load("digits"), fraction, torch.Generator())
+
+
+def test_fingerprints_tell_data_apart():
+    digits = data.load("digits")
+    found = {data.fingerprint(digits), data.fingerprint(data.load("digits"))}
+    assert len(found) == 1
+    other = digits.train_labels.clone()
+    other[0] += 1
+    found.add(data.fingerprint(digits._replace(train_labels=other)))
+    found.add(data.fingerprint(digits._replace(classes=tuple("abcdefghij"))))
+    found.add(data.fingerprint(digits._replace(test_images=digits.test_images + 1)))
+    assert len(found) == 4
+
+
+def test_folders_behind_links_count_for_the_cache(tmp_path):
+    root = make_folder(tmp_path / "links")
+    (root / "train" / "cat").rename(tmp_path / "elsewhere")
+    (root / "train" / "cat").symlink_to(tmp_path / "elsewhere")
+    data.load("folder", root)
+    Image.new("RGB", (6, 6), (99, 0, 0)).save(tmp_path / "elsewhere" / "0.png")
+    assert data.load("folder", root).train_images[0, 0, 0, 0] == 99
 
 
 def test_statistics_are_mean_and_deviation_of_each_channel():

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import samfn
 from recipes import training
 from recipes.cifar_wrn import main
-from recipes.config import parse
+from recipes.config import parse, read_toml
 from recipes.data import hold_out, load
 from recipes.rundir import RunDirectory
 from recipes.task import assemble, generator
+from tests.test_data import make_folder
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--data", "digits", "--model", "wrn-10-1", "--epochs", "2"]
@@ -147,16 +148,34 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tmp_path, c
     train(run)
     before = tensors(run)
     assert main(["--resume", str(run), "--lr", "0.3", "--rho", "1"]) == 2
-    out = capsys.readouterr().out
-    assert "rho was 0.05, is now 1.0" in out
-    assert "lr was 0.1, is now 0.3" in out
+    assert "lr was 0.1, is now 0.3; rho was 0.05, is now 1.0" in capsys.readouterr().err
     assert equal(before, tensors(run))
+
+
+def test_resuming_on_other_data_is_refused(tmp_path, capsys):
+    images, run = make_folder(tmp_path / "images", sizes=((8, 8),)), tmp_path / "run"
+    flags = ["--data-dir", str(images), "--model", "wrn-10-1", "--batch-size", "3"]
+    assert main([*flags, "--epochs", "1", "--output", str(run)]) == 0
+    (images / "test" / "dog" / "0.png").write_bytes(
+        (images / "test" / "cat" / "0.png").read_bytes()
+    )
+    assert main(["--resume", str(run)]) == 2
+    assert "was trained on other images or labels" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path):
+    run = tmp_path / "run"
+    train(run)
+    before = tensors(run), rows(run)
+    assert main(["--resume", str(run)]) == 0
+    assert equal(before[0], tensors(run))
+    assert rows(run) == before[1]
 
 
 def test_a_directory_in_use_is_refused(tmp_path, capsys):
     (tmp_path / "precious").write_text("x")
     assert train(tmp_path) == 2
-    assert "expected a new or empty directory" in capsys.readouterr().out
+    assert "expected a new or empty directory" in capsys.readouterr().err
     assert (tmp_path / "precious").read_text() == "x"
 
 
@@ -191,17 +210,34 @@ def test_label_noise_lowers_training_and_never_touches_the_test_set(tmp_path):
 
 def test_a_run_that_diverges_ends_with_its_own_code(tmp_path, capsys):
     assert train(tmp_path / "run", "--lr", "1e30") == 3
-    assert "had a finite loss" in capsys.readouterr().out
+    assert "had a finite loss" in capsys.readouterr().err
 
 
 def test_a_batch_larger_than_the_training_set_is_an_error(tmp_path, capsys):
     assert train(tmp_path / "run", "--batch-size", "2000") == 2
-    assert "at most the 1437 training images, got 2000" in capsys.readouterr().out
+    assert "at most the 1437 training images, got 2000" in capsys.readouterr().err
 
 
 def test_resuming_what_is_no_run_is_an_error(tmp_path, capsys):
     assert main(["--resume", str(tmp_path / "absent")]) == 2
-    assert "cannot read" in capsys.readouterr().out
+    assert "cannot read" in capsys.readouterr().err
+
+
+def test_a_run_without_checkpoint_says_so(tmp_path, capsys):
+    RunDirectory.create(tmp_path / "run", parse(SMALL))
+    assert main(["--resume", str(tmp_path / "run")]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+
+
+def test_the_summary_names_a_run_that_differs_in_rho_alone(tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert train(run, "--label-noise", "0.4", "--seed", "3", "--epochs", "1") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    command = re.search(r"try plain SGD python -m recipes.cifar_wrn (.*--rho 0)", out)
+    args = [*command[1].split(), "--output", str(other)]
+    assert main(args) == 0
+    saved = [read_toml(path / "config.toml") for path in (run, other)]
+    assert saved[1] == saved[0] | {"rho": 0.0}
 
 
 def test_file_names_are_shown_as_they_are(tmp_path, capsys):

@@ -1,0 +1,177 @@
+"""Each setting changes training as it says, and evaluation is what it should be."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import samfn
+from recipes import augment, training
+from recipes.config import parse
+from recipes.data import load
+from recipes.task import METHODS, Split, assemble
+
+DIGITS = load("digits")
+BASE = ["--data", "digits", "--preset", "none", "--model", "wrn-10-1", "--epochs", "2"]
+
+
+def task_of(*flags):
+    return assemble(parse([*BASE, "--crop-padding", "1", *flags]), DIGITS)
+
+
+def after_two_steps(*flags):
+    task, state = task_of(*flags)
+    for index in range(2):
+        picked = training.order(task, 0)[index]
+        state, metrics, _ = training.step(task, state, 0, index, picked)
+    return state, metrics
+
+
+def differ(left, right):
+    return any(
+        not torch.equal(left.params[name], right.params[name]) for name in left.params
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--rho 0.1",
+        "--rho 0",
+        "--method asam",
+        "--method asam-all",
+        "--momentum 0.5",
+        "--nesterov",
+        "--weight-decay 0.1",
+        "--decay-in-loss",
+        "--clip-norm 0.01",
+        "--lr 0.2",
+        "--schedule step --epochs 1",
+        "--schedule constant",
+        "--warmup-epochs 1",
+        "--label-smoothing 0.1",
+        "--label-noise 0.4",
+        "--validation 0.1",
+        "--crop-padding 2",
+        "--no-flip",
+        "--cutout 4",
+        "--dropout 0.3",
+        "--zero-head",
+        "--layout davda54",
+        "--precision bf16",
+        "--batch-size 64",
+        "--seed 1",
+        "--model wrn-10-2",
+    ],
+)
+def test_every_setting_changes_the_step(flags):
+    plain, _ = after_two_steps()
+    changed, metrics = after_two_steps(*flags.split())
+    assert metrics.finite
+    if plain.params.keys() == changed.params.keys():
+        shapes = [[p.shape for p in s.params.values()] for s in (plain, changed)]
+        assert shapes[0] != shapes[1] or differ(plain, changed)
+
+
+def test_the_same_dropout_mask_changes_the_step():
+    with_dropout = ["--dropout", "0.3"]
+    one, _ = after_two_steps(*with_dropout)
+    other, _ = after_two_steps(*with_dropout, "--same-dropout")
+    assert differ(one, other)
+
+
+def test_methods_have_the_length_of_their_metric():
+    norms = {
+        name: after_two_steps("--method", name)[1].perturbation_norm for name in METHODS
+    }
+    assert norms["sam"].item() == pytest.approx(0.05, rel=1e-4)
+    assert len({round(norm.item(), 5) for norm in norms.values()}) == 3
+
+
+def test_learning_rates_are_those_of_the_schedules():
+    steps = 1437 // 128
+    cosine, _ = task_of("--warmup-epochs", "1", "--lr", "0.4")
+    expected = samfn.schedules.warmup(samfn.schedules.cosine(0.4, 2 * steps), steps)
+    values = [cosine.lr(t) for t in range(2 * steps)]
+    assert values == [expected(t) for t in range(2 * steps)]
+    assert values[0] == pytest.approx(0.4 / steps)
+    step, _ = task_of("--schedule", "step", "--lr", "1")
+    values = {round(step.lr(t), 6) for t in range(2 * steps)}
+    assert values == {1.0, 0.2, 0.04, 0.008}
+    constant, _ = task_of("--schedule", "constant", "--lr", "0.3")
+    assert {constant.lr(t) for t in range(2 * steps)} == {0.3}
+
+
+def test_a_batch_is_its_own_images_augmented_with_their_labels(monkeypatch):
+    seen = []
+
+    def spying(state, batch, **options):
+        seen.append((batch, options))
+        return state, None
+
+    task, state = task_of("--crop-padding", "0", "--no-flip", "--label-noise", "0.4")
+    monkeypatch.setattr(samfn, "sam_update", spying)
+    picked = training.order(task, 0)[3]
+    training.step(task, state, 0, 3, picked)
+    ((images, labels), options), *_ = seen
+    expected = augment.normalise(task.train_images[picked], task.mean, task.std)
+    assert torch.equal(images, expected)
+    assert torch.equal(labels, task.train_labels[picked])
+    assert options["lr"] == task.lr(3)
+
+
+def test_an_epoch_shows_every_image_at_most_once_in_another_order_each_time():
+    task, _ = task_of()
+    first, second = training.order(task, 0), training.order(task, 1)
+    assert first.shape == (11, 128)
+    assert len(first.unique()) == first.numel()
+    assert torch.equal(first, training.order(task, 0))
+    assert not torch.equal(first, second)
+
+
+def test_evaluation_is_that_of_the_module_over_all_images():
+    task, _ = task_of()
+    state, _ = after_two_steps()
+    # 1,437 images are two whole batches of evaluation and a smaller one.
+    everything = Split("train", task.train_images, task.train_labels)
+    loss, accuracy = training.evaluate(task, state, everything)
+    assert task.model.training
+    samfn.load(task.model, state.params, state.buffers)
+    task.model.eval()
+    with torch.no_grad():
+        inputs = augment.normalise(everything.images, task.mean, task.std)
+        outputs = task.model(inputs)
+    expected = F.cross_entropy(outputs, everything.labels).item()
+    assert loss == pytest.approx(expected, rel=1e-4)
+    hits = (outputs.argmax(1) == everything.labels).sum().item()
+    assert accuracy == pytest.approx(100 * hits / 1437, abs=0.1)
+
+
+def metrics(loss, finite=True):
+    value = torch.tensor(loss)
+    outputs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    return samfn.Metrics(
+        value, outputs, value, value, value + 1, value, torch.tensor(finite)
+    )
+
+
+def test_a_meter_averages_the_steps_that_were_taken():
+    meter, labels = training.Meter(torch.device("cpu"), ()), torch.tensor([0, 0])
+    meter.add(metrics(1.0), labels)
+    meter.add(metrics(float("nan"), finite=False), labels)
+    meter.add(metrics(4.0), labels)
+    means, steps = meter.read()
+    assert steps == 2
+    assert means["loss"] == 2.5
+    assert means["accuracy"] == 50
+    assert means["sharpness"] == 1
+    again = training.Meter(torch.device("cpu"), tuple(meter.sums.tolist()))
+    assert_close(again.sums, meter.sums)
+
+
+def test_skipped_steps_are_counted_in_the_row(monkeypatch):
+    task, state = task_of()
+    meter = training.Meter(torch.device("cpu"), ())
+    meter.add(metrics(1.0), torch.tensor([0, 0]))
+    row = training._record(task, state, training.Progress(seconds=1.0), meter)
+    assert row["skipped_steps"] == task.steps_per_epoch - 1

@@ -26,23 +26,15 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
         for split, colour in (("train", GREY), ("test", BLUE), ("validation", ORANGE)):
             if f"{split}_{what}" in rows[0]:
                 values = [row[f"{split}_{what}"] for row in rows]
-                axes.plot(epochs, values, color=colour, label=split, marker=marker, ms=3)
+                label = f"{split}: {values[-1]:.4g}"
+                axes.plot(epochs, values, color=colour, label=label, marker=marker, ms=3)
         axes.set_xlabel("epoch")
+        axes.legend(frameon=False, title="last epoch")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_ylabel("loss")
     right.set_ylabel("accuracy (%)")
-    right.legend(frameon=False)
-    final = rows[-1]["test_accuracy"]
-    right.annotate(
-        f"{final:.2f} %",
-        (epochs[-1], final),
-        (0, -14),
-        textcoords="offset points",
-        ha="right",
-        color=BLUE,
-    )
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -20,6 +20,15 @@ MethodState = Mapping[str, Any]
 Perturb = Callable[[Params, Params, "float | Tensor"], dict[str, Tensor]]
 
 
+class Point(NamedTuple):
+    """Where a step starts, and how far it looks."""
+
+    params: Params
+    buffers: Params
+    batch: Batch
+    rho: float | Tensor
+
+
 class Descent(NamedTuple):
     """The gradient that descends, and what was seen on the way to it."""
 
@@ -36,11 +45,8 @@ class Method(NamedTuple):
 
     init: Callable[[Params], MethodState]
     """params -> what the method remembers; empty for most."""
-    descent: Callable[
-        [Evaluate, Params, Params, Batch, "float | Tensor", MethodState],
-        tuple[Descent, MethodState],
-    ]
-    """(evaluate, params, buffers, batch, rho, memory) -> (Descent, memory)."""
+    descent: Callable[[Evaluate, Point, MethodState], tuple[Descent, MethodState]]
+    """(evaluate, point, memory) -> (Descent, memory)."""
 
 
 def sam() -> Method:
@@ -90,12 +96,7 @@ def accumulated(method: Method, size: int) -> Method:
     _require_size(size)
 
     def descent(
-        evaluate: Evaluate,
-        params: Params,
-        buffers: Params,
-        batch: Batch,
-        rho: float | Tensor,
-        memory: MethodState,
+        evaluate: Evaluate, point: Point, memory: MethodState
     ) -> tuple[Descent, MethodState]:
         def evaluate_all(params: Params, buffers: Params, batch: Batch) -> Pass:
             total: Pass | None = None
@@ -105,7 +106,7 @@ def accumulated(method: Method, size: int) -> Method:
                 buffers = part.buffers
             return _joined(total)
 
-        return method.descent(evaluate_all, params, buffers, batch, rho, memory)
+        return method.descent(evaluate_all, point, memory)
 
     return Method(method.init, descent)
 
@@ -130,20 +131,15 @@ def per_micro_batch(method: Method, size: int) -> Method:
     _require_size(size)
 
     def descent(
-        evaluate: Evaluate,
-        params: Params,
-        buffers: Params,
-        batch: Batch,
-        rho: float | Tensor,
-        memory: MethodState,
+        evaluate: Evaluate, point: Point, memory: MethodState
     ) -> tuple[Descent, MethodState]:
         total: Descent | None = None
-        for micro_batch, weight in _micro_batches(batch, size):
+        for micro_batch, weight in _micro_batches(point.batch, size):
             part, memory = method.descent(
-                evaluate, params, buffers, micro_batch, rho, memory
+                evaluate, point._replace(batch=micro_batch), memory
             )
             total = _add_descent(total, part, weight)
-            buffers = part.clean.buffers
+            point = point._replace(buffers=part.clean.buffers)
         assert total is not None  # There is at least one micro-batch.
         return total._replace(clean=_joined(total.clean)), memory
 
@@ -160,34 +156,25 @@ def same_randomness(method: Method) -> Method:
     """
 
     def descent(
-        evaluate: Evaluate,
-        params: Params,
-        buffers: Params,
-        batch: Batch,
-        rho: float | Tensor,
-        memory: MethodState,
+        evaluate: Evaluate, point: Point, memory: MethodState
     ) -> tuple[Descent, MethodState]:
-        device = next(iter(params.values())).device
+        device = next(iter(point.params.values())).device
         before = _random_state(device)
 
         def replay(params: Params, buffers: Params, batch: Batch) -> Pass:
             _set_random_state(device, before)
             return evaluate(params, buffers, batch)
 
-        return method.descent(replay, params, buffers, batch, rho, memory)
+        return method.descent(replay, point, memory)
 
     return Method(method.init, descent)
 
 
 def _two_pass(ascend: Perturb) -> Method:
     def descent(
-        evaluate: Evaluate,
-        params: Params,
-        buffers: Params,
-        batch: Batch,
-        rho: float | Tensor,
-        memory: MethodState,
+        evaluate: Evaluate, point: Point, memory: MethodState
     ) -> tuple[Descent, MethodState]:
+        params, buffers, batch, rho = point
         clean = evaluate(params, buffers, batch)
         if _is_number_zero(rho):
             zero = torch.zeros_like(clean.loss)

@@ -9,7 +9,7 @@ from torch import Tensor
 from samfn import border, tree
 from samfn.descend import Optimizer, OptState, descend
 from samfn.gradient import LossFn, evaluate
-from samfn.methods import Method, MethodState, sam
+from samfn.methods import Method, MethodState, Point, sam
 from samfn.tree import Batch, Params
 
 
@@ -124,7 +124,7 @@ def sam_update(
 
     params, buffers, opt_state, method_state, step = state
     seen, new_method_state = method.descent(
-        partial(evaluate, loss_fn), params, buffers, batch, rho, method_state
+        partial(evaluate, loss_fn), Point(params, buffers, batch, rho), method_state
     )
     new_params, new_opt_state = descend(
         params, seen.grads, opt_state, optimizer=optimizer, lr=lr

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import samfn
 from samfn.gradient import evaluate
+from samfn.methods import Point
 from tests.reference import batches, small_network
 
 MATRIX = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64))
@@ -32,7 +33,8 @@ def descent_of(method, loss_fn, params, batch=None, rho=0.1, buffers=None):
         return evaluate(loss_fn, params, buffers, batch)
 
     memory = method.init(params)
-    return method.descent(evaluated, params, buffers or {}, batch, rho, memory)[0]
+    point = Point(params, buffers or {}, batch, rho)
+    return method.descent(evaluated, point, memory)[0]
 
 
 def test_sam_on_a_quadratic_is_its_closed_form():

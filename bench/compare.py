@@ -88,6 +88,7 @@ def main() -> None:
             case |= {"best": arm.best()[-1], "epoch_seconds": rows[-1]["seconds"]}
             case |= {"wall_seconds": arm.walls[-1]}
             print(json.dumps(case), flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     stem = RESULTS / f"{comparison.name}_{time.strftime('%Y-%m-%d')}"
     series = {arm.label: [accuracies(rows) for rows in arm.runs] for arm in arms}
     title = comparison.title or comparison.name

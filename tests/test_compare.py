@@ -11,7 +11,7 @@ def bench(tmp_path, monkeypatch):
     """Run the comparison in an empty directory, with results in it too."""
     monkeypatch.setenv("PYTHONPATH", str(Path(compare.__file__).parent.parent))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "new" / "results")
 
     def run(*flags):
         common = "-- --data digits --epochs 2 --batch-size 700"
@@ -33,14 +33,14 @@ def test_a_comparison_runs_all_arms_and_reports_them(bench, tmp_path, capfd):
         ("SGD", 1),
         ("SAM", 1),
     ]
-    (report,) = tmp_path.glob("toy_*.md")
+    (report,) = tmp_path.glob("new/results/toy_*.md")
     text = report.read_text()
     assert text.startswith("# Toy")
     for arm in ("SGD", "SAM"):
         last = [c["last"] for c in cases if c["arm"] == arm]
         assert f"| {arm} | {compare.spread(last)} |" in text
     assert '--arm "SAM: --rho 0.1"' in text
-    (picture,) = tmp_path.glob("toy_*.png")
+    (picture,) = tmp_path.glob("new/results/toy_*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     # What is finished is not run again.
     bench(*ARMS, "--title", "Toy")

@@ -64,6 +64,10 @@ class Arm:
         """Return the highest test accuracy of any epoch, one for each seed."""
         return [max(row["test_accuracy"] for row in rows) for rows in self.runs]
 
+    def wall(self) -> str:
+        """Return the median time of the whole command, of runs in one piece."""
+        return f"{statistics.median(self.walls):.0f}" if self.walls else "not measured"
+
     def seconds(self) -> float:
         """Return the median time of a training epoch."""
         times: list[float] = [row["seconds"] for rows in self.runs for row in rows]
@@ -83,10 +87,10 @@ def main() -> None:
             output = Path("runs") / comparison.name / f"{slug(arm.label)}-{seed}"
             rows = run(output, f"{common} {arm.flags} --seed {seed}")
             arm.runs.append(rows)
-            arm.walls.append(float((output / WALL).read_text()))
+            if (output / WALL).exists():
+                arm.walls.append(float((output / WALL).read_text()))
             case = {"arm": arm.label, "seed": seed, "last": arm.last()[-1]}
             case |= {"best": arm.best()[-1], "epoch_seconds": rows[-1]["seconds"]}
-            case |= {"wall_seconds": arm.walls[-1]}
             print(json.dumps(case), flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     stem = RESULTS / f"{comparison.name}_{time.strftime('%Y-%m-%d')}"
@@ -111,7 +115,8 @@ def run(output: Path, flags: str) -> list[dict[str, Any]]:
     if len(directory.rows()) < config.epochs:
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "recipes.cifar_wrn", *asked], check=True)
-        (output / WALL).write_text(f"{time.perf_counter() - started:.1f}\n")
+        if "--resume" not in asked:  # The time of a part would pass for that of the run.
+            (output / WALL).write_text(f"{time.perf_counter() - started:.1f}\n")
     return directory.rows()
 
 
@@ -126,7 +131,7 @@ def report(comparison: Comparison, arms: list[Arm], common: str, stem: str) -> s
     table = [
         f"| {arm.label} | {spread(arm.last())} | {spread(arm.best())} |"
         f" {arm.seconds():.2f} | {arm.seconds() / baseline:.2f} |"
-        f" {statistics.median(arm.walls):.0f} |"
+        f" {arm.wall()} |"
         for arm in arms
     ]
     command = [f"python -m bench.compare {comparison.name} --seeds {comparison.seeds}"]

@@ -47,6 +47,17 @@ def test_a_comparison_runs_all_arms_and_reports_them(bench, tmp_path, capfd):
     assert "epoch    loss" not in capfd.readouterr().out
 
 
+def test_a_run_that_was_resumed_has_no_time_of_its_own(bench, tmp_path):
+    bench("--seeds", "1", "--arm", "SGD: --rho 0")
+    run = tmp_path / "runs" / "toy" / "sgd-0"
+    (run / "wall_seconds").unlink()
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text(rows[0])
+    bench("--seeds", "1", "--arm", "SGD: --rho 0")
+    assert not (run / "wall_seconds").exists()
+    assert "| not measured |" in next(tmp_path.glob("new/results/*.md")).read_text()
+
+
 def test_runs_of_other_settings_are_not_reported(bench):
     bench("--seeds", "1", "--arm", "SGD: --rho 0")
     with pytest.raises(SystemExit, match=r"sgd-0 holds a run of other settings"):

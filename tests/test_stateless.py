@@ -113,6 +113,12 @@ def test_half_precision_computes_in_it_and_keeps_gradients_in_float32():
     assert 0.99 < cosine < 0.999999
 
 
+def step_on(model, state):
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    options = {"loss_fn": loss_fn, "optimizer": samfn.sgd(), "lr": 0.1}
+    return samfn.sam_update(state, batches(1)[0], **options)
+
+
 def change(tree, name, value):
     return {**tree, name: value}
 
@@ -140,13 +146,7 @@ def test_what_does_not_fit_the_model_is_an_error(edit, message):
     model = small_network()
     state = samfn.init(*edit(*samfn.split(model)), optimizer=samfn.sgd())
     with pytest.raises(ValueError, match=message):
-        samfn.sam_update(
-            state,
-            batches(1)[0],
-            loss_fn=samfn.supervised(model, F.cross_entropy),
-            optimizer=samfn.sgd(),
-            lr=0.1,
-        )
+        step_on(model, state)
 
 
 def test_the_loss_alone_refuses_other_names_too():
@@ -174,13 +174,7 @@ def test_parameters_that_share_memory_with_the_model_are_an_error():
     aliases = {name: p.detach() for name, p in model.named_parameters()}
     state = samfn.init(aliases, buffers, optimizer=samfn.sgd())
     with pytest.raises(ValueError, match=r"0.weight shares its memory with the model"):
-        samfn.sam_update(
-            state,
-            batches(1)[0],
-            loss_fn=samfn.supervised(model, F.cross_entropy),
-            optimizer=samfn.sgd(),
-            lr=0.1,
-        )
+        step_on(model, state)
 
 
 def test_models_that_cannot_be_split_say_why():

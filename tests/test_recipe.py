@@ -195,6 +195,23 @@ def test_validation_chooses_the_best_epoch(tmp_path, capsys):
     assert tensors(run, "best")["step"] == rows(run)[best - 1]["step"]
 
 
+def test_the_best_epoch_need_not_be_the_last(tmp_path, monkeypatch):
+    accuracies = iter([50.0, 70.0, 60.0, 70.0])
+    monkeypatch.setattr(training, "evaluate", lambda *args: (1.0, next(accuracies)))
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "4") == 0
+    assert tensors(run, "best")["step"] == 2 * 22
+    assert tensors(run, "last")["step"] == 4 * 22
+
+
+def test_an_epoch_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert stop_after(30, run, monkeypatch) == 130
+    RunDirectory(run).append({"epoch": 2, "step": -1})
+    assert main(["--resume", str(run)]) == 0
+    assert [(row["epoch"], row["step"]) for row in rows(run)] == [(1, 22), (2, 44)]
+
+
 def test_label_noise_lowers_training_and_never_touches_the_test_set(tmp_path):
     config = parse([*SMALL, "--label-noise", "0.4"])
     digits = load("digits")

@@ -272,6 +272,22 @@ def test_bad_arguments_of_a_step_are_errors(options, error, message):
         run(state, loss_fn, **options)
 
 
+def test_another_optimizer_is_refused_before_anything_is_computed():
+    state = samfn.init({"w": torch.ones(2)}, {}, optimizer=samfn.sgd())
+    seen = []
+
+    def loss_fn(params, buffers, batch):
+        seen.append(batch)
+        return params["w"].sum()
+
+    options = {"loss_fn": loss_fn, "optimizer": samfn.adam(), "lr": 0.1}
+    with pytest.raises(ValueError, match="made by another optimizer"):
+        samfn.sam_update(state, "batch", **options)
+    assert not seen
+    samfn.sam_update(state, "batch", **options | {"optimizer": samfn.sgd()})
+    assert seen == ["batch", "batch"]
+
+
 def test_state_that_requires_grad_is_an_error():
     _, loss_fn, state = task()
     params = {name: w.requires_grad_() for name, w in state.params.items()}

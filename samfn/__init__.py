@@ -2,6 +2,7 @@
 
 from samfn import schedules
 from samfn.checkpoint import restore, save
+from samfn.compiled import compile_update
 from samfn.descend import (
     Optimizer,
     adagrad,
@@ -40,6 +41,7 @@ __all__ = [
     "adamw",
     "asam",
     "clipped",
+    "compile_update",
     "descend",
     "everything",
     "from_torch",

@@ -45,8 +45,11 @@ def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
         ValueError: says what differs, the first five of it.
     """
     require_same_names(expected, given, names=names)
-    _require_same(expected, given, names, "shapes", lambda leaf: tuple(leaf.shape))
-    _require_same(expected, given, names, "dtypes", lambda leaf: leaf.dtype)
+    for name, leaf in expected.items():
+        other = given[name]
+        if leaf.shape != other.shape or leaf.dtype != other.dtype:
+            _refuse(expected, given, names, "shapes", lambda leaf: tuple(leaf.shape))
+            _refuse(expected, given, names, "dtypes", lambda leaf: leaf.dtype)
 
 
 def require_same_names(expected: Params, given: Params, *, names: str) -> None:
@@ -68,7 +71,8 @@ def require_gradients(params: Params, grads: Params) -> None:
     """
     names = "params and grads"
     require_same_layout(params, grads, names=names)
-    _require_same(params, grads, names, "devices", lambda leaf: leaf.device)
+    if any(leaf.device != grads[name].device for name, leaf in params.items()):
+        _refuse(params, grads, names, "devices", lambda leaf: leaf.device)
 
 
 def require_tensors(what: str, mapping: Any) -> None:
@@ -115,7 +119,7 @@ def require_trainable(params: Params, buffers: Params) -> None:
             )
 
 
-def _require_same(
+def _refuse(
     expected: Params,
     given: Params,
     names: str,

@@ -1,7 +1,9 @@
 """From a pure loss function to its gradient: the one module that differentiates.
 
 A loss function takes `(params, buffers, batch)` and returns the loss, a 0-d tensor,
-alone or together with an `Aux`. It reads no other state and changes nothing.
+alone or together with an `Aux`. It reads no other state and changes nothing. It may have
+two attributes: `pure`, whether that is known, and `check(params, buffers)`, which raises
+where they are not its own.
 """
 
 from collections.abc import Callable
@@ -53,7 +55,33 @@ def evaluate(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> 
         TypeError: `loss_fn` returned neither a loss nor a pair of loss and `Aux`.
         ValueError: the loss is no floating-point scalar, or the buffers changed in names,
             shapes or dtypes.
+        RuntimeError: `loss_fn` changes a tensor that it was not given.
     """
+    # torch.func refuses a function that changes what it captured, such as a module's own
+    # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
+    # the operations of a small network; a function that is known to be pure is spared it.
+    if getattr(loss_fn, "pure", False) and not torch.compiler.is_compiling():
+        return _by_autograd(loss_fn, params, buffers, batch)
+    return _by_func(loss_fn, params, buffers, batch)
+
+
+def _by_autograd(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> Pass:
+    leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
+    with torch.enable_grad():
+        loss, aux = _loss_and_aux(loss_fn(leaves, buffers, batch), buffers)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    else:
+        grads = tuple(map(torch.zeros_like, params.values()))
+    outputs, new_buffers = pytree.tree_map(_detached, (aux.outputs, dict(aux.buffers)))
+    return Pass(loss.detach(), outputs, new_buffers, dict(zip(params, grads, strict=True)))
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+
+
+def _by_func(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> Pass:
     around: list[Any] = []
 
     def objective(params: Params) -> tuple[Tensor, list[Tensor]]:
@@ -99,6 +127,7 @@ def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
         return loss + weight_decay / 2 * _sum_of_squares(params), aux
 
     regularized.check = getattr(loss_fn, "check", None)  # type: ignore[attr-defined]
+    regularized.pure = getattr(loss_fn, "pure", False)  # type: ignore[attr-defined]
     return regularized
 
 

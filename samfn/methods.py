@@ -47,6 +47,8 @@ class Method(NamedTuple):
     """params -> what the method remembers; empty for most."""
     descent: Callable[[Evaluate, Point, MethodState], tuple[Descent, MethodState]]
     """(evaluate, point, memory) -> (Descent, memory)."""
+    traces: bool = True
+    """Whether `descent` is made of operations that a graph can hold."""
 
 
 def sam() -> Method:
@@ -108,7 +110,7 @@ def accumulated(method: Method, size: int) -> Method:
 
         return method.descent(evaluate_all, point, memory)
 
-    return Method(method.init, descent)
+    return method._replace(descent=descent)
 
 
 def per_micro_batch(method: Method, size: int) -> Method:
@@ -143,7 +145,7 @@ def per_micro_batch(method: Method, size: int) -> Method:
         assert total is not None  # There is at least one micro-batch.
         return total._replace(clean=_joined(total.clean)), memory
 
-    return Method(method.init, descent)
+    return method._replace(descent=descent)
 
 
 def same_randomness(method: Method) -> Method:
@@ -151,8 +153,8 @@ def same_randomness(method: Method) -> Method:
 
     The original SAM code does so; a plain PyTorch loop draws anew in each pass. Put it
     inside of `accumulated` and `per_micro_batch`: around them, it would give every
-    micro-batch the same mask. It reads the state of the generator, which `torch.compile`
-    does not trace.
+    micro-batch the same mask. It reads the state of the generator, which no graph can
+    hold: `samfn.compile_update` compiles the gradient alone then.
     """
 
     def descent(
@@ -167,7 +169,7 @@ def same_randomness(method: Method) -> Method:
 
         return method.descent(replay, point, memory)
 
-    return Method(method.init, descent)
+    return method._replace(descent=descent, traces=False)
 
 
 def _two_pass(ascend: Perturb) -> Method:

@@ -58,6 +58,8 @@ def load(model: nn.Module, params: Params, buffers: Params) -> None:
 class Supervised:
     """The loss of a model on `(inputs, targets)` as a pure function; see `supervised`."""
 
+    pure = True  # `__call__` gives the model a copy of every tensor that it may change.
+
     def __init__(
         self,
         model: nn.Module,
@@ -67,7 +69,8 @@ class Supervised:
         _require_plain(model)
         self._model, self._criterion, self._dtype = model, criterion, dtype
         self._params, self._buffers = _references(model)
-        self._mutable = {name for name, _ in model.named_buffers()}
+        self._mutable = [name for name, _ in model.named_buffers()]
+        self._tied = _tied(model)
 
     def __call__(
         self, params: Params, buffers: Params, batch: tuple[Any, Any]
@@ -78,16 +81,15 @@ class Supervised:
         border.require_same_names(self._buffers, buffers, names="the model and buffers")
         inputs, targets = batch
         # BatchNorm writes its statistics in place; these copies are what it writes to.
-        fresh = {
-            name: buffer.clone() if name in self._mutable else buffer
-            for name, buffer in buffers.items()
-        }
+        fresh = {**buffers, **{name: buffers[name].clone() for name in self._mutable}}
+        given = {**params, **fresh}
+        given |= {alias: given[name] for alias, name in self._tied.items()}
         with torch.autocast(
             next(iter(params.values())).device.type,
             dtype=self._dtype,
             enabled=self._dtype is not None,
         ):
-            outputs = functional_call(self._model, {**params, **fresh}, inputs)
+            outputs = functional_call(self._model, given, inputs, tie_weights=False)
             loss = self._criterion(outputs, targets)
         return loss, Aux(outputs, fresh)
 
@@ -98,13 +100,13 @@ class Supervised:
             ValueError: a name, shape or dtype differs, or a tensor shares its memory
                 with the model's own.
         """
-        compiling = torch.compiler.is_compiling()
-        if not compiling:  # The model may have been moved or cast since it was wrapped.
+        if torch.compiler.is_compiling():
+            return  # `__call__` compares the names, and a graph knows no addresses.
+        try:
+            self._require_own(params, buffers)
+        except ValueError:  # The model may have been moved or cast since it was wrapped.
             self._params, self._buffers = _references(self._model)
-        _require_layout(self._params, params, "params")
-        _require_layout(self._buffers, buffers, "buffers")
-        if compiling:
-            return  # A graph knows no addresses.
+            self._require_own(params, buffers)
         for own, given in ((self._params, params), (self._buffers, buffers)):
             for name, tensor in given.items():
                 if tensor.data_ptr() == own[name].data_ptr() and tensor.numel():
@@ -112,6 +114,10 @@ class Supervised:
                         f"{name} shares its memory with the model; expected copies, as"
                         " samfn.split(model) makes"
                     )
+
+    def _require_own(self, params: Params, buffers: Params) -> None:
+        _require_layout(self._params, params, "params")
+        _require_layout(self._buffers, buffers, "buffers")
 
 
 def supervised(
@@ -146,6 +152,17 @@ def _references(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     params = {name: p for name, p in parameters.items() if p.requires_grad}
     frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
     return {**params}, {**frozen, **dict(model.named_buffers())}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Return further names of shared tensors, each with the name that `split` gives."""
+    first: dict[int, str] = {}
+    everything = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in everything}
+    return {name: own for name, own in names.items() if name != own}
 
 
 def _require_plain(model: nn.Module) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from samfn import border, tree
-from samfn.descend import Optimizer, OptState, descend
-from samfn.gradient import LossFn, evaluate
+from samfn.descend import Optimizer, OptState
+from samfn.gradient import Evaluate, LossFn, evaluate
 from samfn.methods import Method, MethodState, Point, sam
 from samfn.tree import Batch, Params
 
@@ -114,21 +114,53 @@ def sam_update(
     Source:
         Foret et al., 2021, arXiv:2010.01412, algorithm 1.
     """
-    border.require_trainable(state.params, state.buffers)
     border.require_dial("rho", rho)
     border.require_dial("lr", lr)
+    require_state(state, loss_fn=loss_fn, optimizer=optimizer)
+    return take_step(
+        state, batch, partial(evaluate, loss_fn), optimizer, method, rho=rho, lr=lr
+    )
+
+
+def require_state(state: TrainState, *, loss_fn: LossFn, optimizer: Optimizer) -> None:
+    """Raise unless `state` is one that `loss_fn` and `optimizer` can work with.
+
+    Raises:
+        TypeError, ValueError: says what was expected and what came.
+    """
+    border.require_trainable(state.params, state.buffers)
     check = getattr(loss_fn, "check", None)
     if check is not None:
         check(state.params, state.buffers)
     optimizer.check(state.opt_state, state.params)
 
+
+def take_step(
+    state: TrainState,
+    batch: Batch,
+    evaluate: Evaluate,
+    optimizer: Optimizer,
+    method: Method,
+    *,
+    rho: float | Tensor,
+    lr: float | Tensor,
+) -> tuple[TrainState, Metrics]:
+    """Take the step of `sam_update`, with arguments that were checked.
+
+    Args:
+        state: as for `sam_update`.
+        batch: as for `sam_update`.
+        evaluate: (params, buffers, batch) -> Pass.
+        optimizer: as for `sam_update`.
+        method: as for `sam_update`.
+        rho: as for `sam_update`.
+        lr: as for `sam_update`.
+    """
     params, buffers, opt_state, method_state, step = state
     seen, new_method_state = method.descent(
-        partial(evaluate, loss_fn), Point(params, buffers, batch, rho), method_state
+        evaluate, Point(params, buffers, batch, rho), method_state
     )
-    new_params, new_opt_state = descend(
-        params, seen.grads, opt_state, optimizer=optimizer, lr=lr
-    )
+    new_params, new_opt_state = optimizer.update(params, seen.grads, opt_state, lr)
     grad_norm, descent_norm = tree.norm(seen.clean.grads), tree.norm(seen.grads)
     finite = _all_finite(seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm)
     new_state = TrainState(

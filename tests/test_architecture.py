@@ -17,6 +17,7 @@ LEVELS = {
     "methods": 3,
     "update": 4,
     "checkpoint": 5,
+    "compiled": 5,
     "__init__": 6,
 }
 # Outside thing -> the files that may know it.

@@ -1,0 +1,225 @@
+"""Ways to take the same step: samfn's own, its rejected designs, and the peers."""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import samfn
+from bench import measure
+from bench.networks import Network
+from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, peers
+from samfn.compiled import LEAN, in_place_of
+from samfn.gradient import Aux, LossFn
+from samfn.update import take_step
+
+DTYPES = {"float32": None, "bf16": torch.bfloat16}
+# How far two trainings of three steps may be apart, relative to the way that they went. In
+# float64 they agree to 1e-10 (tests/test_compiled.py). In float32 rounding takes a wide
+# residual network 0.02 away, as does another memory layout; plain SGD is 0.27 away.
+TOLERANCE = {"float32": 0.05, "bf16": 0.2}
+
+
+class Samfn:
+    """A state, and the function that takes its next step."""
+
+    def __init__(
+        self,
+        network: Network,
+        dtype: torch.dtype | None,
+        rho: float,
+        make: Callable[..., Any] | None,
+        *,
+        flat: bool = False,
+    ) -> None:
+        params, buffers = samfn.split(network.model)
+        loss_fn: LossFn = samfn.supervised(network.model, F.cross_entropy, dtype=dtype)
+        self._shapes = {name: w.shape for name, w in params.items()}
+        if flat:
+            loss_fn, params = flattened(loss_fn, params), {"all": _joined(params)}
+        optimizer = samfn.sgd(MOMENTUM, weight_decay=WEIGHT_DECAY)
+        common: Any = {"loss_fn": loss_fn, "optimizer": optimizer}
+        self._state = samfn.init(params, buffers, optimizer=optimizer)
+        self._update: Any = make(**common) if make else None
+        self._eager, self._rho = common, rho
+        self._batch = network.inputs, network.targets
+
+    def step(self) -> None:
+        """Take a step."""
+        dials: Any = {"rho": self._rho, "lr": LR}
+        if self._update is None:
+            result = samfn.sam_update(self._state, self._batch, **self._eager, **dials)
+        else:
+            result = self._update(self._state, self._batch, **dials)
+        self._state = result[0]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the parameters."""
+        params = dict(self._state.params)
+        return params if "all" not in params else _parted(params["all"], self._shapes)
+
+
+class Gradient:
+    """A compiled gradient alone, without a step."""
+
+    def __init__(self, network: Network, dtype: torch.dtype | None) -> None:
+        loss_fn = samfn.supervised(network.model, F.cross_entropy, dtype=dtype)
+        batch = network.inputs, network.targets
+
+        def evaluate(params: Any, buffers: Any) -> Any:
+            return samfn.gradient.evaluate(loss_fn, params, buffers, batch)
+
+        self._split = samfn.split(network.model)
+        self._evaluate = torch.compile(evaluate, fullgraph=True, dynamic=False)
+
+    def step(self) -> None:
+        """Compute the gradient."""
+        with torch.no_grad():
+            self._evaluate(*self._split)
+
+
+class Candidate(NamedTuple):
+    """One way to take a step, made and warmed up."""
+
+    name: str
+    runner: Any
+    """Has `step()` and `weights()`."""
+    first_call_seconds: float
+    apart: float
+    """From eager samfn after three steps, relative to the way that it went."""
+    bytes: int
+    """Reserved on the GPU for it at its peak; 0 on a CPU."""
+
+
+def compiled(**settings: Any) -> Callable[..., Any]:
+    """Return what makes a compiled step with these settings of `compile_update`."""
+    return lambda **common: samfn.compile_update(**common, **settings)
+
+
+def in_place(**common: Any) -> Any:
+    """Make a whole graph that writes the new state over the old one, on any device."""
+    optimizer, method = common["optimizer"], samfn.sam()
+
+    def evaluate(params: Any, buffers: Any, batch: Any) -> Any:
+        return samfn.gradient.evaluate(common["loss_fn"], params, buffers, batch)
+
+    def plain(state: Any, batch: Any, rho: Any, lr: Any) -> Any:
+        return take_step(state, batch, evaluate, optimizer, method, rho=rho, lr=lr)
+
+    run: Any = torch.compile(in_place_of(plain), fullgraph=True, dynamic=False)
+
+    def step(state: Any, batch: Any, *, rho: float, lr: float) -> Any:
+        with torch.no_grad():
+            return state, run(state, batch, torch.tensor(rho), torch.tensor(lr))
+
+    return step
+
+
+def flattened(loss_fn: LossFn, params: Mapping[str, Tensor]) -> LossFn:
+    """Return the loss as a function of one tensor that holds all parameters."""
+    shapes = {name: w.shape for name, w in params.items()}
+
+    def flat(
+        params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Any
+    ) -> tuple[Tensor, Aux]:
+        result: Any = loss_fn(_parted(params["all"], shapes), buffers, batch)
+        return result  # type: ignore[no-any-return]
+
+    return flat
+
+
+def samfn_runners(
+    network: Network, dtype: torch.dtype | None, *, sam: bool, designs: bool = False
+) -> dict[str, Callable[[], Any]]:
+    """Return what makes each way of samfn, by name; with `designs`, the rejected ones."""
+    rho = RHO if sam else 0.0
+    kind = "samfn" if sam else "samfn SGD"
+
+    def of(make: Callable[..., Any] | None, flat: bool = False) -> Callable[[], Any]:
+        return lambda: Samfn(network, dtype, rho, make, flat=flat)
+
+    made = {f"{kind} eager": of(None), f"{kind} compiled": of(compiled())}
+    if designs:
+        made |= {
+            f"{kind} whole": of(compiled(plan="whole")),
+            f"{kind} gradient": of(compiled(plan="gradient")),
+            f"{kind} whole, called from Python": of(compiled(plan="whole", options=LEAN)),
+            f"{kind} whole, default options": of(compiled(plan="whole", options={})),
+            f"{kind} whole, in place": of(in_place),
+            f"{kind} whole, flat buffer": of(compiled(plan="whole"), flat=True),
+            f"{kind} whole, max-autotune": of(
+                compiled(plan="whole", options=LEAN | {"max_autotune": True})
+            ),
+        }
+    return made
+
+
+def candidates(
+    network: Network,
+    precision: str,
+    *,
+    designs: bool = False,
+    only: Collection[str] | None = None,
+) -> list[Candidate]:
+    """Make every candidate, and check that they agree with eager samfn in three steps.
+
+    Args:
+        network: what they train.
+        precision: a key of `DTYPES`.
+        designs: take the designs of the compiled step instead of the peers.
+        only: names to make; None is all. "samfn eager" must be one, and "samfn SGD eager"
+            where there is another that takes a step of SGD.
+
+    Raises:
+        AssertionError: one of them computes something else.
+    """
+    dtype = DTYPES[precision]
+    found = []
+    for sam in (True, False):
+        made = samfn_runners(network, dtype, sam=sam, designs=designs and sam)
+        if not designs:
+            made |= peers(network, dtype, sam=sam)
+        if only is not None:
+            made = {name: make for name, make in made.items() if name in only}
+        start = samfn.split(network.model)[0]
+        expected: Any = None
+        for name, make in made.items():
+            before = measure.start_of_peak()
+            runner, seconds = started(make)
+            runner.step()
+            runner.step()
+            taken = measure.reserved_at_peak() - before
+            expected = expected or runner.weights()
+            apart = measure.distance(start, runner.weights(), expected)
+            # Untuned peers compute in float32 whatever the others do.
+            assert apart < TOLERANCE["bf16" if "untuned" in name else precision], (
+                f"{name} is {apart:.2g} away from {next(iter(made))}"
+            )
+            found.append(Candidate(name, runner, seconds, apart, taken))
+    return found
+
+
+def started(make: Callable[[], Any]) -> tuple[Any, float]:
+    """Make a runner and take its first step; return it and the seconds that took."""
+    measure.synchronize()
+    begun = time.perf_counter()
+    runner = make()
+    runner.step()
+    measure.synchronize()
+    return runner, time.perf_counter() - begun
+
+
+def _joined(params: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([w.reshape(-1) for w in params.values()])
+
+
+def _parted(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    sizes = [shape.numel() for shape in shapes.values()]
+    parts: tuple[Tensor, ...] = torch.split(flat, sizes)
+    return {
+        name: part.view(shape)
+        for part, (name, shape) in zip(parts, shapes.items(), strict=True)
+    }

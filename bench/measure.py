@@ -1,0 +1,194 @@
+"""Timing several candidates against each other, and what a report needs beside it."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], Any]], *, seconds: float, rounds: int = 7
+) -> dict[str, list[float]]:
+    """Time every candidate in turn, again and again, so that noise meets them all alike.
+
+    Args:
+        steps: what is timed, by name; all were called before.
+        seconds: how long to go on.
+        rounds: at least this many for each candidate, whatever the time.
+
+    Returns:
+        Seconds of one call, by name, one for every round.
+    """
+    repeats = {name: _repeats(step) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
+        for name, step in steps.items():
+            times[name].append(_timed(step, repeats[name]))
+    return times
+
+
+def _repeats(step: Callable[[], Any]) -> int:
+    # A sample is about 20 ms, far above what the clock and a switch of candidates cost.
+    return max(1, round(0.02 / max(_timed(step, 3), 1e-6)))
+
+
+def _timed(step: Callable[[], Any], repeats: int) -> float:
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, and the 20 % and 80 % quantiles."""
+    low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "q20": low, "q80": high}
+
+
+def peak_flops(dtype: torch.dtype, device: str) -> float:
+    """Return the operations a second of a large matrix product, the best of seven."""
+    size = 2048 if device == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
+    out = torch.empty_like(left)
+    torch.mm(left, right, out=out)
+    best = min(_timed(lambda: torch.mm(left, right, out=out), 3) for _ in range(7))
+    return 2 * size**3 / best
+
+
+def peak_memory(step: Callable[[], Any]) -> int:
+    """Return the bytes at the peak of three steps.
+
+    On a GPU all that PyTorch allocated; on a CPU what the process grew by.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Starts a new peak.
+    before = _resident("VmRSS")
+    for _ in range(3):
+        step()
+    synchronize()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _resident("VmHWM") - before
+
+
+def start_of_peak() -> int:
+    """Start a new peak of the GPU's memory; return what is reserved of it."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_reserved()
+
+
+def reserved_at_peak() -> int:
+    """Return the bytes of the GPU that were reserved at the peak, CUDA graphs' too."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+
+
+def _resident(what: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {what}")
+
+
+def kernels(step: Callable[[], Any]) -> int:
+    """Count what a step runs: kernels on a GPU, calls of operators on a CPU."""
+    kind = "CUDA" if torch.cuda.is_available() else "CPU"
+    activity = getattr(torch.profiler.ProfilerActivity, kind)
+    with torch.profiler.profile(activities=[activity]) as profile:
+        step()
+        synchronize()
+    events: Any = profile.events()
+    return sum(e.device_type.name == kind and not e.cpu_parent for e in events)
+
+
+def forward_operations(model: torch.nn.Module, inputs: Tensor) -> int:
+    """Count the floating-point operations of a forward pass; a multiply-add is two."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(inputs)
+    return int(counter.get_total_flops())
+
+
+def distance(start: Mapping[str, Tensor], a: Any, b: Any) -> float:
+    """Return how far two trainings are apart, relative to how far they went.
+
+    ||a - b|| / ||a - start||, over all weights together; nan counts as far
+    """
+    apart, went = (
+        sum(float((x[n].double() - y[n].double()).square().sum()) for n in start) ** 0.5
+        for x, y in ((a, b), (a, start))
+    )
+    return apart / went if apart == apart else float("inf")
+
+
+def environment() -> dict[str, str]:
+    """Return what a report says of hardware and versions."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def emit(row: dict[str, Any], path: Path | None) -> None:
+    """Print a result as one line of JSON, and append it to a file."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(line + "\n")
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Return rows as a Markdown table."""
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [
+        max(len(column), *(len(row[i]) for row in cells))
+        for i, column in enumerate(columns)
+    ]
+    lines = [list(columns), ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

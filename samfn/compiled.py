@@ -1,0 +1,380 @@
+"""The compiled step: the one module that calls torch.compile or knows CUDA graphs.
+
+What a step computes is `update.take_step`, whatever runs it; this decides what is
+compiled, and where the results are kept.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import InductorError
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from samfn import border, gradient
+from samfn.descend import Optimizer
+from samfn.gradient import LossFn
+from samfn.methods import Method, sam
+from samfn.tree import Batch
+from samfn.update import Metrics, TrainState, require_state, take_step
+
+Plan = Literal["auto", "whole", "gradient"]
+Step = Callable[
+    [TrainState, Batch, "float | Tensor", "float | Tensor"], tuple[TrainState, Metrics]
+]
+
+# Above this many operations in one gradient, a CPU spends its time in them: one graph of
+# the whole step is no faster then than one compiled gradient called twice, and takes about
+# twice as long to compile. Measured in bench/results/; between 1e9 and 3e10 both will do.
+ARITHMETIC = 1e10
+
+# On a CPU. Dynamo's guards have checked what these asserts would check again, and waking a
+# second thread takes as long as a loop over ten thousand numbers.
+LEAN = {"size_asserts": False, "alignment_asserts": False, "cpp.min_chunk_size": 16384}
+# Calls the kernels from C++. On a GPU, a CUDA graph does away with the calls altogether.
+FROM_CPP = {"cpp_wrapper": True}
+
+
+def compile_update(
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    method: Method = sam(),
+    plan: Plan = "auto",
+    cuda_graph: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> "CompiledUpdate":
+    """Return the step of `samfn.sam_update`, compiled at its first call.
+
+    The result is called as `step(state, batch, rho=0.05, lr=lr)` and gives the new state
+    and the metrics, equal to those of `sam_update` within rounding. It donates `state`:
+    use the new one only. On a GPU the state stays where it is, in memory that the step
+    made for itself, and is updated in place; on a CPU new tensors are faster.
+
+    Numbers and tensors as dials change without recompiling; so do batches of equal shapes.
+    The number 0 as `rho` has a graph of its own, with one pass. Where nothing can be
+    compiled, a warning says why, and the step is that of `sam_update`.
+
+    Args:
+        loss_fn: (params, buffers, batch) -> loss or (loss, Aux), as `supervised` makes.
+        optimizer: the one that the state was made with.
+        method: the one that the state was made with.
+        plan: what is compiled. "whole": the step as one graph. "gradient": one pass,
+            called twice, while the rest of the step runs as it is; half the time to
+            compile. "auto" takes "gradient" on a CPU where a pass has more than 1e10
+            operations, and for methods that do not trace; otherwise "whole".
+        cuda_graph: record the step as a CUDA graph, and replay it. None does so on a GPU
+            where the method traces.
+        options: of `torch.compile`, instead of those chosen here.
+
+    Raises:
+        TypeError, ValueError: when called, as `sam_update`.
+
+    Example::
+
+        step = samfn.compile_update(loss_fn=loss_fn, optimizer=optimizer)
+        for batch in batches:
+            state, metrics = step(state, batch, rho=0.05, lr=0.1)
+    """
+    return CompiledUpdate(loss_fn, optimizer, method, plan, cuda_graph, options)
+
+
+class CompiledUpdate:
+    """A compiled step; see `compile_update`."""
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        optimizer: Optimizer,
+        method: Method,
+        plan: Plan,
+        cuda_graph: bool | None,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        self._loss_fn, self._optimizer, self._method = loss_fn, optimizer, method
+        self._wanted, self._cuda_graph, self._options = plan, cuda_graph, options
+        self._run: Step | None = None
+        self._last: TrainState | None = None
+        self._dials: dict[str, tuple[float, Tensor]] = {}
+        self.plan: Literal["whole", "gradient", "eager"] | None = None
+        """What runs; None until the first call."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Batch,
+        *,
+        rho: float | Tensor = 0.05,
+        lr: float | Tensor,
+    ) -> tuple[TrainState, Metrics]:
+        """Take one step; `state` is the one that the step before returned, or a new one."""
+        border.require_dial("rho", rho)
+        border.require_dial("lr", lr)
+        if state is not self._last:
+            require_state(state, loss_fn=self._loss_fn, optimizer=self._optimizer)
+        dials = self._dial("rho", rho, state), self._dial("lr", lr, state)
+        with torch.no_grad():  # Also a caller's own mode would be another graph.
+            if self._run is None:
+                result = self._start(state, batch, *dials)
+            else:
+                result = self._run(state, batch, *dials)
+        self._last = result[0]
+        return result
+
+    def _dial(self, name: str, value: float | Tensor, state: TrainState) -> float | Tensor:
+        """Return a 0-d tensor, since a number would be compiled into the graph."""
+        weight = next(iter(state.params.values()))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if isinstance(value, Tensor):
+            return value.to(weight.device, dtype)
+        if name == "rho" and value == 0:
+            return 0.0
+        if self._dials.get(name, (None, None))[0] != value:
+            tensor = torch.full((), value, dtype=dtype, device=weight.device)
+            self._dials[name] = value, tensor
+        return self._dials[name][1]
+
+    def _start(
+        self,
+        state: TrainState,
+        batch: Batch,
+        rho: float | Tensor,
+        lr: float | Tensor,
+    ) -> tuple[TrainState, Metrics]:
+        device = state.step.device
+        reason = missing_compiler(device)
+        plan = _choose(self._wanted, self._loss_fn, self._method, state, batch)
+        for options in _candidates(self._options, plan, device) if not reason else []:
+            run = self._compile(plan, options, device)
+            try:
+                result = run(state, batch, rho, lr)
+            except (BackendCompilerFailed, InductorError) as error:
+                reason = str(error).strip().split("\n", 1)[0]
+            else:
+                self._run, self.plan = run, plan
+                return result
+        warnings.warn(f"samfn goes on uncompiled: {reason}", RuntimeWarning, stacklevel=3)
+        self._run, self.plan = self._eager(), "eager"
+        return self._run(state, batch, rho, lr)
+
+    def _eager(self, evaluate: gradient.Evaluate | None = None) -> Step:
+        evaluate = evaluate or partial(gradient.evaluate, self._loss_fn)
+        optimizer, method = self._optimizer, self._method
+
+        def step(
+            state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
+        ) -> tuple[TrainState, Metrics]:
+            return take_step(state, batch, evaluate, optimizer, method, rho=rho, lr=lr)
+
+        return step
+
+    def _compile(
+        self,
+        plan: Literal["whole", "gradient"],
+        options: Mapping[str, Any],
+        device: torch.device,
+    ) -> Step:
+        def compiled(function: Callable[..., Any]) -> Any:
+            return torch.compile(
+                _with_own_code(function),
+                fullgraph=True,
+                dynamic=False,
+                options=dict(options),
+            )
+
+        def evaluate(params: Any, buffers: Any, batch: Any) -> gradient.Pass:
+            return gradient.evaluate(self._loss_fn, params, buffers, batch)
+
+        inner = self._eager(compiled(evaluate)) if plan == "gradient" else self._eager()
+        if device.type != "cuda":
+            return compiled(inner) if plan == "whole" else inner
+        in_place = in_place_of(inner)
+        if plan == "whole":
+            in_place = compiled(in_place)
+        if self._cuda_graph or (self._cuda_graph is None and self._method.traces):
+            return _Recorded(in_place)
+        return _Owned(in_place)
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Return what torch.compile lacks on this machine, in a few words, or None."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "found no Triton"
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            return "found no C compiler for Triton"
+        return None
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"found no C++ compiler ({compiler})"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "found no headers of Python (Python.h)"
+    return None
+
+
+def _choose(
+    wanted: Plan, loss_fn: LossFn, method: Method, state: TrainState, batch: Batch
+) -> Literal["whole", "gradient"]:
+    if wanted != "auto":
+        return wanted
+    if not method.traces:
+        return "gradient"
+    if state.step.device.type != "cpu":
+        # One graph reads and writes every weight least often.
+        return "whole"
+    return "gradient" if operations(loss_fn, state, batch) > ARITHMETIC else "whole"
+
+
+def operations(loss_fn: LossFn, state: TrainState, batch: Batch) -> int:
+    """Count the floating-point operations of one gradient; nothing is computed.
+
+    Those of matrix products, convolutions and attention count, as in
+    `torch.utils.flop_counter`; a multiply-add is two.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    arguments = pytree.tree_map_only(
+        Tensor, fake.from_tensor, (dict(state.params), dict(state.buffers), batch)
+    )
+    with fake, FlopCounterMode(display=False) as counter:
+        gradient.evaluate(loss_fn, *arguments)
+    return int(counter.get_total_flops())
+
+
+def in_place_of(step: Step) -> Callable[..., Metrics]:
+    """Return the step that writes the new state over the old one."""
+
+    def in_place(
+        state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
+    ) -> Metrics:
+        new, metrics = step(state, batch, rho, lr)
+        _overwrite(state._asdict(), new._asdict())
+        return metrics
+
+    return in_place
+
+
+class _Owned:
+    """A step in place, on a state of its own that other states are copied into."""
+
+    def __init__(self, in_place: Callable[..., Metrics]) -> None:
+        self._in_place = in_place
+        self._state: TrainState | None = None
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Batch,
+        rho: float | Tensor,
+        lr: float | Tensor,
+    ) -> tuple[TrainState, Metrics]:
+        if self._state is None:
+            self._state = _copy(state)
+            for leaf in pytree.tree_leaves(self._state):
+                # Tells Inductor's own CUDA graphs not to copy it in at every step.
+                torch._dynamo.mark_static_address(leaf)
+        elif state is not self._state:
+            _overwrite(self._state._asdict(), state._asdict())
+        return self._state, self._take(self._state, batch, rho, lr)
+
+    def _take(self, state: TrainState, *inputs: Any) -> Metrics:
+        return self._in_place(state, *inputs)
+
+
+class _Recorded(_Owned):
+    """A step in place as a CUDA graph: one launch, whatever it holds.
+
+    A graph reads and writes fixed addresses: the state's own, and those of inputs that
+    every step copies the batch and the dials to. It is recorded once for batches of a
+    shape.
+    """
+
+    def __init__(self, in_place: Callable[..., Metrics]) -> None:
+        super().__init__(in_place)
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any, Metrics]] = {}
+
+    def _take(self, state: TrainState, *inputs: Any) -> Metrics:
+        leaves, structure = pytree.tree_flatten(inputs)
+        key = structure, tuple(map(_kind, leaves))
+        with torch.cuda.device(state.step.device):
+            if key not in self._graphs:
+                self._graphs[key] = self._record(state, _copy(inputs))
+            graph, own, metrics = self._graphs[key]
+            for old, new in zip(pytree.tree_leaves(own), leaves, strict=True):
+                if isinstance(old, Tensor):
+                    old.copy_(new, non_blocking=True)
+            graph.replay()
+        return Metrics(*_copy(tuple(metrics)))  # The next replay writes over them.
+
+    def _record(
+        self, state: TrainState, inputs: Any
+    ) -> tuple[torch.cuda.CUDAGraph, Any, Metrics]:
+        before, random = _copy(state), torch.cuda.get_rng_state()
+        here = torch.cuda.current_stream()
+        aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # Compiles, tunes, and makes the libraries' workspaces.
+                self._in_place(state, *inputs)
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            metrics = self._in_place(state, *inputs)
+        _overwrite(state._asdict(), before._asdict())
+        torch.cuda.set_rng_state(random)
+        return graph, inputs, metrics
+
+
+def _candidates(
+    options: Mapping[str, Any] | None, plan: Plan, device: torch.device
+) -> list[Mapping[str, Any]]:
+    """Return the options to try, the fastest first."""
+    if options is not None:
+        return [options]
+    if device.type == "cpu" and plan == "whole":
+        return [LEAN | FROM_CPP, LEAN]  # A few operations cannot be called from C++.
+    return [LEAN if device.type == "cpu" else {}]
+
+
+def _with_own_code(function: Any) -> FunctionType:
+    """Copy a function. Dynamo keeps graphs, and counts them, by their code objects."""
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _copy(values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, values)
+
+
+def _overwrite(old: Any, new: Any) -> None:
+    if isinstance(old, Mapping):
+        for key in old:
+            _overwrite(old[key], new[key])
+    else:
+        old.copy_(new)
+
+
+def _kind(leaf: Any) -> Any:
+    """Return what a graph depends on: of a tensor all but its values, else the value."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.stride(), leaf.device
+    return leaf

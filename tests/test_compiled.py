@@ -1,0 +1,252 @@
+"""The compiled step gives what the eager one gives, from graphs that are made once."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils import _pytree as pytree
+
+import samfn
+from bench.networks import build
+from recipes.models import GlobalMean
+from samfn import compiled
+from samfn.update import take_step
+from tests.reference import batches, small_network
+
+OPTIMIZER = samfn.sgd(0.9, nesterov=True, weight_decay=5e-4)
+
+
+def task(model, method=None, **settings):
+    """Return a state, its compiled step and its eager one."""
+    method = method or samfn.sam()
+    common = {
+        "loss_fn": samfn.supervised(model, F.cross_entropy),
+        "optimizer": OPTIMIZER,
+        "method": method,
+    }
+    state = samfn.init(*samfn.split(model), optimizer=OPTIMIZER, method=method)
+
+    def eager(state, batch, **dials):
+        return samfn.sam_update(state, batch, **common, **dials)
+
+    return state, samfn.compile_update(**common, **settings), eager
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def dials(step):
+    """Return numbers and tensors in turn, never the same twice."""
+    rho, lr = 0.01 * (step + 1), 0.1 / (step + 1)
+    if step % 2:
+        return {"rho": torch.tensor(rho), "lr": torch.tensor(lr, dtype=torch.float64)}
+    return {"rho": rho, "lr": lr}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["whole", "gradient"])
+def test_two_epochs_are_those_of_the_eager_step_from_one_graph(plan):
+    model = small_network()
+    state, step, eager = task(model, plan=plan)
+    other = state
+    counters.clear()
+    for epoch in range(2):
+        for index, batch in enumerate(batches(4)):
+            state, metrics = step(state, batch, **dials(4 * epoch + index))
+            other, expected = eager(other, batch, **dials(4 * epoch + index))
+            # A tensor of float32 holds rho to 6e-8.
+            assert_close(metrics, expected, rtol=1e-6, atol=1e-8)
+        model.eval()  # Evaluation in between, as a user does it.
+        with torch.no_grad():
+            samfn.supervised(model, F.cross_entropy)(*state[:2], batches(1)[0])
+        model.train()
+    assert_close(state, other, rtol=1e-6, atol=1e-8)
+    assert step.plan == plan
+    assert graphs() == 1
+
+
+@pytest.mark.slow
+def test_the_number_zero_as_rho_is_one_pass_and_one_more_graph():
+    state, step, eager = task(small_network(), plan="whole")
+    batch = batches(1)[0]
+    counters.clear()
+    for _ in range(2):
+        assert_close(
+            step(state, batch, rho=0, lr=0.1),
+            eager(state, batch, rho=0, lr=0.1),
+            rtol=1e-10,
+            atol=1e-12,
+        )
+        step(state, batch, rho=0.1, lr=0.1)
+    assert graphs() == 2
+
+
+@pytest.mark.slow
+def test_a_smaller_batch_has_a_graph_of_its_own():
+    state, step, eager = task(small_network(), plan="gradient")
+    batch = batches(1)[0]
+    counters.clear()
+    for size in (8, 4, 8, 4):
+        part = tuple(x[:size] for x in batch)
+        got, expected = (f(state, part, rho=0.1, lr=0.1) for f in (step, eager))
+        assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert graphs() == 2
+
+
+@pytest.mark.slow
+def test_the_step_in_place_keeps_its_addresses_and_leaves_other_states_alone():
+    # What a GPU runs, with a CUDA graph around it.
+    model = small_network()
+    state, _, eager = task(model)
+    loss_fn, method = samfn.supervised(model, F.cross_entropy), samfn.sam()
+
+    def plain(state, batch, rho, lr):
+        def evaluate(*point):
+            return samfn.gradient.evaluate(loss_fn, *point)
+
+        return take_step(state, batch, evaluate, OPTIMIZER, method, rho=rho, lr=lr)
+
+    run = torch.compile(compiled.in_place_of(plain), fullgraph=True, dynamic=False)
+    step = compiled._Owned(run)
+    start = pytree.tree_map(torch.clone, state)
+    numbers = torch.tensor(0.1), torch.tensor(0.2)
+    own, other, places = state, state, set()
+    counters.clear()
+    with torch.no_grad():
+        for batch in batches(3):
+            own, metrics = step(own, batch, *numbers)
+            other, expected = eager(other, batch, rho=numbers[0], lr=numbers[1])
+            assert_close((own, metrics), (other, expected), rtol=1e-9, atol=1e-11)
+            places.add(tuple(x.data_ptr() for x in pytree.tree_leaves(own)))
+        assert len(places) == 1
+        assert_close(state, start, rtol=0, atol=0)
+        again, _ = step(state, batches(1)[0], *numbers)
+    assert again is own
+    first, _ = eager(state, batches(1)[0], rho=numbers[0], lr=numbers[1])
+    assert_close(again, first, rtol=1e-9, atol=1e-11)
+    assert graphs() == 1
+
+
+def copies(memory_format):
+    """Return the kernels that change the layout of what a convolution takes or gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        GlobalMean(),  # To flatten is another layout.
+        nn.Linear(16, 5),
+    ).to(memory_format=memory_format)
+    images = torch.randn(8, 3, 4, 4).contiguous(memory_format=memory_format)
+    state, step, _ = task(model, plan="whole", options={})
+    batch = images, torch.randint(5, (8,))
+    _, code = run_and_get_code(step, state, batch, rho=0.05, lr=0.1)
+    assert "extern_kernels.convolution" in code[0]
+    return re.findall(r"(cpp_fused_\w*convolution\w*) =", code[0])
+
+
+@pytest.mark.slow
+def test_channels_last_needs_no_copy_for_another_layout():
+    assert copies(torch.channels_last) == []
+    assert copies(torch.contiguous_format)  # This is how such copies would show.
+
+
+@pytest.mark.slow
+def test_one_mask_for_both_passes_compiles_but_for_the_mask():
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+    state, step, _ = task(model, samfn.same_randomness(samfn.sam()))
+    batch = torch.randn(8, 6), torch.randint(3, (8,))
+    _, metrics = step(state, batch, rho=1e-12, lr=0.1)
+    assert step.plan == "gradient"
+    assert_close(metrics.perturbed_loss, metrics.loss)  # Other masks, another loss.
+    _, again = step(state, batch, rho=1e-12, lr=0.1)
+    assert again.loss != metrics.loss
+
+
+@pytest.mark.slow
+def test_bf16_keeps_weights_and_perturbation_in_float32():
+    model = small_network(torch.float32)
+    batch = batches(1, torch.float32)[0]
+    states = []
+    for dtype in (None, torch.bfloat16):
+        loss_fn = samfn.supervised(model, F.cross_entropy, dtype=dtype)
+        state = samfn.init(*samfn.split(model), optimizer=OPTIMIZER)
+        step = samfn.compile_update(loss_fn=loss_fn, optimizer=OPTIMIZER)
+        state, metrics = step(state, batch, rho=0.05, lr=0.1)
+        states.append(state)
+        assert_close(metrics.perturbation_norm, torch.tensor(0.05))
+        assert {w.dtype for w in state.params.values()} == {torch.float32}
+    assert metrics.outputs.dtype is torch.bfloat16
+    assert_close(*(dict(s.params) for s in states), rtol=0.1, atol=5e-3)
+    assert not torch.equal(*(s.params["7.weight"] for s in states))
+
+
+def test_without_a_compiler_it_says_so_and_takes_the_eager_step(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    state, step, eager = task(small_network())
+    batch = batches(1)[0]
+    with pytest.warns(RuntimeWarning, match=r"found no C\+\+ compiler \(no-such-comp"):
+        got = step(state, batch, rho=0.1, lr=0.1)
+    assert step.plan == "eager"
+    assert_close(got, eager(state, batch, rho=torch.tensor(0.1), lr=0.1))
+    step(got[0], batch, rho=0.1, lr=0.1)  # Says it once.
+
+
+def test_what_the_compiler_cannot_do_is_said_and_done_without_it(monkeypatch, tmp_path):
+    refusing = tmp_path / "c++"
+    refusing.write_text("#!/bin/sh\necho 'c++: no such feature' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(refusing))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(refusing)))
+    state, step, eager = task(small_network())
+    batch = batches(1)[0]
+    with pytest.warns(RuntimeWarning, match="samfn goes on uncompiled: .*"):
+        got = step(state, batch, rho=torch.tensor(0.1), lr=0.1)
+    assert_close(got, eager(state, batch, rho=torch.tensor(0.1), lr=0.1))
+
+
+def test_operations_are_those_of_the_formula():
+    # Six times the multiply-adds of a forward pass, but for the images' own gradient.
+    network = build("wrn-16-2", 2)
+    state, _, _ = task(network.model)
+    loss_fn = samfn.supervised(network.model, F.cross_entropy)
+    found = compiled.operations(loss_fn, state, (network.inputs, network.targets))
+    assert found == pytest.approx(2 * 6 * 0.1011e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "plan"),
+    [("wrn-16-2", 64, "gradient"), ("wrn-10-1 8x8", 16, "whole"), ("mlp", 16, "whole")],
+)
+def test_where_arithmetic_rules_only_the_gradient_is_compiled(name, batch, plan):
+    network = build(name, batch)
+    state, _, _ = task(network.model)
+    loss_fn = samfn.supervised(network.model, F.cross_entropy)
+    batch = network.inputs, network.targets
+    assert compiled._choose("auto", loss_fn, samfn.sam(), state, batch) == plan
+
+
+@pytest.mark.parametrize(
+    ("edit", "dials", "message"),
+    [
+        (lambda s: s, {"rho": -1.0, "lr": 0.1}, "rho must be finite and at least 0"),
+        (lambda s: s, {"lr": torch.ones(2)}, r"lr must be a number or a 0-d tensor, got"),
+        (lambda s: s._replace(params={}), {"lr": 0.1}, "params must hold at least one"),
+        (lambda s: s._replace(buffers={}), {"lr": 0.1}, "buffers must have the same names"),
+        (lambda s: s._replace(opt_state={}), {"lr": 0.1}, "made by another optimizer"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_compiled(edit, dials, message):
+    state, step, _ = task(small_network())
+    counters.clear()
+    with pytest.raises(ValueError, match=message):
+        step(edit(state), batches(1)[0], **dials)
+    assert graphs() == 0

@@ -23,11 +23,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from bench.measure import RESULTS, cpu_name
 from recipes import plots
 from recipes.config import CONFIG_FILE, Config, parse, read_toml
 from recipes.rundir import RunDirectory
 
-RESULTS = Path(__file__).parent / "results"
 WALL = "wall_seconds"  # file in a run's directory: of the whole command
 
 
@@ -107,7 +107,10 @@ def run(output: Path, flags: str) -> list[dict[str, Any]]:
     config = replace(parse(asked), preset="none")
     asked += ["--output", str(output)]
     if (output / CONFIG_FILE).exists():
-        if Config(**read_toml(output / CONFIG_FILE)) != config:
+        saved = Config(**read_toml(output / CONFIG_FILE))
+        if config.compile == "auto":  # A run decides it.
+            config = replace(config, compile=saved.compile)
+        if saved != config:
             raise SystemExit(f"{output} holds a run of other settings: move it away")
         asked = ["--resume", str(output)]
         if not directory.checkpoint("last").exists():
@@ -172,11 +175,7 @@ def hardware() -> str:
     """Return what the runs were computed on, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    model = models[0] if models else platform.machine()
-    return f"{torch.get_num_threads()} threads of {model}"
+    return f"{torch.get_num_threads()} threads of {cpu_name()}"
 
 
 def slug(label: str) -> str:

@@ -20,6 +20,7 @@ import torch
 
 import samfn
 from recipes import plots
+from recipes.cache import keep_compiled
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse
 from recipes.console import Display
 from recipes.data import DataError, Source, load
@@ -28,8 +29,9 @@ from recipes.task import Task, assemble
 from recipes.training import (
     DivergedError,
     Progress,
+    batches,
     evaluate,
-    order,
+    prepare,
     restore,
     step,
     train,
@@ -42,6 +44,7 @@ WRONG_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
 def main(args: Sequence[str] | None = None) -> int:
     """Run the recipe; return its exit code."""
     display = Display()
+    keep_compiled()
     try:
         return run(parse(args, display.say), display)
     except (ConfigError, DataError, OSError) as error:
@@ -79,7 +82,8 @@ def run(config: Config, display: Display) -> int:
 
 def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
     """Take one step."""
-    _, metrics, _ = step(task, state, 0, 0, order(task, 0)[0])
+    prepare(task, state, Progress(), display)
+    _, metrics = step(task, state, 0, next(batches(task, 0))[1])
     display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, no run written")
     return 0
 
@@ -146,6 +150,7 @@ def describe(task: Task) -> dict[str, str]:
         "training": f"{config.epochs} epochs of {task.steps_per_epoch} steps, batch"
         f" {config.batch_size}, lr {config.lr:g} {config.schedule}, preset {config.preset}",
         "device": f"{task.device}, {config.precision}, torch {torch.__version__}",
+        "compiled": task.compiling,
     }
     if config.label_noise:
         facts["label noise"] = f"{config.label_noise:.0%} of the training labels are wrong"

@@ -136,6 +136,9 @@ class Config:
     """Arithmetic of both passes. Weights and perturbation stay float32."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Compile the step. auto does so on a GPU, and on a CPU where the run is long enough
+    to pay for it."""
     seed: int = 0
     """Of initialisation, data order, augmentation and label noise."""
 

@@ -17,8 +17,10 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     track,
 )
@@ -82,6 +84,25 @@ class Display:
             transient=True,
             disable=not self._console.is_terminal,
         )
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Show that something takes its time, and at the end how much it took."""
+        started = time.monotonic()
+        clock = Progress(
+            SpinnerColumn(),
+            TextColumn(escape(text)),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        if not self._console.is_terminal:
+            self.say(f"{text} ...")
+        with clock:
+            clock.add_task("", total=None)
+            yield
+        self.say(f"{text} took {time.monotonic() - started:.1f} s")
 
     @contextmanager
     def training(self, epochs: int, steps: int, done: int) -> Iterator["Live"]:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from recipes.cache import user_cache
+
 SPLITS = ("train", "test")
 CACHE_FORMAT = 1  # to be raised when what is cached changes
 CIFAR_URL = "https://www.cs.toronto.edu"
@@ -124,8 +126,7 @@ def load(
 
 def root_of(data_dir: Path | None) -> Path:
     """Return the absolute directory of the data: the user's cache if none is given."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (data_dir or Path(cache) / "samfn").resolve()
+    return (data_dir or user_cache()).resolve()
 
 
 def is_reachable(url: str, seconds: float = 3.0) -> bool:

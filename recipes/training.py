@@ -20,6 +20,7 @@ from recipes.rundir import Row, RunDirectory
 from recipes.task import Split, Task, generator, seed
 
 EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
+CHUNK = 16  # batches that are augmented at once, since each call costs as much as one does
 
 
 class DivergedError(Exception):
@@ -42,33 +43,44 @@ class Progress(NamedTuple):
 
 
 def step(
-    task: Task, state: samfn.TrainState, epoch: int, index: int, picked: Tensor
-) -> tuple[samfn.TrainState, samfn.Metrics, Tensor]:
-    """Take one step on the training images `picked`; also return their labels."""
-    config = task.config
-    position = epoch * task.steps_per_epoch + index
-    source = generator(config.seed, "augmentation", position, device=task.device)
-    images = augment.random_crop_flip(
-        task.train_images[picked],
-        source,
-        padding=config.crop_padding,
-        flip=config.flip,
-    )
-    images = augment.normalise(images, task.mean, task.std)
-    if config.cutout:
-        images = augment.cutout(images, source, size=config.cutout, probability=0.5)
-    labels = task.train_labels[picked]
-    torch.manual_seed(seed(config.seed, "dropout", position))
-    state, metrics = samfn.sam_update(
-        state,
-        (images, labels),
-        loss_fn=task.loss_fn,
-        optimizer=task.optimizer,
-        rho=config.rho,
-        lr=task.lr(position),
-        method=task.method,
-    )
-    return state, metrics, labels
+    task: Task, state: samfn.TrainState, position: int, batch: tuple[Tensor, Tensor]
+) -> tuple[samfn.TrainState, samfn.Metrics]:
+    """Take one step; `position` counts the steps of the whole run."""
+    torch.manual_seed(seed(task.config.seed, "dropout", position))
+    return task.update(state, batch, rho=task.config.rho, lr=task.lr(position))
+
+
+def batches(
+    task: Task, epoch: int, start: int = 0
+) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Yield the epoch's batches from number `start` on: number, (images, labels)."""
+    config, rows = task.config, order(task, epoch)
+    for first in range(start - start % CHUNK, len(rows), CHUNK):
+        chunk = rows[first : first + CHUNK]
+        source = generator(config.seed, "augmentation", epoch, first, device=task.device)
+        images = augment.random_crop_flip(
+            task.train_images[chunk.flatten()],
+            source,
+            padding=config.crop_padding,
+            flip=config.flip,
+        )
+        images = augment.normalise(images, task.mean, task.std)
+        if config.cutout:
+            images = augment.cutout(images, source, size=config.cutout, probability=0.5)
+        parts = torch.split(images, config.batch_size), task.train_labels[chunk]
+        for index, batch in enumerate(zip(*parts, strict=True), first):
+            if index >= start:
+                yield index, batch
+
+
+def prepare(
+    task: Task, state: samfn.TrainState, progress: Progress, display: Display
+) -> None:
+    """Compile the step, where it is to be, by a step whose result is dropped."""
+    if task.config.compile == "yes" and progress.epoch < task.config.epochs:
+        _, batch = next(batches(task, progress.epoch, progress.batch))
+        with display.waiting("compiling the training step"):
+            step(task, state, 0, batch)
 
 
 def order(task: Task, epoch: int) -> Tensor:
@@ -143,6 +155,7 @@ def train(
         DivergedError: no step of an epoch was finite. The last checkpoint is older.
     """
     config = task.config
+    prepare(task, state, progress, display)
     with display.training(config.epochs, task.steps_per_epoch, int(state.step)) as live:
         while progress.epoch < config.epochs:
             state, progress, meter = _train_epoch(task, state, progress, live)
@@ -171,11 +184,10 @@ def _train_epoch(
     started = time.perf_counter() - progress.seconds
     meter = Meter(task.device, progress.sums)
     done = progress.batch
-    for index, picked in enumerate(order(task, progress.epoch)):
-        if index < progress.batch:
-            continue
-        state, metrics, labels = step(task, state, progress.epoch, index, picked)
-        meter.add(metrics, labels)
+    position = progress.epoch * task.steps_per_epoch
+    for index, batch in batches(task, progress.epoch, progress.batch):
+        state, metrics = step(task, state, position + index, batch)
+        meter.add(metrics, batch[1])
         done = index + 1
         seconds = time.perf_counter() - started
         if live.due():

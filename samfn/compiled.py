@@ -5,6 +5,7 @@ compiled, and where the results are kept.
 """
 
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -18,8 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -157,11 +156,15 @@ class CompiledUpdate:
         device = state.step.device
         reason = missing_compiler(device)
         plan = _choose(self._wanted, self._loss_fn, self._method, state, batch)
+        if device.type == "cpu":
+            _import_quietly()
         for options in _candidates(self._options, plan, device) if not reason else []:
             run = self._compile(plan, options, device)
             try:
                 result = run(state, batch, rho, lr)
-            except (BackendCompilerFailed, InductorError) as error:
+            except Exception as error:
+                if not _could_not_compile(error):
+                    raise
                 reason = str(error).strip().split("\n", 1)[0]
             else:
                 self._run, self.plan = run, plan
@@ -223,6 +226,14 @@ def missing_compiler(device: torch.device) -> str | None:
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return "found no headers of Python (Python.h)"
     return None
+
+
+def _could_not_compile(error: Exception) -> bool:
+    # Imported here, since they take a second, and fix PyTorch's cache directory.
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, BackendCompilerFailed | InductorError)
 
 
 def _choose(
@@ -346,6 +357,15 @@ def _candidates(
     if device.type == "cpu" and plan == "whole":
         return [LEAN | FROM_CPP, LEAN]  # A few operations cannot be called from C++.
     return [LEAN if device.type == "cpu" else {}]
+
+
+def _import_quietly() -> None:
+    # At import it warns of a CUDA toolkit without a GPU, which nobody on a CPU asked for.
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    importlib.import_module("torch.utils.cpp_extension")
+    logger.setLevel(level)
 
 
 def _with_own_code(function: Any) -> FunctionType:

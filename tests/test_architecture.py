@@ -28,15 +28,27 @@ OWNERS = {
     "torchvision": {"recipes/data.py"},
     "sklearn": {"recipes/data.py"},
     "einops": {"recipes/models.py", "recipes/augment.py"},
-    "tyro": {"recipes/config.py", "bench/compare.py"},
+    "tyro": {
+        "recipes/config.py",
+        "bench/compare.py",
+        "bench/compile_time.py",
+        "bench/memory.py",
+        "bench/step_time.py",
+    },
     "torch.func": {"samfn/gradient.py", "samfn/stateless.py"},
     "torch.nn": {
         "samfn/stateless.py",
         "recipes/models.py",
         "recipes/augment.py",
         "recipes/task.py",
+        "bench/candidates.py",
+        "bench/gpu.py",
+        "bench/networks.py",
+        "bench/peers.py",
     },
     "torch.optim": {"samfn/descend.py"},
+    "torch._dynamo": {"samfn/compiled.py"},
+    "torch._inductor": {"samfn/compiled.py"},
 }
 
 

@@ -52,6 +52,7 @@ FLAGS = {
     "warmup_epochs": ("2.5", 2.5),
     "precision": ("bf16", "bf16"),
     "device": ("meta", "meta"),
+    "compile": ("no", "no"),
     "seed": ("3", 3),
     "output": ("out", Path("out")),
     "resume": None,

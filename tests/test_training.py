@@ -1,5 +1,7 @@
 """Each setting changes training as it says, and evaluation is what it should be."""
 
+from itertools import islice
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from recipes import augment, training
 from recipes.config import parse
 from recipes.data import load
 from recipes.task import METHODS, Split, assemble
+from samfn.compiled import CompiledUpdate
 
 DIGITS = load("digits")
 BASE = ["--data", "digits", "--preset", "none", "--model", "wrn-10-1", "--epochs", "2"]
@@ -21,9 +24,8 @@ def task_of(*flags):
 
 def after_two_steps(*flags):
     task, state = task_of(*flags)
-    for index in range(2):
-        picked = training.order(task, 0)[index]
-        state, metrics, _ = training.step(task, state, 0, index, picked)
+    for index, batch in islice(training.batches(task, 0), 2):
+        state, metrics = training.step(task, state, index, batch)
     return state, metrics
 
 
@@ -102,22 +104,62 @@ def test_learning_rates_are_those_of_the_schedules():
     assert {constant.lr(t) for t in range(2 * steps)} == {0.3}
 
 
-def test_a_batch_is_its_own_images_augmented_with_their_labels(monkeypatch):
+def test_a_batch_is_its_own_images_augmented_with_their_labels():
+    task, _ = task_of("--crop-padding", "0", "--no-flip", "--label-noise", "0.4")
+    for index, (images, labels) in training.batches(task, 1):
+        picked = training.order(task, 1)[index]
+        expected = augment.normalise(task.train_images[picked], task.mean, task.std)
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, task.train_labels[picked])
+
+
+def test_batches_are_the_same_from_wherever_they_start():
+    # 22 batches are one chunk and a smaller one; each epoch is augmented differently.
+    task, _ = task_of("--batch-size", "64", "--cutout", "3")
+    whole = dict(training.batches(task, 0))
+    assert [*whole] == [*range(22)]
+    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
+    for start in (1, 15, 16, 21):
+        rest = dict(training.batches(task, 0, start))
+        assert [*rest] == [*range(start, 22)]
+        assert all(torch.equal(rest[i][0], whole[i][0]) for i in rest)
+    again = training.batches(task, 1)
+    assert not any(torch.equal(batch[0], whole[i][0]) for i, batch in again)
+
+
+def test_a_step_has_the_dials_of_its_position():
     seen = []
 
-    def spying(state, batch, **options):
-        seen.append((batch, options))
+    def spying(state, batch, **dials):
+        seen.append(dials)
         return state, None
 
-    task, state = task_of("--crop-padding", "0", "--no-flip", "--label-noise", "0.4")
-    monkeypatch.setattr(samfn, "sam_update", spying)
-    picked = training.order(task, 0)[3]
-    training.step(task, state, 0, 3, picked)
-    ((images, labels), options), *_ = seen
-    expected = augment.normalise(task.train_images[picked], task.mean, task.std)
-    assert torch.equal(images, expected)
-    assert torch.equal(labels, task.train_labels[picked])
-    assert options["lr"] == task.lr(3)
+    task, state = task_of("--rho", "0.2", "--schedule", "cosine")
+    training.step(task._replace(update=spying), state, 3, None)
+    assert seen == [{"rho": 0.2, "lr": task.lr(3)}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiled", "why"),
+    [
+        ("", "no", "no: 22 steps on a CPU would not pay for it (--compile yes)"),
+        ("--epochs 2000", "yes", "yes: 22,000 steps on a CPU pay for it"),
+        ("--model wrn-28-10", "no", "no: a CPU spends its time in the convolutions either"),
+        ("--compile yes", "yes", "yes"),
+        ("--compile no --epochs 2000", "no", "no"),
+    ],
+)
+def test_a_step_is_compiled_where_the_run_pays_for_it(flags, compiled, why):
+    task, _ = task_of("--device", "cpu", *flags.split())
+    assert (task.config.compile, task.compiling[: len(why)]) == (compiled, why)
+    assert isinstance(task.update, CompiledUpdate) == (compiled == "yes")
+
+
+def test_without_a_compiler_the_banner_says_so(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    task, _ = task_of("--device", "cpu", "--compile", "yes")
+    assert task.compiling == "no: found no C++ compiler (no-such-compiler)"
+    assert task.config.compile == "no"
 
 
 def test_an_epoch_shows_every_image_at_most_once_in_another_order_each_time():

@@ -50,6 +50,7 @@ COLUMNS = (
     "images/s",
     "of peak",
     "of samfn",
+    "kernels",
     "apart",
     "first s",
 )
@@ -98,6 +99,7 @@ def row(
         "images/s": batch / seen["median"],
         "of peak": passes * flops / seen["median"] / peak,
         "of samfn": seen["median"] / ours,
+        "kernels": measure.kernels(candidate.runner.step),
         "apart": candidate.apart,
         "first s": candidate.first_call_seconds,
     }

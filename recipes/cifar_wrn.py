@@ -20,7 +20,7 @@ import torch
 
 import samfn
 from recipes import plots
-from recipes.cache import keep_compiled
+from recipes.compiling import keep_compiled
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse
 from recipes.console import Display
 from recipes.data import DataError, Source, load

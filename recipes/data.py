@@ -19,8 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipes.cache import user_cache
-
 SPLITS = ("train", "test")
 CACHE_FORMAT = 1  # to be raised when what is cached changes
 CIFAR_URL = "https://www.cs.toronto.edu"
@@ -122,6 +120,11 @@ def load(
             lambda: read_folder(root, image_size, track),
         )
     return _cached(root, {"source": source}, lambda: read_cifar(source, root))
+
+
+def user_cache() -> Path:
+    """Return the directory for what can be made or downloaded again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samfn"
 
 
 def root_of(data_dir: Path | None) -> Path:

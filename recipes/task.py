@@ -11,11 +11,11 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import samfn
+from recipes.compiling import decide
 from recipes.config import Config, ConfigError, choose_device
 from recipes.data import Dataset, corrupt_labels, fingerprint, hold_out, statistics
 from recipes.models import WideResNet, parse_name
-from samfn.compiled import ARITHMETIC, missing_compiler
-from samfn.compiled import operations as gradient_operations
+from samfn.compiled import operations
 from samfn.gradient import LossFn
 from samfn.stateless import Supervised
 
@@ -27,14 +27,6 @@ METHODS: dict[str, Callable[[], samfn.Method]] = {
 
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
-
-# On a CPU, the saving must be more than compiling takes: half a minute for WRN-10-1 on two
-# cores, without a cache. Where a compiled step is faster at all, it saves about 5 ms of
-# Python's time, and a sixth of the arithmetic's.
-SECONDS_TO_COMPILE = 45.0
-SECONDS_OF_PYTHON = 5e-3
-OPERATIONS_PER_SECOND = 1.3e11
-SHARE_OF_ARITHMETIC = 1 / 6
 
 
 class Split(NamedTuple):
@@ -58,7 +50,6 @@ class Task(NamedTuple):
     test: Split
     mean: Tensor
     std: Tensor
-    loss_fn: LossFn
     eval_fn: Supervised
     update: Update
     """(state, batch, rho=, lr=) -> (state, metrics), compiled or not."""
@@ -108,7 +99,8 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
     images = dataset.train_images[: config.batch_size].to(device).float()
     batch = images, dataset.train_labels[: config.batch_size].to(device)
-    compiles, why = _compiles(config, loss_fn, state, batch, steps_per_epoch)
+    steps = config.epochs * steps_per_epoch
+    compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # Every batch has the same shape.
     task = Task(
@@ -122,7 +114,6 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         # A channel that never varies is only centred.
         mean=mean.to(device),
         std=torch.where(std > 0, std, 1.0).to(device),
-        loss_fn=loss_fn,
         eval_fn=samfn.supervised(model, F.cross_entropy, dtype=dtype),
         update=samfn.compile_update(**make)
         if compiles
@@ -171,35 +162,6 @@ def _optimizer(config: Config) -> samfn.Optimizer:
 def _method(config: Config) -> samfn.Method:
     method = METHODS[config.method]()
     return samfn.same_randomness(method) if config.same_dropout else method
-
-
-def _compiles(
-    config: Config,
-    loss_fn: LossFn,
-    state: samfn.TrainState,
-    batch: tuple[Tensor, Tensor],
-    steps_per_epoch: int,
-) -> tuple[bool, str]:
-    """Return whether to compile the step, and why in a few words."""
-    device = batch[0].device
-    if config.compile == "no":
-        return False, "no"
-    if missing := missing_compiler(device):
-        return False, f"no: {missing}"
-    if config.compile == "yes":
-        return True, "yes"
-    if device.type != "cpu":
-        return True, "yes, on a GPU"
-    operations = gradient_operations(loss_fn, state, batch)
-    if operations > ARITHMETIC:
-        return False, "no: a CPU spends its time in the convolutions either way"
-    passes = 1 if config.rho == 0 else 2
-    arithmetic = passes * operations / OPERATIONS_PER_SECOND
-    saving = SECONDS_OF_PYTHON + SHARE_OF_ARITHMETIC * arithmetic
-    steps = config.epochs * steps_per_epoch
-    if steps * saving > SECONDS_TO_COMPILE:
-        return True, f"yes: {steps:,} steps on a CPU pay for it"
-    return False, f"no: {steps:,} steps on a CPU would not pay for it (--compile yes)"
 
 
 def _schedule(config: Config, steps_per_epoch: int) -> samfn.schedules.Schedule:

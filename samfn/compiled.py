@@ -318,7 +318,7 @@ class _Recorded(_Owned):
 
     def _take(self, state: TrainState, *inputs: Any) -> Metrics:
         leaves, structure = pytree.tree_flatten(inputs)
-        key = structure, tuple(map(_kind, leaves))
+        key = str(structure), tuple(map(_kind, leaves))
         with torch.cuda.device(state.step.device):
             if key not in self._graphs:
                 self._graphs[key] = self._record(state, _copy(inputs))

@@ -1,6 +1,7 @@
 """The border to torch.nn: the one module that knows nn.Module."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -84,11 +85,7 @@ class Supervised:
         fresh = {**buffers, **{name: buffers[name].clone() for name in self._mutable}}
         given = {**params, **fresh}
         given |= {alias: given[name] for alias, name in self._tied.items()}
-        with torch.autocast(
-            next(iter(params.values())).device.type,
-            dtype=self._dtype,
-            enabled=self._dtype is not None,
-        ):
+        with self._precision(next(iter(params.values())).device.type):
             outputs = functional_call(self._model, given, inputs, tie_weights=False)
             loss = self._criterion(outputs, targets)
         return loss, Aux(outputs, fresh)
@@ -114,6 +111,11 @@ class Supervised:
                         f"{name} shares its memory with the model; expected copies, as"
                         " samfn.split(model) makes"
                     )
+
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        if self._dtype is None and not torch.is_autocast_enabled(device):
+            return nullcontext()  # Entering autocast costs as much as a small layer.
+        return torch.autocast(device, self._dtype, enabled=self._dtype is not None)
 
     def _require_own(self, params: Params, buffers: Params) -> None:
         _require_layout(self._params, params, "params")

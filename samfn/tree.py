@@ -30,8 +30,8 @@ def norm(tree: Params) -> Tensor:
         raise ValueError("norm needs at least one tensor, got an empty mapping")
     leaves = list(tree.values())
     dtype = torch.float32
-    for leaf in leaves:
-        dtype = torch.promote_types(dtype, leaf.dtype)
+    for other in {leaf.dtype for leaf in leaves}:
+        dtype = torch.promote_types(dtype, other)
     if torch.compiler.is_compiling() and leaves[0].device.type == "cpu":
         # Sums fuse with what makes the leaves; _foreach_norm would be a call from Python
         # for every leaf, a quarter of the step of a small network.

@@ -1,6 +1,6 @@
 """One training step as a pure function: gradient, perturb, gradient, descend."""
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -182,4 +182,5 @@ def take_step(
 
 
 def _all_finite(*values: Tensor) -> Tensor:
-    return torch.stack([value.isfinite() for value in values]).all()
+    wide = reduce(torch.promote_types, (value.dtype for value in values))
+    return torch.stack([value.to(wide) for value in values]).isfinite().all()

@@ -149,7 +149,14 @@ def copies(memory_format):
     batch = images, torch.randint(5, (8,))
     _, code = run_and_get_code(step, state, batch, rho=0.05, lr=0.1)
     assert "extern_kernels.convolution" in code[0]
-    return re.findall(r"(cpp_fused_\w*convolution\w*) =", code[0])
+    # torch 2.11 also names what computes a gradient after the convolution that takes it.
+    old = torch.__version__ < "2.12"
+    pattern = r"convolution(?!_backward)" if old else "convolution"
+    return [
+        name
+        for name in re.findall(r"(cpp_fused_\w*) =", code[0])
+        if re.search(pattern, name)
+    ]
 
 
 @pytest.mark.slow
@@ -205,10 +212,10 @@ def test_what_the_compiler_cannot_do_is_said_and_done_without_it(monkeypatch, tm
     refusing.chmod(0o755)
     monkeypatch.setenv("CXX", str(refusing))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(refusing)))
     state, step, eager = task(small_network())
     batch = batches(1)[0]
-    with pytest.warns(RuntimeWarning, match="samfn goes on uncompiled: .*"):
+    patched = torch._inductor.config.patch({"cpp.cxx": (None, str(refusing))})
+    with patched, pytest.warns(RuntimeWarning, match="samfn goes on uncompiled: .*"):
         got = step(state, batch, rho=torch.tensor(0.1), lr=0.1)
     assert_close(got, eager(state, batch, rho=torch.tensor(0.1), lr=0.1))
 

@@ -99,3 +99,50 @@ def test_bad_losses_say_what_came(loss_fn, error, message):
 def test_negative_decay_is_an_error():
     with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
         samfn.l2_regularized(lambda p, b, x: p["w"].sum(), -1)
+
+
+def test_a_pure_function_has_the_same_gradient_without_torch_func_bit_for_bit():
+    model = small_network(torch.float32)
+    params, buffers = samfn.split(model)
+    pure = samfn.supervised(model, torch.nn.functional.cross_entropy)
+    assert pure.pure
+    assert samfn.l2_regularized(pure, 0.1).pure
+    batch = batches(1, torch.float32)[0]
+    for loss_fn in (pure, samfn.l2_regularized(pure, 0.1)):
+        seen = evaluate(loss_fn, params, buffers, batch)
+        careful = evaluate(lambda *args, f=loss_fn: f(*args), params, buffers, batch)
+        assert_close(seen, careful, rtol=0, atol=0)
+
+
+def test_a_pure_function_may_ignore_the_parameters():
+    def constant(params, buffers, batch):
+        return torch.tensor(2.0), samfn.Aux(batch, {"b": params["w"] * 3})
+
+    constant.pure = True
+    seen = evaluate(constant, PARAMS, {"b": torch.ones(2)}, torch.ones(2))
+    assert_close(seen.grads, {name: torch.zeros_like(w) for name, w in PARAMS.items()})
+    assert not seen.buffers["b"].requires_grad
+    assert not any(w.requires_grad for w in PARAMS.values())
+
+
+def test_a_function_that_changes_what_it_was_not_given_is_refused():
+    model = small_network()
+    params, buffers = samfn.split(model)
+
+    def careless(params, buffers, batch):  # BatchNorm's statistics are the module's own.
+        outputs = torch.func.functional_call(model, dict(params), batch[0])
+        return torch.nn.functional.cross_entropy(outputs, batch[1])
+
+    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+        evaluate(careless, params, buffers, batches(1)[0])
+    assert model[1].num_batches_tracked <= 1
+
+
+def test_gradients_are_taken_where_autograd_is_off():
+    model = small_network()
+    params, buffers = samfn.split(model)
+    loss_fn = samfn.supervised(model, torch.nn.functional.cross_entropy)
+    expected = evaluate(loss_fn, params, buffers, batches(1)[0])
+    with torch.no_grad():
+        seen = evaluate(loss_fn, params, buffers, batches(1)[0])
+    assert_close(seen, expected, rtol=0, atol=0)

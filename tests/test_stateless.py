@@ -184,3 +184,30 @@ def test_models_that_cannot_be_split_say_why():
         samfn.split(nn.LazyLinear(3))
     with pytest.raises(ValueError, match="no parameter that requires grad"):
         samfn.split(nn.Linear(1, 1).requires_grad_(False))
+
+
+def test_without_a_dtype_it_computes_in_that_of_the_parameters():
+    model = small_network(torch.float32)
+    batch = batches(1, torch.float32)[0]
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    _, plain = loss_fn(*samfn.split(model), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, inside = loss_fn(*samfn.split(model), batch)
+    assert torch.equal(inside.outputs, plain.outputs)
+
+
+def test_every_use_of_a_tied_weight_or_buffer_reads_what_was_given():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    model[1].register_buffer("running_var", model[1].running_mean)
+    params, buffers = samfn.split(model)
+    assert {*params} == {"0.weight", "0.bias", "1.weight", "1.bias", "2.bias"}
+    assert {*buffers} == {"1.running_mean", "1.num_batches_tracked"}
+    loss_fn = samfn.supervised(model, F.mse_loss)
+    moved = {name: w + 1 for name, w in params.items()}
+    buffers["1.running_mean"] = torch.full((3,), 7.0)
+    batch = torch.randn(4, 3), torch.randn(4, 3)
+    model.eval()
+    _, aux = loss_fn(moved, buffers, batch)
+    samfn.load(model, moved, buffers)
+    assert_close(aux.outputs, model(batch[0]).detach())

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from recipes.cache import keep_compiled, user_cache
+from recipes.compiling import keep_compiled
+from recipes.data import user_cache
 
 
 @pytest.fixture

@@ -1,0 +1,149 @@
+"""The benchmarks run, refuse to time what computes something else, and go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import candidates, gpu, measure
+from bench.candidates import Samfn
+from bench.networks import build
+from bench.peers import peers
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(module, *args, cwd):
+    result = subprocess.run(
+        [sys.executable, "-m", f"bench.{module}", *map(str, args)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(tmp_path):
+    lines = tmp_path / "out" / "smoke.jsonl"
+    options = ("--smoke", "--output", lines.parent, "--report", tmp_path)
+    stopped = bench("gpu", *options, "--minutes", 0, cwd=tmp_path)
+    assert "not run yet, start again to go on: peak, convolutions, checks" in stopped
+    assert not lines.exists()
+    bench("gpu", *options, cwd=tmp_path)
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert {row["case"] for row in rows} == gpu.cases(gpu.SMOKE).keys()
+    assert not [row for row in rows if "failed" in row]
+    assert all(row["passed"] for row in rows if "check" in row)
+    before = lines.read_text()
+    bench("gpu", *options, cwd=tmp_path)
+    assert lines.read_text() == before
+    (report,) = tmp_path.glob("smoke_*.md")
+    assert "| R1  | SAM / SGD step, mlp" in report.read_text()
+
+
+@pytest.mark.slow
+def test_steps_are_timed_beside_their_peers(tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    options = ("--case", "mlp:4:float32", "--seconds", 0.1, "--output", lines)
+    printed = bench("step_time", *options, cwd=tmp_path)
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    names = {row["candidate"] for row in rows}
+    assert {"samfn eager", "samfn compiled", "overwriting untuned", "SGD eager"} <= names
+    assert all(row["ms"] > 0 and row["apart"] < 0.05 for row in rows)
+    assert printed.count('"case": "mlp:4:float32"') == len(rows)
+    assert "| samfn compiled " in printed
+
+
+@pytest.mark.slow
+def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(tmp_path):
+    from bench.compile_time import compile_apart
+
+    row = compile_apart("mlp:4:float32", "one gradient")
+    assert 0 < row["warm s"] < row["cold s"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_step_is_at_least_what_it_allocates():
+    held = []
+
+    def step():
+        held.append(torch.ones(64, 2**18).sum())  # 64 MiB, and gone
+
+    assert measure.peak_memory(step) > 0.9 * 2**26
+
+
+def test_another_computation_is_not_timed(monkeypatch):
+    network = build("mlp", 16)
+
+    def wrong(network, dtype, *, sam):
+        made = peers(network, dtype, sam=sam)
+        return {"overwriting eager": made["SGD eager"]} if not sam else {}
+
+    monkeypatch.setattr(candidates, "peers", wrong)
+    wanted = ("samfn eager", "overwriting eager", "samfn SGD eager")
+    found = candidates.candidates(network, "float32", only=wanted)
+    assert [c.name for c in found] == [
+        "samfn eager",
+        "samfn SGD eager",
+        "overwriting eager",
+    ]
+
+    def wronger(network, dtype, *, sam):
+        return {"overwriting eager": peers(network, dtype, sam=False)["SGD eager"]}
+
+    monkeypatch.setattr(candidates, "peers", wronger)
+    with pytest.raises(AssertionError, match=r"overwriting eager is 0\.\d+ away"):
+        candidates.candidates(network, "float32", only=wanted)
+
+
+def test_candidates_take_turns():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = measure.interleaved(steps, seconds=0, rounds=3)
+    assert [len(values) for values in times.values()] == [3, 3]
+    turns = [name for i, name in enumerate(calls) if not i or calls[i - 1] != name]
+    assert turns[-6:] == [*"ababab"]
+
+
+def test_distance_is_relative_to_the_way():
+    start, a, b = ({"w": torch.tensor([x])} for x in (1.0, 3.0, 4.0))
+    assert measure.distance(start, b, a) == pytest.approx(1 / 3)
+    nan = {"w": torch.tensor([float("nan")])}
+    assert measure.distance(start, nan, a) == float("inf")
+
+
+def test_a_convolution_counts_two_operations_for_a_multiply_add():
+    model = torch.nn.Conv2d(3, 5, 3, padding=1)
+    images = torch.randn(2, 3, 8, 8)
+    assert measure.forward_operations(model, images) == 2 * 2 * 3 * 5 * 9 * 64
+
+
+def test_a_failed_case_is_recorded_and_the_others_run(tmp_path, monkeypatch):
+    def failing(setup):
+        raise RuntimeError("no such kernel")
+
+    both = {"bad": failing, "peak": gpu.peak}
+    monkeypatch.setattr(gpu, "cases", lambda setup: both)
+    path = tmp_path / "lines.jsonl"
+    assert gpu.run_cases(gpu.SMOKE, path, float("inf")) == []
+    bad, good = gpu.read(path)
+    assert bad["failed"] == "RuntimeError: no such kernel"
+    assert good["TFLOP/s"] > 0
+    assert "no such kernel" in gpu.report(gpu.read(path), gpu.SMOKE)
+
+
+def test_a_flat_buffer_trains_alike():
+    network = build("mlp", 4)
+    start = Samfn(network, None, 0.05, None).weights()
+    plain, flat = (Samfn(network, None, 0.05, None, flat=flat) for flat in (False, True))
+    for runner in (plain, flat):
+        runner.step()
+    assert measure.distance(start, flat.weights(), plain.weights()) < 1e-5

@@ -103,8 +103,14 @@ def test_every_preset_is_explained():
 
 def test_numbers_are_those_of_the_reports():
     reports = re.findall(r"\((bench/results/[\w.-]+\.md)\)", README)
-    assert len(reports) == 3
-    for path in reports:
+    assert len(reports) == 4
+    assert reports[-1].startswith("bench/results/cpu_")
+    summary = (ROOT / reports[-1]).read_text().split("## ")[1]
+    rows = [line for line in summary.splitlines() if line.startswith("|")]
+    assert len(rows) == 9
+    for row in (rows[0], *rows[2:]):
+        assert re.sub(" +", " ", row) in README, f"{reports[-1]}: {row}"
+    for path in reports[:-1]:
         text = (ROOT / path).read_text()
         rows = [line for line in text.splitlines() if re.match(r"\| (SGD|SAM)", line)]
         assert len(rows) == 2

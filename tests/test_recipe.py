@@ -77,6 +77,28 @@ def test_a_run_leaves_settings_metrics_picture_and_checkpoints(tmp_path, capsys)
     assert "\x1b" not in out
 
 
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same_and_goes_on_where_it_stopped(
+    tmp_path, monkeypatch, capsys
+):
+    flags = ["--batch-size", "128", "--lr", "0.01"]
+    assert train(tmp_path / "eager", *flags) == 0
+    assert train(tmp_path / "compiled", *flags, "--compile", "yes") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"compiled +no: 22 steps on a CPU would not pay", out)
+    assert re.search(r"compiled +yes", out)
+    assert re.search(r"compiling the training step took \d+\.\d s", out)
+    assert read_toml(tmp_path / "compiled" / "config.toml")["compile"] == "yes"
+    for one, other in zip(
+        rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True
+    ):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.01)
+    parts = tmp_path / "parts"
+    assert stop_after(5, parts, monkeypatch, *flags, "--compile", "yes") == 130
+    assert main(["--resume", str(parts)]) == 0
+    assert equal(tensors(tmp_path / "compiled"), tensors(parts))
+
+
 def test_the_checkpoint_of_the_best_epoch_evaluates_to_what_was_recorded(tmp_path, capsys):
     run = tmp_path / "run"
     assert train(run) == 0

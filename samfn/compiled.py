@@ -173,9 +173,13 @@ class CompiledUpdate:
         self._run, self.plan = self._eager(), "eager"
         return self._run(state, batch, rho, lr)
 
-    def _eager(self, evaluate: gradient.Evaluate | None = None) -> Step:
+    def _eager(
+        self,
+        evaluate: gradient.Evaluate | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> Step:
         evaluate = evaluate or partial(gradient.evaluate, self._loss_fn)
-        optimizer, method = self._optimizer, self._method
+        optimizer, method = optimizer or self._optimizer, self._method
 
         def step(
             state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
@@ -201,12 +205,19 @@ class CompiledUpdate:
         def evaluate(params: Any, buffers: Any, batch: Any) -> gradient.Pass:
             return gradient.evaluate(self._loss_fn, params, buffers, batch)
 
-        inner = self._eager(compiled(evaluate)) if plan == "gradient" else self._eager()
+        def move(params: Any, grads: Any, opt_state: Any, lr: Any) -> Any:
+            return self._optimizer.update(params, grads, opt_state, lr)
+
         if device.type != "cuda":
-            return compiled(inner) if plan == "whole" else inner
-        in_place = in_place_of(inner)
+            if plan == "whole":
+                return compiled(self._eager())
+            return self._eager(compiled(evaluate))
         if plan == "whole":
-            in_place = compiled(in_place)
+            in_place = compiled(in_place_of(self._eager()))
+        else:
+            # Uncompiled, torch.optim's kernels would wait to read lr from the GPU.
+            optimizer = self._optimizer._replace(update=compiled(move))
+            in_place = in_place_of(self._eager(compiled(evaluate), optimizer))
         if self._cuda_graph or (self._cuda_graph is None and self._method.traces):
             return _Recorded(in_place)
         return _Owned(in_place)

@@ -52,13 +52,13 @@ def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(t
 @pytest.mark.slow
 def test_steps_are_timed_beside_their_peers(tmp_path):
     lines = tmp_path / "lines.jsonl"
-    options = ("--case", "mlp:4:float32", "--seconds", 0.1, "--output", lines)
+    options = ("--case", "mlp:8:bf16", "--seconds", 0.1, "--output", lines)
     printed = bench("step_time", *options, cwd=tmp_path)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     names = {row["candidate"] for row in rows}
     assert {"samfn eager", "samfn compiled", "overwriting untuned", "SGD eager"} <= names
     assert all(row["ms"] > 0 and row["apart"] < 0.05 for row in rows)
-    assert printed.count('"case": "mlp:4:float32"') == len(rows)
+    assert printed.count('"case": "mlp:8:bf16"') == len(rows)
     assert "| samfn compiled " in printed
 
 

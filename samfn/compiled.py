@@ -209,9 +209,8 @@ class CompiledUpdate:
             return self._optimizer.update(params, grads, opt_state, lr)
 
         if device.type != "cuda":
-            if plan == "whole":
-                return compiled(self._eager())
-            return self._eager(compiled(evaluate))
+            whole: Step = compiled(self._eager())
+            return whole if plan == "whole" else self._eager(compiled(evaluate))
         if plan == "whole":
             in_place = compiled(in_place_of(self._eager()))
         else:

@@ -154,11 +154,13 @@ class CompiledUpdate:
         lr: float | Tensor,
     ) -> tuple[TrainState, Metrics]:
         device = state.step.device
-        reason = missing_compiler(device)
-        plan = _choose(self._wanted, self._loss_fn, self._method, state, batch)
-        if device.type == "cpu":
+        candidates: list[Mapping[str, Any]] = []
+        if not (reason := missing_compiler(device)):
+            plan = _choose(self._wanted, self._loss_fn, self._method, state, batch)
+            candidates = _candidates(self._options, plan, device)
+        if candidates and device.type == "cpu":
             _import_quietly()
-        for options in _candidates(self._options, plan, device) if not reason else []:
+        for options in candidates:
             run = self._compile(plan, options, device)
             try:
                 result = run(state, batch, rho, lr)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,8 +104,7 @@ def in_place(**common: Any) -> Any:
     """Make a whole graph that writes the new state over the old one, on any device."""
     optimizer, method = common["optimizer"], samfn.sam()
 
-    def evaluate(params: Any, buffers: Any, batch: Any) -> Any:
-        return samfn.gradient.evaluate(common["loss_fn"], params, buffers, batch)
+    evaluate = partial(samfn.gradient.evaluate, common["loss_fn"])
 
     def plain(state: Any, batch: Any, rho: Any, lr: Any) -> Any:
         return take_step(state, batch, evaluate, optimizer, method, rho=rho, lr=lr)

@@ -9,6 +9,7 @@
 A run leaves a directory with its settings, metrics, picture and checkpoints.
 """
 
+import re
 import shlex
 import sys
 import time
@@ -126,12 +127,13 @@ def train_and_report(task: Task, state: samfn.TrainState, display: Display) -> i
 
 def name(config: Config) -> str:
     """Return how the training algorithm is called in titles."""
-    return "SGD" if config.rho == 0 else f"{config.method.upper()} rho {config.rho:g}"
+    return "SGD" if config.rho == 0 else f"{config.method}, rho {config.rho:g}"
 
 
 def new_name(config: Config) -> Path:
     """Return a new directory below runs/, named for what is run and when."""
     method = "sgd" if config.rho == 0 else config.method
+    method = "-".join(re.findall(r"[\w.]+", method))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     parts = (stamp, config.data, config.model, method, f"seed{config.seed}")
     return Path("runs") / "-".join(parts)

@@ -6,13 +6,13 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 import torch
 import tyro
 
-from recipes import models
+from recipes import methods, models
 from recipes.data import choose_source, root_of
 
 PROGRAM = "python -m recipes.cifar_wrn"
@@ -52,12 +52,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_norm": 5.0,
     },
 }
-PRESETS["davda54-adaptive"] = PRESETS["davda54"] | {"method": "asam-all", "rho": 2.0}
+PRESETS["davda54-adaptive"] = PRESETS["davda54"] | {
+    "method": "asam(0.0, adapts=everything)",
+    "rho": 2.0,
+}
 PRESETS["foret2021-cifar100"] = PRESETS["foret2021"] | {"data": "cifar100", "rho": 0.1}
 
 
 class ConfigError(Exception):
     """A configuration that cannot be used; says what was expected and what came."""
+
+
+METHOD_HELP = (
+    'How a batch becomes the gradient that descends, as sam, "asam(eta=0.1)" or'
+    f' "every(gsam, 5)": one of {", ".join(methods.MAKERS)}.'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +110,7 @@ class Config:
     dropout: float = 0.0
     """Dropout between the convolutions of a block, 0 to below 1."""
 
-    method: Literal["sam", "asam", "asam-all"] = "sam"
-    """Which perturbation: sam, asam (official: weights only, eta 0.01), or asam-all (every
-    parameter, eta 0, as davda54)."""
+    method: Annotated[str, tyro.conf.arg(help=METHOD_HELP)] = "sam"
     rho: float = 0.05
     """Radius of the perturbation. 0 is plain SGD, with one pass a step."""
     same_dropout: bool = False
@@ -132,8 +139,12 @@ class Config:
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises linearly from 0."""
 
-    precision: Literal["float32", "bf16"] = "float32"
-    """Arithmetic of both passes. Weights and perturbation stay float32."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the passes. Weights and perturbation stay float32; fp16 scales the
+    loss. auto is bf16 on a GPU and float32 on a CPU."""
+    max_skipped: int = 50
+    """Steps in a row that may be skipped because a loss or gradient is not finite; one more
+    ends the run."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
     compile: Literal["auto", "yes", "no"] = "auto"
@@ -201,6 +212,9 @@ def parse(
         data_dir=None if source == "digits" else root_of(asked.data_dir),
         device=str(device),
     )
+    if config.precision == "auto":
+        precision: Any = "float32" if device.type == "cpu" else "bf16"
+        config = replace(config, precision=precision)
     validate(config)
     return config
 
@@ -227,6 +241,7 @@ def validate(config: Config) -> None:
         ("crop_padding", config.crop_padding >= 0, "at least 0 pixels"),
         ("cutout", config.cutout >= 0, "at least 0 pixels"),
         ("epochs", config.epochs >= 1, "at least 1"),
+        ("max_skipped", config.max_skipped >= 0, "at least 0"),
         ("batch_size", config.batch_size >= 2, "at least 2"),
         ("image_size", side is None or side >= 4, "at least 4 pixels, or None"),
         (
@@ -243,6 +258,10 @@ def validate(config: Config) -> None:
         models.parse_name(config.model)
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from error
+    try:
+        methods.parse(config.method, steps=1, norm_layers=())
+    except ValueError as error:
+        raise ConfigError(f"--method: {error}") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import samfn
+from recipes import methods
 from recipes.compiling import decide
 from recipes.config import Config, ConfigError, choose_device
 from recipes.data import Dataset, corrupt_labels, fingerprint, hold_out, statistics
@@ -18,13 +19,6 @@ from recipes.models import WideResNet, parse_name
 from samfn.compiled import operations
 from samfn.gradient import LossFn
 from samfn.stateless import Supervised
-
-METHODS: dict[str, Callable[[], samfn.Method]] = {
-    "sam": samfn.sam,
-    "asam": samfn.asam,
-    "asam-all": partial(samfn.asam, eta=0.0, adapts=samfn.everything),
-}
-
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
 
@@ -89,17 +83,19 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         )
     mean, std = statistics(dataset.train_images)
     model = _model(config, dataset).to(device).to(memory_format=torch.channels_last)
-    optimizer, method = _optimizer(config), _method(config)
+    steps = config.epochs * steps_per_epoch
+    optimizer, method = _optimizer(config), _method(config, model, steps)
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
-    dtype = torch.bfloat16 if config.precision == "bf16" else None
-    criterion = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    criterion = partial(
+        F.cross_entropy, label_smoothing=config.label_smoothing, reduction="none"
+    )
     loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
     if config.decay_in_loss:
         loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay)
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
     images = dataset.train_images[: config.batch_size].to(device).float()
     batch = images, dataset.train_labels[: config.batch_size].to(device)
-    steps = config.epochs * steps_per_epoch
     compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # Every batch has the same shape.
@@ -159,9 +155,12 @@ def _optimizer(config: Config) -> samfn.Optimizer:
     return optimizer
 
 
-def _method(config: Config) -> samfn.Method:
-    method = METHODS[config.method]()
-    return samfn.same_randomness(method) if config.same_dropout else method
+def _method(config: Config, model: WideResNet, steps: int) -> samfn.Method:
+    names = samfn.norm_parameters(model)
+    method = methods.parse(config.method, steps=steps, norm_layers=names)
+    if config.same_dropout:
+        method = samfn.same_randomness(method)
+    return samfn.loss_scaled(method) if config.precision == "fp16" else method
 
 
 def _schedule(config: Config, steps_per_epoch: int) -> samfn.schedules.Schedule:

@@ -24,7 +24,7 @@ CHUNK = 16  # batches that are augmented at once, since each call costs as much 
 
 
 class DivergedError(Exception):
-    """No step of a whole epoch had a finite loss and gradient."""
+    """Too many steps had a loss or gradient that was not finite."""
 
 
 class Progress(NamedTuple):
@@ -119,7 +119,8 @@ class Meter:
 
     def add(self, metrics: samfn.Metrics, labels: Tensor) -> None:
         """Add one step; one that was skipped counts for nothing."""
-        accuracy = 100 * (metrics.outputs.argmax(1) == labels).float().mean()
+        found = metrics.outputs.argmax(1)  # Of a part of the batch, for some methods.
+        accuracy = 100 * (found == labels[: len(found)]).float().mean()
         values = (
             metrics.loss,
             accuracy,
@@ -152,7 +153,8 @@ def train(
         checkpoint holds the step after which it did.
 
     Raises:
-        DivergedError: no step of an epoch was finite. The last checkpoint is older.
+        DivergedError: no step of an epoch was finite, or more steps in a row than allowed
+            were not. The last checkpoint is older.
     """
     config = task.config
     prepare(task, state, progress, display)
@@ -189,12 +191,15 @@ def _train_epoch(
         state, metrics = step(task, state, position + index, batch)
         meter.add(metrics, batch[1])
         done = index + 1
+        if done % CHUNK == 0:  # A GPU waits for it.
+            _require_finite(task, state)
         seconds = time.perf_counter() - started
         if live.due():
             rate = done * task.config.batch_size / seconds
             live.step(progress.epoch, done, meter.read()[0]["loss"], rate)
         if live.stopping:
             break
+    _require_finite(task, state)
     _, finite = meter.read()
     if not finite and done == task.steps_per_epoch:
         raise DivergedError(
@@ -207,6 +212,13 @@ def _train_epoch(
         seconds=time.perf_counter() - started,
     )
     return state, progress, meter
+
+
+def _require_finite(task: Task, state: samfn.TrainState) -> None:
+    try:
+        samfn.require_finite(state, in_a_row=task.config.max_skipped + 1)
+    except samfn.NonFiniteError as error:
+        raise DivergedError(str(error)) from error
 
 
 def _record(task: Task, state: samfn.TrainState, progress: Progress, meter: Meter) -> Row:

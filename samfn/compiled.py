@@ -11,7 +11,7 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -26,8 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from samfn import border, gradient
 from samfn.descend import Optimizer
 from samfn.gradient import LossFn
-from samfn.methods import Method, sam
-from samfn.tree import Batch
+from samfn.method import Method
+from samfn.methods import sam
+from samfn.tree import Batch, Params
 from samfn.update import Metrics, TrainState, require_state, take_step
 
 Plan = Literal["auto", "whole", "gradient"]
@@ -64,8 +65,9 @@ def compile_update(
     made for itself, and is updated in place; on a CPU new tensors are faster.
 
     Numbers and tensors as dials change without recompiling; so do batches of equal shapes.
-    The number 0 as `rho` has a graph of its own, with one pass. Where nothing can be
-    compiled, a warning says why, and the step is that of `sam_update`.
+    The number 0 as `rho` has a graph of its own, with one pass; so has each kind of step of
+    a method as `looksam`. Where nothing can be compiled, a warning says why, and the step
+    is that of `sam_update`.
 
     Args:
         loss_fn: (params, buffers, batch) -> loss or (loss, Aux), as `supervised` makes.
@@ -105,8 +107,11 @@ class CompiledUpdate:
     ) -> None:
         self._loss_fn, self._optimizer, self._method = loss_fn, optimizer, method
         self._wanted, self._cuda_graph, self._options = plan, cuda_graph, options
-        self._run: Step | None = None
+        self._runs: dict[Hashable, Step] = {}
+        self._passes: _Passes | None = None
+        self._owned: _Owned | None = None
         self._last: TrainState | None = None
+        self._step = 0
         self._dials: dict[str, tuple[float, Tensor]] = {}
         self.plan: Literal["whole", "gradient", "eager"] | None = None
         """What runs; None until the first call."""
@@ -125,13 +130,21 @@ class CompiledUpdate:
         if state is not self._last:
             require_state(state, loss_fn=self._loss_fn, optimizer=self._optimizer)
         dials = self._dial("rho", rho, state), self._dial("lr", lr, state)
+        kind = self._kind(state)
         with torch.no_grad():  # Also a caller's own mode would be another graph.
-            if self._run is None:
-                result = self._start(state, batch, *dials)
+            if kind in self._runs:
+                result = self._runs[kind](state, batch, *dials)
             else:
-                result = self._run(state, batch, *dials)
+                result = self._start(kind, state, batch, *dials)
         self._last = result[0]
         return result
+
+    def _kind(self, state: TrainState) -> Hashable:
+        if self._method.kind is None:
+            return None
+        # Read from a new state, and counted from there on: a GPU does not wait.
+        self._step = self._step + 1 if state is self._last else int(state.step)
+        return self._method.kind(self._step)
 
     def _dial(self, name: str, value: float | Tensor, state: TrainState) -> float | Tensor:
         """Return a 0-d tensor, since a number would be compiled into the graph."""
@@ -148,6 +161,7 @@ class CompiledUpdate:
 
     def _start(
         self,
+        kind: Hashable,
         state: TrainState,
         batch: Batch,
         rho: float | Tensor,
@@ -155,13 +169,15 @@ class CompiledUpdate:
     ) -> tuple[TrainState, Metrics]:
         device = state.step.device
         candidates: list[Mapping[str, Any]] = []
-        if not (reason := missing_compiler(device)):
-            plan = _choose(self._wanted, self._loss_fn, self._method, state, batch)
+        if not (reason := missing_compiler(device)) and self.plan != "eager":
+            plan = self.plan or _choose(
+                self._wanted, self._loss_fn, self._method, state, batch
+            )
             candidates = _candidates(self._options, plan, device)
         if candidates and device.type == "cpu":
             _import_quietly()
         for options in candidates:
-            run = self._compile(plan, options, device)
+            run = self._compile(plan, options, device, kind)
             try:
                 result = run(state, batch, rho, lr)
             except Exception as error:
@@ -169,14 +185,17 @@ class CompiledUpdate:
                     raise
                 reason = str(error).strip().split("\n", 1)[0]
             else:
-                self._run, self.plan = run, plan
+                self._runs[kind], self.plan = run, plan
                 return result
-        warnings.warn(f"samfn goes on uncompiled: {reason}", RuntimeWarning, stacklevel=3)
-        self._run, self.plan = self._eager(), "eager"
-        return self._run(state, batch, rho, lr)
+        if self.plan != "eager":
+            message = f"samfn goes on uncompiled: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        self._runs[kind], self.plan = self._eager(kind), "eager"
+        return self._runs[kind](state, batch, rho, lr)
 
     def _eager(
         self,
+        kind: Hashable,
         evaluate: gradient.Evaluate | None = None,
         optimizer: Optimizer | None = None,
     ) -> Step:
@@ -186,7 +205,8 @@ class CompiledUpdate:
         def step(
             state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
         ) -> tuple[TrainState, Metrics]:
-            return take_step(state, batch, evaluate, optimizer, method, rho=rho, lr=lr)
+            dials: Any = {"rho": rho, "lr": lr}
+            return take_step(state, batch, evaluate, optimizer, method, kind=kind, **dials)
 
         return step
 
@@ -195,33 +215,72 @@ class CompiledUpdate:
         plan: Literal["whole", "gradient"],
         options: Mapping[str, Any],
         device: torch.device,
+        kind: Hashable,
     ) -> Step:
-        def compiled(function: Callable[..., Any]) -> Any:
-            return torch.compile(
-                _with_own_code(function),
-                fullgraph=True,
-                dynamic=False,
-                options=dict(options),
-            )
-
-        def evaluate(params: Any, buffers: Any, batch: Any) -> gradient.Pass:
-            return gradient.evaluate(self._loss_fn, params, buffers, batch)
-
-        def move(params: Any, grads: Any, opt_state: Any, lr: Any) -> Any:
-            return self._optimizer.update(params, grads, opt_state, lr)
-
+        self._passes = self._passes or _Passes(self._loss_fn, options)
         if device.type != "cuda":
-            whole: Step = compiled(self._eager())
-            return whole if plan == "whole" else self._eager(compiled(evaluate))
+            if plan == "gradient":
+                return self._eager(kind, self._passes)
+            whole: Step = compiled(self._eager(kind), options)
+            return whole
         if plan == "whole":
-            in_place = compiled(in_place_of(self._eager()))
+            in_place = compiled(in_place_of(self._eager(kind)), options)
         else:
             # Uncompiled, torch.optim's kernels would wait to read lr from the GPU.
-            optimizer = self._optimizer._replace(update=compiled(move))
-            in_place = in_place_of(self._eager(compiled(evaluate), optimizer))
-        if self._cuda_graph or (self._cuda_graph is None and self._method.traces):
-            return _Recorded(in_place)
-        return _Owned(in_place)
+            optimizer = self._passes.optimizer(self._optimizer)
+            in_place = in_place_of(self._eager(kind, self._passes, optimizer))
+        if self._owned is None:
+            records = self._cuda_graph or (self._cuda_graph is None and self._method.traces)
+            self._owned = _Recorded() if records else _Owned()
+        return partial(self._owned, in_place)
+
+
+def compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Return a function as one graph for each shape of its arguments."""
+    return torch.compile(
+        _with_own_code(function), fullgraph=True, dynamic=False, options=dict(options)
+    )
+
+
+class _Passes:
+    """A loss function, compiled once for each set of parameters that it is derived by."""
+
+    def __init__(self, loss_fn: LossFn, options: Mapping[str, Any]) -> None:
+        self._loss_fn, self._options = loss_fn, options
+        self._made: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        *,
+        wrt: Collection[str] | None = None,
+        scale: Tensor | None = None,
+    ) -> gradient.Pass:
+        key = wrt if wrt is None else tuple(wrt)
+        if key not in self._made:
+
+            def evaluate(
+                params: Params, buffers: Params, batch: Batch, scale: Tensor | None
+            ) -> gradient.Pass:
+                return gradient.evaluate(
+                    self._loss_fn, params, buffers, batch, wrt=key, scale=scale
+                )
+
+            self._made[key] = compiled(evaluate, self._options)
+        result: gradient.Pass = self._made[key](params, buffers, batch, scale)
+        return result
+
+    def optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer with its update compiled, once."""
+
+        def update(params: Any, grads: Any, opt_state: Any, lr: Any) -> Any:
+            return optimizer.update(params, grads, opt_state, lr)
+
+        if "optimizer" not in self._made:
+            self._made["optimizer"] = compiled(update, self._options)
+        return optimizer._replace(update=self._made["optimizer"])
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -292,12 +351,12 @@ def in_place_of(step: Step) -> Callable[..., Metrics]:
 class _Owned:
     """A step in place, on a state of its own that other states are copied into."""
 
-    def __init__(self, in_place: Callable[..., Metrics]) -> None:
-        self._in_place = in_place
+    def __init__(self) -> None:
         self._state: TrainState | None = None
 
     def __call__(
         self,
+        in_place: Callable[..., Metrics],
         state: TrainState,
         batch: Batch,
         rho: float | Tensor,
@@ -310,10 +369,12 @@ class _Owned:
                 torch._dynamo.mark_static_address(leaf)
         elif state is not self._state:
             _overwrite(self._state._asdict(), state._asdict())
-        return self._state, self._take(self._state, batch, rho, lr)
+        return self._state, self._take(in_place, self._state, batch, rho, lr)
 
-    def _take(self, state: TrainState, *inputs: Any) -> Metrics:
-        return self._in_place(state, *inputs)
+    def _take(
+        self, in_place: Callable[..., Metrics], state: TrainState, *inputs: Any
+    ) -> Metrics:
+        return in_place(state, *inputs)
 
 
 class _Recorded(_Owned):
@@ -321,19 +382,21 @@ class _Recorded(_Owned):
 
     A graph reads and writes fixed addresses: the state's own, and those of inputs that
     every step copies the batch and the dials to. It is recorded once for batches of a
-    shape.
+    shape, and for a kind of step.
     """
 
-    def __init__(self, in_place: Callable[..., Metrics]) -> None:
-        super().__init__(in_place)
+    def __init__(self) -> None:
+        super().__init__()
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any, Metrics]] = {}
 
-    def _take(self, state: TrainState, *inputs: Any) -> Metrics:
+    def _take(
+        self, in_place: Callable[..., Metrics], state: TrainState, *inputs: Any
+    ) -> Metrics:
         leaves, structure = pytree.tree_flatten(inputs)
-        key = str(structure), tuple(map(_kind, leaves))
+        key = in_place, str(structure), tuple(map(_kind, leaves))
         with torch.cuda.device(state.step.device):
             if key not in self._graphs:
-                self._graphs[key] = self._record(state, _copy(inputs))
+                self._graphs[key] = self._record(in_place, state, _copy(inputs))
             graph, own, metrics = self._graphs[key]
             for old, new in zip(pytree.tree_leaves(own), leaves, strict=True):
                 if isinstance(old, Tensor):
@@ -342,7 +405,7 @@ class _Recorded(_Owned):
         return Metrics(*_copy(tuple(metrics)))  # The next replay writes over them.
 
     def _record(
-        self, state: TrainState, inputs: Any
+        self, in_place: Callable[..., Metrics], state: TrainState, inputs: Any
     ) -> tuple[torch.cuda.CUDAGraph, Any, Metrics]:
         before, random = _copy(state), torch.cuda.get_rng_state()
         here = torch.cuda.current_stream()
@@ -350,11 +413,11 @@ class _Recorded(_Owned):
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(3):  # Compiles, tunes, and makes the libraries' workspaces.
-                self._in_place(state, *inputs)
+                in_place(state, *inputs)
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            metrics = self._in_place(state, *inputs)
+            metrics = in_place(state, *inputs)
         _overwrite(state._asdict(), before._asdict())
         torch.cuda.set_rng_state(random)
         return graph, inputs, metrics

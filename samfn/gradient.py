@@ -6,15 +6,15 @@ two attributes: `pure`, whether that is known, and `check(params, buffers)`, whi
 where they are not its own.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
-from samfn import border
+from samfn import border, tree
 from samfn.tree import Batch, Params
 
 
@@ -25,6 +25,8 @@ class Aux(NamedTuple):
     """Predictions of the model, or anything else worth reporting; None if nothing."""
     buffers: Params
     """The buffers after this pass, same names as before it."""
+    losses: Tensor | None = None
+    """The loss of each example, shape (examples,); their mean is the loss."""
 
 
 LossFn = Callable[[Params, Params, Batch], "Tensor | tuple[Tensor, Aux]"]
@@ -40,16 +42,48 @@ class Pass(NamedTuple):
     buffers: Params
     """The buffers after the pass."""
     grads: dict[str, Tensor]
-    """Gradient of the loss, names and shapes of the parameters."""
+    """Gradient of the loss, names and shapes of the parameters that it was asked for."""
+    losses: Tensor | None = None
+    """The loss of each example, where the loss function tells."""
 
 
-Evaluate = Callable[[Params, Params, Batch], Pass]
+class Evaluate(Protocol):
+    """A loss function that is known, ready to be evaluated."""
+
+    def __call__(
+        self,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        *,
+        wrt: Collection[str] | None = None,
+        scale: Tensor | None = None,
+    ) -> Pass:
+        """Evaluate it, as `evaluate` does."""
 
 
-def evaluate(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> Pass:
+def evaluate(
+    loss_fn: LossFn,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    *,
+    wrt: Collection[str] | None = None,
+    scale: Tensor | None = None,
+) -> Pass:
     """Evaluate the loss, its gradient in `params`, and the new buffers.
 
     A parameter that the loss does not use has gradient zero.
+
+    Args:
+        loss_fn: what is evaluated.
+        params: where.
+        buffers: what `loss_fn` reads beside them.
+        batch: what `loss_fn` takes.
+        wrt: names of the parameters whose gradient is computed, in their order. None is
+            all of them; none of them leaves the backward pass out.
+        scale: multiplies the loss before it is differentiated, and divides the gradients,
+            so that those of float16 activations neither vanish nor overflow on the way.
 
     Raises:
         TypeError: `loss_fn` returned neither a loss nor a pair of loss and `Aux`.
@@ -57,51 +91,68 @@ def evaluate(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> 
             shapes or dtypes.
         RuntimeError: `loss_fn` changes a tensor that it was not given.
     """
+
     # torch.func refuses a function that changes what it captured, such as a module's own
     # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
     # the operations of a small network; a function that is known to be pure is spared it.
-    if getattr(loss_fn, "pure", False) and not torch.compiler.is_compiling():
-        return _by_autograd(loss_fn, params, buffers, batch)
-    return _by_func(loss_fn, params, buffers, batch)
+    def scaled(leaves: Params) -> tuple[Tensor, tuple[Tensor, Any]]:
+        given = leaves if wrt is None else {**params, **leaves}
+        loss, aux = _loss_and_aux(loss_fn(given, buffers, batch), buffers)
+        seen = loss, (aux.outputs, dict(aux.buffers), aux.losses)
+        return loss if scale is None else loss * scale, seen
+
+    leaves = dict(params) if wrt is None else {name: params[name] for name in wrt}
+    if not leaves:
+        with torch.no_grad():
+            seen, grads = scaled(leaves)[1], leaves
+    elif getattr(loss_fn, "pure", False) and not torch.compiler.is_compiling():
+        seen, grads = _by_autograd(scaled, leaves)
+    else:
+        seen, grads = _by_func(scaled, leaves)
+    if scale is not None and grads:
+        grads = tree.scale(grads, scale.reciprocal())
+    loss, (outputs, new_buffers, losses) = seen
+    return Pass(loss, outputs, new_buffers, grads, losses)
 
 
-def _by_autograd(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> Pass:
+Scaled = Callable[[Params], tuple[Tensor, Any]]
+
+
+def _by_autograd(scaled: Scaled, params: Params) -> tuple[Any, dict[str, Tensor]]:
     leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     with torch.enable_grad():
-        loss, aux = _loss_and_aux(loss_fn(leaves, buffers, batch), buffers)
+        loss, seen = scaled(leaves)
     if loss.requires_grad:
         grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     else:
         grads = tuple(map(torch.zeros_like, params.values()))
-    outputs, new_buffers = pytree.tree_map(_detached, (aux.outputs, dict(aux.buffers)))
-    return Pass(loss.detach(), outputs, new_buffers, dict(zip(params, grads, strict=True)))
+    return pytree.tree_map(_detached, seen), dict(zip(params, grads, strict=True))
 
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
-def _by_func(loss_fn: LossFn, params: Params, buffers: Params, batch: Batch) -> Pass:
+def _by_func(scaled: Scaled, params: Params) -> tuple[Any, dict[str, Tensor]]:
     around: list[Any] = []
 
     def objective(params: Params) -> tuple[Tensor, list[Tensor]]:
-        loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
-        leaves, structure = pytree.tree_flatten((aux.outputs, dict(aux.buffers)))
+        loss, seen = scaled(params)
+        leaves, structure = pytree.tree_flatten(seen)
         # torch.func lets tensors through and nothing else; the rest goes around it.
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         around[:] = others, is_tensor, structure
         return loss, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    grads, (loss, tensors) = grad_and_value(objective, has_aux=True)(dict(params))
+    grads, (_, tensors) = grad_and_value(objective, has_aux=True)(dict(params))
     others, is_tensor, structure = around
     through = iter(tensors)
     leaves = [
         next(through) if through_it else other
         for other, through_it in zip(others, is_tensor, strict=True)
     ]
-    outputs, new_buffers = pytree.tree_unflatten(leaves, structure)
-    return Pass(loss, outputs, new_buffers, grads)
+    return pytree.tree_unflatten(leaves, structure), grads
 
 
 def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
@@ -124,7 +175,10 @@ def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
 
     def regularized(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
-        return loss + weight_decay / 2 * _sum_of_squares(params), aux
+        penalty = weight_decay / 2 * _sum_of_squares(params)
+        if aux.losses is not None:
+            aux = aux._replace(losses=aux.losses + penalty)
+        return loss + penalty, aux
 
     regularized.check = getattr(loss_fn, "check", None)  # type: ignore[attr-defined]
     regularized.pure = getattr(loss_fn, "pure", False)  # type: ignore[attr-defined]

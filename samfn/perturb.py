@@ -13,6 +13,7 @@ from samfn import border, tree
 from samfn.tree import Params
 
 Adapts = Callable[[str, Tensor], bool]
+Perturb = Callable[[Params, Params, "float | Tensor"], dict[str, Tensor]]
 
 
 def perturb(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Tensor]:
@@ -77,13 +78,49 @@ def perturb_adaptive(
         eta = 0.01 from github.com/SamsungLabs/ASAM, asam.py.
     """
     _check(params, grads, rho)
-    if not eta >= 0:
-        raise ValueError(f"eta must be at least 0, got {eta}")
+    _require_eta(eta)
     adapts = adapts or named_weight
     metric = {
         name: w.abs() + eta if adapts(name, w) else torch.ones_like(w)
         for name, w in params.items()
     }
+    return _perturb_in(metric, params, grads, rho)
+
+
+def perturb_fisher(
+    params: Params, grads: Params, rho: float | Tensor, eta: float = 1.0
+) -> dict[str, Tensor]:
+    """Move the weights by `rho` in the metric of the Fisher information (Fisher SAM).
+
+    w + rho F^-1 g / sqrt(g . F^-1 g), F = 1 + eta g^2, the diagonal, from one batch
+
+    Args:
+        params: w. Floating point, any shapes.
+        grads: g, the gradient of the loss at w; names and shapes of `params`.
+        rho: radius of the ball ||F^(1/2) e|| <= rho, in units of w.
+        eta: weight of the Fisher information, in units of g^-2; at least 0. With 0 this
+            is `perturb`.
+
+    Returns:
+        The perturbed weights; names, shapes and dtypes of `params`. A zero gradient
+        gives back w exactly.
+
+    Raises:
+        ValueError: names or shapes differ, the mappings are empty, or `rho` or `eta`
+            is a negative number.
+
+    Source:
+        Kim et al., 2022, arXiv:2206.04920.
+    """
+    _check(params, grads, rho)
+    _require_eta(eta)
+    metric = {name: (1 + eta * g.square()).rsqrt() for name, g in grads.items()}
+    return _perturb_in(metric, params, grads, rho)
+
+
+def _perturb_in(
+    metric: Params, params: Params, grads: Params, rho: float | Tensor
+) -> dict[str, Tensor]:
     scaled = tree.multiply(metric, grads)
     direction = tree.multiply(metric, scaled)
     return tree.add_scaled(params, _reciprocal(tree.norm(scaled), rho), direction)
@@ -109,3 +146,8 @@ def _reciprocal(length: Tensor, rho: float | Tensor) -> Tensor:
 def _check(params: Params, grads: Params, rho: float | Tensor) -> None:
     border.require_gradients(params, grads)
     border.require_dial("rho", rho)
+
+
+def _require_eta(eta: float) -> None:
+    if not eta >= 0:
+        raise ValueError(f"eta must be at least 0, got {eta}")

@@ -56,6 +56,20 @@ def load(model: nn.Module, params: Params, buffers: Params) -> None:
             tensor.copy_(new[name])
 
 
+def norm_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what the normalisation layers of a model train.
+
+    Layers of torch.nn whose name has "Norm" in it, and others that are called so.
+    """
+    return tuple(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if "Norm" in type(module).__name__
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    )
+
+
 class Supervised:
     """The loss of a model on `(inputs, targets)` as a pure function; see `supervised`."""
 
@@ -88,6 +102,8 @@ class Supervised:
         with self._precision(next(iter(params.values())).device.type):
             outputs = functional_call(self._model, given, inputs, tie_weights=False)
             loss = self._criterion(outputs, targets)
+        if loss.ndim == 1:
+            return loss.mean(), Aux(outputs, fresh, loss)
         return loss, Aux(outputs, fresh)
 
     def check(self, params: Params, buffers: Params) -> None:
@@ -137,7 +153,8 @@ def supervised(
 
     Args:
         model: any module. A tuple of inputs becomes its positional arguments.
-        criterion: (outputs, targets) -> scalar loss.
+        criterion: (outputs, targets) -> the loss, a scalar, or the loss of each example,
+            shape (examples,), whose mean is the loss then. `esam` needs the latter.
         dtype: compute in this dtype where PyTorch's autocast deems it safe, as
             `torch.bfloat16`; parameters, gradients and buffers keep theirs. None computes
             in the dtype of the parameters.

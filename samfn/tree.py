@@ -4,7 +4,7 @@ Every function is pure: it reads mappings and returns new dicts. The `_foreach_`
 operations of PyTorch handle all tensors in one call, without a Python loop.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,27 @@ def norm(tree: Params) -> Tensor:
     norms = torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
     length: Tensor = torch.linalg.vector_norm(norms)
     return length
+
+
+def dot(left: Params, right: Params) -> Tensor:
+    """Return the inner product of u and v, which have the same names.
+
+    u . v = sum over all entries of u_i v_i
+
+    Returns:
+        Shape (), float32 or wider, as `norm`.
+    """
+    parts = [
+        (leaf.to(wide) * other.to(wide)).sum()
+        for leaf, other in zip(*_aligned(left, right), strict=True)
+        for wide in [torch.promote_types(leaf.dtype, torch.float32)]
+    ]
+    return torch.stack(parts).sum()
+
+
+def only(tree: Params, names: Collection[str]) -> dict[str, Tensor]:
+    """Return the part of a mapping that has these names, in their order."""
+    return {name: tree[name] for name in names}
 
 
 def scale(tree: Params, factor: float | Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """One training step as a pure function: gradient, perturb, gradient, descend."""
 
+from collections.abc import Hashable
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ from torch import Tensor
 from samfn import border, tree
 from samfn.descend import Optimizer, OptState
 from samfn.gradient import Evaluate, LossFn, evaluate
-from samfn.methods import Method, MethodState, Point, sam
+from samfn.method import Method, MethodState, Point
+from samfn.methods import sam
 from samfn.tree import Batch, Params
 
 
@@ -22,6 +24,10 @@ class TrainState(NamedTuple):
     method_state: MethodState
     step: Tensor
     """Calls of `sam_update` so far, skipped ones too; int64, shape ()."""
+    skipped: Tensor
+    """Steps that were skipped, since they were not finite; int64, shape ()."""
+    skipped_in_a_row: Tensor
+    """Those since the last step that was finite; int64, shape ()."""
 
 
 class Metrics(NamedTuple):
@@ -65,12 +71,15 @@ def init(
     border.require_trainable(params, buffers)
     if shared := sorted(params.keys() & buffers.keys()):
         raise ValueError(f"params and buffers must not share names, both hold {shared}")
+    zero = torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)
     return TrainState(
         params=dict(params),
         buffers=dict(buffers),
         opt_state=optimizer.init(params),
-        method_state=method.init(params),
-        step=torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device),
+        method_state=method.init(params, params),
+        step=zero,
+        skipped=zero.clone(),
+        skipped_in_a_row=zero.clone(),
     )
 
 
@@ -90,7 +99,8 @@ def sam_update(
 
     The buffers of the clean pass are kept, those of the perturbed pass dropped. If a
     loss or gradient of either pass is not finite, parameters, buffers, and the memory of
-    optimizer and method stay as they were, and only `step` moves on.
+    optimizer and method stay as they were, and only the counters move on;
+    `require_finite` raises then, if that is wanted.
 
     Args:
         state: from `init` or the step before; unchanged.
@@ -117,9 +127,29 @@ def sam_update(
     border.require_dial("rho", rho)
     border.require_dial("lr", lr)
     require_state(state, loss_fn=loss_fn, optimizer=optimizer)
-    return take_step(
-        state, batch, partial(evaluate, loss_fn), optimizer, method, rho=rho, lr=lr
-    )
+    # A method whose steps are alike spares a GPU the wait for the number of this one.
+    kind = method.kind(int(state.step)) if method.kind else None
+    run = partial(evaluate, loss_fn)
+    return take_step(state, batch, run, optimizer, method, rho=rho, lr=lr, kind=kind)
+
+
+class NonFiniteError(ArithmeticError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+def require_finite(state: TrainState, *, in_a_row: int = 1) -> None:
+    """Raise if the last `in_a_row` steps were all skipped.
+
+    It waits for a GPU; call it as seldom as that allows.
+
+    Raises:
+        NonFiniteError: they were.
+    """
+    if (found := int(state.skipped_in_a_row)) >= in_a_row:
+        raise NonFiniteError(
+            f"the last {found} of {int(state.step)} steps had a loss or gradient that is"
+            " not finite, and changed nothing: try a lower lr or rho"
+        )
 
 
 def require_state(state: TrainState, *, loss_fn: LossFn, optimizer: Optimizer) -> None:
@@ -144,6 +174,7 @@ def take_step(
     *,
     rho: float | Tensor,
     lr: float | Tensor,
+    kind: Hashable = None,
 ) -> tuple[TrainState, Metrics]:
     """Take the step of `sam_update`, with arguments that were checked.
 
@@ -155,20 +186,27 @@ def take_step(
         method: as for `sam_update`.
         rho: as for `sam_update`.
         lr: as for `sam_update`.
+        kind: which of the method's kinds of step this is.
     """
-    params, buffers, opt_state, method_state, step = state
-    seen, new_method_state = method.descent(
-        evaluate, Point(params, buffers, batch, rho), method_state
-    )
+    params, buffers, opt_state, method_state, step, skipped, in_a_row = state
+    point = Point(params, buffers, batch, rho, tuple(params), kind=kind)
+    seen, new_method_state = method.descent(evaluate, point, method_state)
     new_params, new_opt_state = optimizer.update(params, seen.grads, opt_state, lr)
     grad_norm, descent_norm = tree.norm(seen.clean.grads), tree.norm(seen.grads)
-    finite = _all_finite(seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm)
+    looked_at = [seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm]
+    if seen.beside is not None:
+        new_params = tree.add_scaled(new_params, -lr, seen.beside)
+        looked_at.append(tree.norm(seen.beside))
+    finite = _all_finite(*looked_at)
+    bad = finite.logical_not().to(step.dtype)
     new_state = TrainState(
         params=tree.select(finite, new_params, params),
         buffers=tree.select(finite, seen.clean.buffers, buffers),
         opt_state=tree.select(finite, new_opt_state, opt_state),
-        method_state=tree.select(finite, new_method_state, method_state),
+        method_state=method.settle(finite, new_method_state, method_state),
         step=step + 1,
+        skipped=skipped + bad,
+        skipped_in_a_row=(in_a_row + bad) * bad,
     )
     return new_state, Metrics(
         loss=seen.clean.loss,

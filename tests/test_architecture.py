@@ -14,11 +14,13 @@ LEVELS = {
     "perturb": 2,
     "descend": 2,
     "stateless": 3,
-    "methods": 3,
-    "update": 4,
-    "checkpoint": 5,
-    "compiled": 5,
-    "__init__": 6,
+    "method": 3,
+    "methods": 4,
+    "combinators": 5,
+    "update": 5,
+    "checkpoint": 6,
+    "compiled": 6,
+    "__init__": 7,
 }
 # Outside thing -> the files that may know it.
 OWNERS = {

@@ -103,7 +103,7 @@ def test_a_smaller_batch_has_a_graph_of_its_own():
 def test_the_step_in_place_keeps_its_addresses_and_leaves_other_states_alone(plan):
     # What a GPU records, run on a CPU.
     state, compiler, eager = task(small_network(), cuda_graph=False)
-    step = compiler._compile(plan, {}, torch.device("cuda"))
+    step = compiler._compile(plan, {}, torch.device("cuda"), None)
     start = pytree.tree_map(torch.clone, state)
     rho, lr = torch.tensor(0.1), torch.tensor(0.2)
     own, other, places = state, state, set()

@@ -57,30 +57,29 @@ MUTANTS = {
         PERTURB,
     ),
     "statistics counted twice": (
-        "methods.py",
-        "worst = evaluate(perturbed, buffers, batch)",
-        "worst = evaluate(perturbed, clean.buffers, batch);"
+        "method.py",
+        "worst = evaluate(perturbed, point.buffers, point.batch)",
+        "worst = evaluate(perturbed, clean.buffers, point.batch);"
         " clean = clean._replace(buffers=worst.buffers)",
         UPDATE,
     ),
     "loss of the perturbed pass": (
-        "methods.py",
-        "return Descent(worst.grads, clean, worst.loss, length), memory",
-        "return Descent(worst.grads, clean._replace(loss=worst.loss), worst.loss,"
-        " length), memory",
+        "method.py",
+        "seen = Descent(worst.grads, clean, worst.loss, length)",
+        "seen = Descent(worst.grads, clean._replace(loss=worst.loss), worst.loss, length)",
         UPDATE,
     ),
     "gradient of the clean pass": (
-        "methods.py",
-        "return Descent(worst.grads, clean,",
-        "return Descent(clean.grads, clean,",
+        "method.py",
+        "seen = Descent(worst.grads, clean,",
+        "seen = Descent(clean.grads, clean,",
         UPDATE,
     ),
     "descent from the perturbed weights": (
-        "methods.py",
-        "worst = evaluate(perturbed, buffers, batch)",
-        "worst = evaluate(perturbed, buffers, batch);"
-        " [params[n].copy_(w) for n, w in perturbed.items()]",
+        "method.py",
+        "worst = evaluate(perturbed, point.buffers, point.batch)",
+        "worst = evaluate(perturbed, point.buffers, point.batch);"
+        " [point.params[n].copy_(w) for n, w in perturbed.items()]",
         UPDATE,
     ),
     "a step that is not finite is taken": (

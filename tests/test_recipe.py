@@ -70,7 +70,7 @@ def test_a_run_leaves_settings_metrics_picture_and_checkpoints(tmp_path, capsys)
     assert last["skipped_steps"] == 0
     out = capsys.readouterr().out
     assert "digits, 1,437 training and 360 test images, 8x8" in out
-    assert "SAM rho 0.05" in out
+    assert "sam, rho 0.05" in out
     for row in (first, last):
         assert re.search(rf" {row['epoch']}/2 .*{row['test_accuracy']:.2f}", out)
     assert f"--eval-only --resume {run}" in out.replace("\n", "")

@@ -1,5 +1,6 @@
 """Each setting changes training as it says, and evaluation is what it should be."""
 
+import inspect
 from itertools import islice
 
 import pytest
@@ -8,10 +9,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import samfn
-from recipes import augment, training
+from recipes import augment, methods, training
 from recipes.config import parse
 from recipes.data import load
-from recipes.task import METHODS, Split, assemble
+from recipes.task import Split, assemble
 from samfn.compiled import CompiledUpdate
 
 DIGITS = load("digits")
@@ -41,7 +42,8 @@ def differ(left, right):
         "--rho 0.1",
         "--rho 0",
         "--method asam",
-        "--method asam-all",
+        "--method gsam",
+        "--precision fp16",
         "--momentum 0.5",
         "--nesterov",
         "--weight-decay 0.1",
@@ -83,11 +85,28 @@ def test_the_same_dropout_mask_changes_the_step():
 
 
 def test_methods_have_the_length_of_their_metric():
-    norms = {
-        name: after_two_steps("--method", name)[1].perturbation_norm for name in METHODS
-    }
+    names = ("sam", "asam", "asam(0.0, adapts=everything)")
+    norms = {name: after_two_steps("--method", name)[1].perturbation_norm for name in names}
     assert norms["sam"].item() == pytest.approx(0.05, rel=1e-4)
     assert len({round(norm.item(), 5) for norm in norms.values()}) == 3
+
+
+@pytest.mark.parametrize("name", [*methods.MAKERS, "on_parameters(gsam, norm_layers)"])
+def test_every_method_trains_the_recipe(name):
+    argument = {
+        "accumulated": "(sam, 48)",
+        "per_micro_batch": "(sam, 48)",
+        "on_parameters": "(sam, '*.weight')",
+        "every": "(sam, 2)",
+    }
+    around = argument.get(name, "(sam)" if takes_method(name) else "")
+    _, metrics = after_two_steps("--method", name + around)
+    assert metrics.finite
+
+
+def takes_method(name):
+    maker = methods.MAKERS.get(name)
+    return bool(maker) and "method" in inspect.signature(maker).parameters
 
 
 def test_learning_rates_are_those_of_the_schedules():

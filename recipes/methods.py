@@ -1,0 +1,93 @@
+"""What `--method` says: an expression over the methods and combinators of samfn.
+
+"asam(eta=0.1)" or "every(on_parameters(sam, norm_layers), 5)" are read as Python would read
+them, and nothing else is: only the names below, numbers, strings and lists of them. A
+method that is named without arguments is called with its defaults.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import samfn
+
+Makers = Mapping[str, Callable[..., samfn.Method]]
+
+MAKERS: Makers = {
+    name: function
+    for name in samfn.__all__
+    if inspect.isfunction(function := getattr(samfn, name))
+    and inspect.signature(function).return_annotation is samfn.Method
+}
+# Arguments that are functions themselves.
+FUNCTIONS = {
+    name: getattr(samfn, name)
+    for name in (
+        "everything",
+        "named_weight",
+        "perturb",
+        "perturb_adaptive",
+        "perturb_fisher",
+    )
+}
+
+
+def parse(text: str, *, steps: int, norm_layers: Sequence[str]) -> samfn.Method:
+    """Return the method that an expression means.
+
+    Args:
+        text: the expression.
+        steps: what "steps" means in it, the steps of the whole run; an argument of that
+            name need not be given.
+        norm_layers: what "norm_layers" means in it, as `samfn.norm_parameters` gives.
+
+    Raises:
+        ValueError: it means none; says which part.
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read {text!r}: {getattr(error, 'msg', error)}") from error
+    known = {"steps": steps, "norm_layers": tuple(norm_layers), **FUNCTIONS}
+    try:
+        method = _value(tree, known)
+    except TypeError as error:  # As for arguments that a function does not have.
+        raise ValueError(f"{text}: {error}") from error
+    if not isinstance(method, samfn.Method):
+        raise ValueError(f"{text} is no method, expected {_choices()}")
+    return method
+
+
+def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() | str() as value):
+            return value
+        case ast.UnaryOp(
+            op=ast.USub(), operand=ast.Constant(value=int() | float() as value)
+        ):
+            return -value
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
+            return [_value(part, known) for part in parts]
+        case ast.Name(id=name) if name in known:
+            return known[name]
+        case ast.Name(id=name) if name in MAKERS:
+            return _call(name, [], {}, known)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            if name in MAKERS and all(keyword.arg for keyword in keywords):
+                named = {str(k.arg): _value(k.value, known) for k in keywords}
+                return _call(name, [_value(arg, known) for arg in args], named, known)
+    raise ValueError(f"{ast.unparse(node)} is not known, expected {_choices()}")
+
+
+def _call(
+    name: str, args: list[Any], named: dict[str, Any], known: Mapping[str, Any]
+) -> samfn.Method:
+    parameters = inspect.signature(MAKERS[name]).parameters
+    if next(iter(parameters), None) == "steps" and not args:
+        named = {"steps": known["steps"], **named}
+    return MAKERS[name](*args, **named)
+
+
+def _choices() -> str:
+    return f"one of {', '.join(MAKERS)}, or one around another as every(sam, 5)"

@@ -1,0 +1,399 @@
+"""Combinators: from a method to another one, whatever it is."""
+
+from collections.abc import Collection, Hashable
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from samfn import tree
+from samfn.gradient import Evaluate, Pass
+from samfn.method import Descent, Method, MethodState, Point, length_of, plain
+from samfn.methods import require_count
+from samfn.perturb import Adapts
+from samfn.tree import Batch, Params
+
+Statistics = Literal["in turn", "averaged"]
+
+SCALE, GOOD = "loss_scale", "loss_scale_finite_steps"  # in the memory of `loss_scaled`
+SMALLEST = 2.0**-24  # scale; at 0 it would never grow again
+
+
+def accumulated(method: Method, size: int) -> Method:
+    """Evaluate in micro-batches of `size` examples, with one perturbation for them all.
+
+    Each gradient is the mean over the micro-batches, weighted by their sizes: the same
+    step as on the whole batch, in less memory. Only BatchNorm sees the difference: it
+    normalises by each micro-batch, and updates its statistics once for each.
+
+    Args:
+        method: any method.
+        size: examples in a micro-batch; the last one may be smaller.
+    """
+    require_count("size", size)
+
+    def descent(
+        evaluate: Evaluate, point: Point, memory: MethodState
+    ) -> tuple[Descent, MethodState]:
+        def evaluate_all(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            total: Pass | None = None
+            for micro_batch, weight in _micro_batches(batch, size):
+                part = evaluate(params, buffers, micro_batch, **how)
+                total = _add_pass(total, part, weight)
+                buffers = part.buffers
+            return _joined(total)
+
+        return method.descent(evaluate_all, point, memory)
+
+    return method._replace(descent=descent)
+
+
+def per_micro_batch(
+    method: Method, size: int, *, statistics: Statistics = "in turn"
+) -> Method:
+    """Perturb for each micro-batch of `size` examples on its own (m-sharpness).
+
+    descend with the mean over micro-batches B_j of grad L_j(w + e_j), e_j from L_j alone
+
+    The mean is weighted by the sizes. Metrics are means too; outputs are concatenated,
+    and scalars among them averaged. What the method remembers passes through the
+    micro-batches in turn. BatchNorm normalises by each micro-batch.
+
+    Args:
+        method: any method.
+        size: m, the examples in a micro-batch; the last one may be smaller. The whole
+            batch gives back `method`.
+        statistics: what becomes of the buffers. "in turn": they pass through the clean
+            passes one after the other, so that BatchNorm counts each micro-batch.
+            "averaged": each starts from those before the step, and their mean is kept, so
+            that the step counts once, as on several devices.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, section 4.1; Andriushchenko and
+        Flammarion, 2022, arXiv:2206.06232.
+    """
+    require_count("size", size)
+    if statistics not in ("in turn", "averaged"):
+        raise ValueError(f'statistics must be "in turn" or "averaged", got {statistics!r}')
+
+    def descent(
+        evaluate: Evaluate, point: Point, memory: MethodState
+    ) -> tuple[Descent, MethodState]:
+        total: Descent | None = None
+        buffers, seen = point.buffers, []
+        for micro_batch, weight in _micro_batches(point.batch, size):
+            part, memory = method.descent(
+                evaluate, point._replace(batch=micro_batch, buffers=buffers), memory
+            )
+            total = _add_descent(total, part, weight)
+            seen.append((part.clean.buffers, weight))
+            if statistics == "in turn":
+                buffers = part.clean.buffers
+        assert total is not None  # There is at least one micro-batch.
+        clean = _joined(total.clean)
+        if statistics == "averaged":
+            clean = clean._replace(buffers=_averaged(seen))
+        return total._replace(clean=clean), memory
+
+    return method._replace(descent=descent)
+
+
+def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Method:
+    """Perturb some of the parameters only; all of them descend.
+
+    For `sam`: e = rho g_S / ||g_S|| on the parameters of S, 0 elsewhere
+
+    SAM-ON is `on_parameters(sam(), samfn.norm_parameters(model))`. The ascent then has no
+    gradient of the other weights to compute, unless the method compares both gradients;
+    `metrics.grad_norm` is over those that it computes. A small S wants a large rho.
+
+    Args:
+        method: any method.
+        which: names, a pattern as "layer?.*.bias" in the manner of a shell, or a function
+            of a name and its tensor.
+
+    Raises:
+        ValueError: when a state is made, `which` holds for no parameter.
+
+    Source:
+        Mueller et al., 2023, arXiv:2306.04226, for normalisation layers alone.
+    """
+
+    def chosen(params: Params, moved: Collection[str]) -> tuple[str, ...]:
+        if isinstance(which, str):
+            names: tuple[str, ...] = _matching(which, tuple(moved))
+            return names
+        if callable(which):
+            return tuple(name for name in moved if which(name, params[name]))
+        return tuple(name for name in moved if name in which)
+
+    def init(params: Params, moved: Params) -> MethodState:
+        names = chosen(params, moved)
+        if not names:
+            raise ValueError(
+                f"on_parameters: {which!r} is none of the {len(moved)} parameters"
+                f" {', '.join([*moved][:5])}, ..."
+            )
+        return method.init(params, tree.only(moved, names))
+
+    def descent(
+        evaluate: Evaluate, point: Point, memory: MethodState
+    ) -> tuple[Descent, MethodState]:
+        names = chosen(point.params, point.moved)
+        return method.descent(evaluate, point._replace(moved=names), memory)
+
+    return method._replace(init=init, descent=descent)
+
+
+def every(method: Method, k: int) -> Method:
+    """Take the method's step every k steps, and the base optimizer's in between.
+
+    The first step is the method's. 1 + 1/k gradients a step for `sam`. A rho that is the
+    number 0 for a part of the training keeps the method to the other part.
+
+    Args:
+        method: any method, but not `loss_scaled`, which goes around.
+        k: steps from one to the next; 1 gives back `method`.
+
+    Source:
+        The `interval` of mosaicml/composer, composer/algorithms/sam.
+    """
+    require_count("k", k)
+    _require_no_scale(method, "every")
+
+    def kind(step: int) -> Hashable:
+        if step % k:
+            return "plain"
+        return method.kind(step // k) if method.kind else None
+
+    def descent(
+        evaluate: Evaluate, point: Point, memory: MethodState
+    ) -> tuple[Descent, MethodState]:
+        if point.kind == "plain":
+            return plain(evaluate, point), memory
+        return method.descent(evaluate, point, memory)
+
+    return method._replace(descent=descent, kind=kind)
+
+
+def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
+    """Find the perturbation on a part of the batch, and descend on all of it.
+
+    g of the first rows of the batch, that share of them, rounded up
+
+    1 + share gradients a step. The clean pass sees that part alone, and so do the metrics
+    and BatchNorm's statistics that come from it: `metrics.outputs` has its rows.
+
+    Args:
+        method: any method that compares no single examples, as `esam` does.
+        share: in (0, 1]; 1 gives back `method`.
+
+    Source:
+        Bahri et al., 2022, arXiv:2110.08529, section 4; share = 1/4 there.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+
+    def descent(
+        evaluate: Evaluate, point: Point, memory: MethodState
+    ) -> tuple[Descent, MethodState]:
+        part = point._replace(share=point.share * share)
+        return method.descent(evaluate, part, memory)
+
+    return method._replace(descent=descent)
+
+
+def same_randomness(method: Method) -> Method:
+    """Draw the same random numbers, as for dropout, in every pass of a step.
+
+    The original SAM code does so; a plain PyTorch loop draws anew in each pass. Put it
+    inside of `accumulated` and `per_micro_batch`: around them, it would give every
+    micro-batch the same mask. It reads the state of the generator, which no graph can
+    hold: `samfn.compile_update` compiles the gradient alone then.
+    """
+
+    def descent(
+        evaluate: Evaluate, point: Point, memory: MethodState
+    ) -> tuple[Descent, MethodState]:
+        device = next(iter(point.params.values())).device
+        before = _random_state(device)
+
+        def replay(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            _set_random_state(device, before)
+            return evaluate(params, buffers, batch, **how)
+
+        return method.descent(replay, point, memory)
+
+    return method._replace(descent=descent, traces=False)
+
+
+def loss_scaled(
+    method: Method,
+    initial: float = 2.0**16,
+    *,
+    growth: float = 2.0,
+    backoff: float = 0.5,
+    interval: int = 2000,
+) -> Method:
+    """Scale the loss while it is differentiated, for activations in float16.
+
+    g = grad (s L) / s in every pass of a step, with one s
+
+    Gradients of float16 activations below 6e-8 would be 0, and above 65504 infinite. s
+    stands in the state's memory of the method, as "loss_scale". A step that is not finite
+    changes no parameter, and s is multiplied by `backoff`; after `interval` finite steps
+    in a row by `growth`. bfloat16 needs none of this.
+
+    Args:
+        method: any method.
+        initial: s at first.
+        growth: at least 1.
+        backoff: between 0 and 1.
+        interval: in steps.
+
+    Source:
+        Micikevicius et al., 2018, arXiv:1710.03740, section 3.2; numbers as in
+        `torch.amp.GradScaler`.
+    """
+    if not (initial > 0 and growth >= 1 and 0 < backoff < 1):
+        raise ValueError(
+            "expected initial > 0, growth >= 1 and 0 < backoff < 1, got"
+            f" {initial}, {growth} and {backoff}"
+        )
+    require_count("interval", interval)
+    _require_no_scale(method, "loss_scaled")
+
+    def init(params: Params, moved: Params) -> MethodState:
+        device = next(iter(params.values())).device
+        own = {
+            SCALE: torch.tensor(float(initial), device=device),
+            GOOD: torch.zeros((), dtype=torch.int64, device=device),
+        }
+        return {**method.init(params, moved), **own}
+
+    def descent(
+        evaluate: Evaluate, point: Point, memory: MethodState
+    ) -> tuple[Descent, MethodState]:
+        def scaled(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            return evaluate(params, buffers, batch, scale=memory[SCALE], **how)
+
+        seen, inner = method.descent(scaled, point, _without_scale(memory))
+        return seen, {**inner, SCALE: memory[SCALE], GOOD: memory[GOOD]}
+
+    def settle(finite: Tensor, new: MethodState, old: MethodState) -> MethodState:
+        scale, good = old[SCALE], old[GOOD] + 1
+        grown = torch.where(good < interval, scale, scale * growth)
+        own = {
+            SCALE: torch.where(finite, grown, scale * backoff).clamp(min=SMALLEST),
+            GOOD: torch.where(finite, good % interval, 0),
+        }
+        inner = method.settle(finite, _without_scale(new), _without_scale(old))
+        return {**inner, **own}
+
+    return method._replace(init=init, descent=descent, settle=settle)
+
+
+def _require_no_scale(method: Method, name: str) -> None:
+    if method.settle is not tree.select:
+        raise ValueError(f"{name} goes inside of loss_scaled, not around it")
+
+
+def _without_scale(memory: MethodState) -> MethodState:
+    return {key: value for key, value in memory.items() if key not in (SCALE, GOOD)}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _matching(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if fnmatchcase(name, pattern))
+
+
+def _averaged(parts: list[tuple[Params, float]]) -> dict[str, Tensor]:
+    """Return the weighted mean of buffers; whole numbers are alike in all of them."""
+    return {
+        name: torch.stack([weight * part[name] for part, weight in parts]).sum(0)
+        if leaf.is_floating_point()
+        else leaf
+        for name, leaf in parts[-1][0].items()
+    }
+
+
+def _micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
+    """Cut every tensor of a batch along its first dimension; give each part's share."""
+    length = length_of(batch)
+    leaves, structure = pytree.tree_flatten(batch)
+    cut = [leaf.split(size) for leaf in leaves]
+    return [
+        (pytree.tree_unflatten(part, structure), len(part[0]) / length)
+        for part in map(list, zip(*cut, strict=True))
+    ]
+
+
+def _add_pass(total: Pass | None, part: Pass, weight: float) -> Pass:
+    """Add a micro-batch to the weighted mean; outputs are gathered in a list."""
+    return Pass(
+        loss=_add(total and total.loss, part.loss, weight),
+        outputs=[*(total.outputs if total else ()), (part.outputs, weight)],
+        buffers=part.buffers,
+        grads=_add_tree(total and total.grads, part.grads, weight),
+        losses=_cat(total and total.losses, part.losses),
+    )
+
+
+def _add_descent(total: Descent | None, part: Descent, weight: float) -> Descent:
+    norm = total and total.perturbation_norm
+    return Descent(
+        grads=_add_tree(total and total.grads, part.grads, weight),
+        clean=_add_pass(total and total.clean, part.clean, weight),
+        perturbed_loss=_add(total and total.perturbed_loss, part.perturbed_loss, weight),
+        perturbation_norm=_add(norm, part.perturbation_norm, weight),
+        beside=part.beside and _add_tree(total and total.beside, part.beside, weight),
+    )
+
+
+def _cat(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None or part is None else torch.cat([total, part])
+
+
+def _add(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
+    return part * weight if total is None else total + part * weight
+
+
+def _add_tree(
+    total: dict[str, Tensor] | None, part: dict[str, Tensor], weight: float
+) -> dict[str, Tensor]:
+    if not part:
+        return {}
+    if total is None:
+        return tree.scale(part, weight)
+    return tree.add_scaled(total, weight, part)
+
+
+def _joined(total: Pass | None) -> Pass:
+    """Make one tree of the gathered outputs: scalars averaged, tensors concatenated."""
+    assert total is not None  # There is at least one micro-batch.
+    outputs, weights = zip(*total.outputs, strict=True)
+
+    def join(*parts: Any) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if parts[0].ndim:
+            return torch.cat(parts)
+        return torch.stack([p * w for p, w in zip(parts, weights, strict=True)]).sum()
+
+    return total._replace(outputs=pytree.tree_map(join, *outputs))
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

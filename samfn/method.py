@@ -103,10 +103,11 @@ def two_pass(
             return unperturbed(clean), memory
         perturbed, length = move(metric, point, up)
         worst = evaluate(perturbed, point.buffers, point.batch)
-        grads, beside = (
-            combine(clean.grads, worst.grads) if combine else (worst.grads, None)
-        )
-        return Descent(grads, clean, worst.loss, length, beside), memory
+        seen = Descent(worst.grads, clean, worst.loss, length)
+        if combine is not None:
+            grads, beside = combine(clean.grads, worst.grads)
+            seen = seen._replace(grads=grads, beside=beside)
+        return seen, memory
 
     return Method(lambda params, moved: direction.init(moved), descent)
 

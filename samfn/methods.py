@@ -358,7 +358,7 @@ def ae_sam(
     """Adaptive policy SAM: perturb only where the gradient is large for its time.
 
     SAM's step if ||g||^2 >= mean + c sd, else the base optimizer's, where mean and sd are
-    running ones of ||g||^2, and c goes from `first` to `last` in `steps` steps
+    running ones of ||g||^2 that start at the first, and c goes from `first` to `last`
 
     One or two gradients a step, as the gradient decides. No graph can hold such a choice:
     `samfn.compile_update` compiles the pass, and a GPU waits once a step for the norm.
@@ -383,8 +383,9 @@ def ae_sam(
     ) -> tuple[Descent, MethodState]:
         clean = look(evaluate, point, everywhere=True)
         square = tree.norm(clean.grads).square().float()
-        mean = decay * memory["mean"] + (1 - decay) * square
-        variance = decay * memory["variance"] + (1 - decay) * (square - mean).square()
+        old = torch.where(memory["steps"] > 0, decay, 0.0)
+        mean = old * memory["mean"] + (1 - old) * square
+        variance = old * memory["variance"] + (1 - old) * (square - mean).square()
         c = first + (last - first) * (memory["steps"] / steps).clamp(max=1.0)
         memory = {"mean": mean, "variance": variance, "steps": memory["steps"] + 1}
         if is_number_zero(point.rho) or not square >= mean + c * variance.sqrt():

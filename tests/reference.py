@@ -1,10 +1,14 @@
-"""Slow, obvious oracles, written the usual way and without samfn."""
+"""Slow, obvious oracles, written the usual way, and small things that tests share."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from samfn.gradient import evaluate
+from samfn.method import Point
 
 
 def overwriting_sam_step(
@@ -74,3 +78,22 @@ def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Any, A
         )
         for _ in range(count)
     ]
+
+
+class Counted:
+    """A loss function that counts how often it is evaluated."""
+
+    def __init__(self, loss_fn):
+        self.loss_fn, self.count = loss_fn, 0
+
+    def __call__(self, *args):
+        self.count += 1
+        return self.loss_fn(*args)
+
+
+def descent_of(method, loss_fn, params, batch=None, rho=0.1, buffers=None):
+    """Return what a method does in its first step."""
+    kind = method.kind(0) if method.kind else None
+    point = Point(params, buffers or {}, batch, rho, tuple(params), kind=kind)
+    memory = method.init(params, params)
+    return method.descent(partial(evaluate, loss_fn), point, memory)[0]

@@ -1,0 +1,146 @@
+"""The methods once more: NumPy in float64 on one vector, each as its paper's equation.
+
+The problem is a layer of two units, tanh(x W + b), under the mean squared error, whose
+gradient is written out. Nothing of samfn or of PyTorch is used here.
+"""
+
+import numpy as np
+
+INPUTS, UNITS = 3, 2
+SPLIT = INPUTS * UNITS  # The vector holds W, then b.
+
+
+def loss(w, x, y):
+    """Return the loss of each row."""
+    p = np.tanh(x @ w[:SPLIT].reshape(INPUTS, UNITS) + w[SPLIT:])
+    return ((p - y) ** 2).sum(1)
+
+
+def slope(w, x, y):
+    """Return the gradient of the mean loss."""
+    p = np.tanh(x @ w[:SPLIT].reshape(INPUTS, UNITS) + w[SPLIT:])
+    d = 2 * (p - y) * (1 - p**2) / len(x)
+    return np.concatenate([(x.T @ d).reshape(-1), d.sum(0)])
+
+
+def unit(v):
+    """Return v / ||v||."""
+    return v / np.sqrt((v * v).sum())
+
+
+def orthogonal(v, to):
+    """Return what of v is orthogonal to another vector."""
+    return v - (v @ to) / (to @ to) * to
+
+
+# Each takes (w, x, y, rho, memory, number of the step), may change the memory, and returns
+# what descends, or that and what descends past the optimizer.
+
+
+def sam(w, x, y, rho, memory, step):
+    return slope(w + rho * unit(slope(w, x, y)), x, y)
+
+
+def asam(w, x, y, rho, memory, step, eta=0.01):
+    g = slope(w, x, y)
+    t = np.where(np.arange(len(w)) < SPLIT, np.abs(w) + eta, 1.0)  # "bias" is no weight.
+    return slope(w + rho * t * unit(t * g), x, y)
+
+
+def asam_everywhere(w, x, y, rho, memory, step):
+    g, t = slope(w, x, y), np.abs(w)
+    return slope(w + rho * t * unit(t * g), x, y)
+
+
+def fisher_sam(w, x, y, rho, memory, step, eta=0.3):
+    g = slope(w, x, y)
+    inverse = 1 / (1 + eta * g**2)
+    return slope(w + rho * inverse * g / np.sqrt(g @ (inverse * g)), x, y)
+
+
+def gsam(w, x, y, rho, memory, step, alpha=0.4):
+    g, worst = slope(w, x, y), sam(w, x, y, rho, memory, step)
+    return worst - alpha * orthogonal(g, worst)
+
+
+def wsam(w, x, y, rho, memory, step, gamma=0.8):
+    g, worst = slope(w, x, y), sam(w, x, y, rho, memory, step)
+    return g, gamma / (1 - gamma) * (worst - g)
+
+
+def friendly_sam(w, x, y, rho, memory, step, sigma=0.7, decay=0.6):
+    g = slope(w, x, y)
+    d = g - sigma * memory.get("m", 0.0)
+    memory["m"] = decay * memory.get("m", g) + (1 - decay) * g
+    return slope(w + rho * unit(d), x, y)
+
+
+def vasso(w, x, y, rho, memory, step, theta=0.3):
+    g = slope(w, x, y)
+    memory["d"] = (1 - theta) * memory.get("d", g) + theta * g
+    return slope(w + rho * unit(memory["d"]), x, y)
+
+
+def momentum_sam(w, x, y, rho, memory, step, momentum=0.9):
+    v = memory.get("v", np.zeros_like(w))
+    ahead = w - rho * unit(v) if v.any() else w
+    g = slope(ahead, x, y)
+    memory["v"] = momentum * v + g
+    return g
+
+
+def looksam(w, x, y, rho, memory, step, k=3, alpha=0.7):
+    g = slope(w, x, y)
+    if step % k == 0:
+        worst = sam(w, x, y, rho, memory, step)
+        memory["v"] = orthogonal(worst, g)
+        return worst
+    v = memory["v"]
+    return g + alpha * np.sqrt(g @ g) / np.sqrt(v @ v) * v
+
+
+def multi_step_sam(w, x, y, rho, memory, step, ascents=3):
+    there = w
+    for _ in range(ascents):
+        there = there + rho / ascents * unit(slope(there, x, y))
+    return slope(there, x, y)
+
+
+def esam(w, x, y, rho, memory, step, gamma=0.4):
+    worst = w + rho * unit(slope(w, x, y))
+    growth = loss(worst, x, y) - loss(w, x, y)
+    rows = np.argsort(-growth)[: int(np.ceil(gamma * len(x)))]
+    return slope(worst, x[rows], y[rows])
+
+
+def ae_sam(w, x, y, rho, memory, step, steps=8, decay=0.9):
+    g = slope(w, x, y)
+    square = g @ g
+    memory["mean"] = decay * memory.get("mean", square) + (1 - decay) * square
+    spread = (square - memory["mean"]) ** 2
+    memory["variance"] = decay * memory.get("variance", 0.0) + (1 - decay) * spread
+    c = 1.0 - 2.0 * step / steps
+    sharp = square >= memory["mean"] + c * np.sqrt(memory["variance"])
+    memory.setdefault("sharp", []).append(bool(sharp))
+    return sam(w, x, y, rho, memory, step) if sharp else g
+
+
+def on_weights(w, x, y, rho, memory, step):
+    g = slope(w, x, y)
+    g[SPLIT:] = 0
+    return slope(w + rho * unit(g), x, y)
+
+
+def every_third(w, x, y, rho, memory, step):
+    return slope(w, x, y) if step % 3 else sam(w, x, y, rho, memory, step)
+
+
+def quarter_ascent(w, x, y, rho, memory, step):
+    part = int(np.ceil(len(x) / 4))
+    return slope(w + rho * unit(slope(w, x[:part], y[:part])), x, y)
+
+
+def of_fours(w, x, y, rho, memory, step):
+    cuts = [slice(i, i + 4) for i in range(0, len(x), 4)]
+    parts = [sam(w, x[c], y[c], rho, memory, step) * len(x[c]) for c in cuts]
+    return sum(parts) / len(x)

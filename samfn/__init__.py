@@ -40,6 +40,7 @@ from samfn.methods import (
     vasso,
     wsam,
 )
+from samfn.optimizer import SAM
 from samfn.perturb import (
     everything,
     named_weight,
@@ -59,6 +60,7 @@ from samfn.update import (
 )
 
 __all__ = [
+    "SAM",
     "Aux",
     "Method",
     "Metrics",

@@ -41,7 +41,7 @@ def perturb(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Ten
         here the length is rho, or 0 where the norm cannot be told from 0.
     """
     _check(params, grads, rho)
-    return tree.add_scaled(params, _reciprocal(tree.norm(grads), rho), grads)
+    return tree.add_scaled(params, rate(tree.norm(grads), rho), grads)
 
 
 def perturb_adaptive(
@@ -123,7 +123,7 @@ def _perturb_in(
 ) -> dict[str, Tensor]:
     scaled = tree.multiply(metric, grads)
     direction = tree.multiply(metric, scaled)
-    return tree.add_scaled(params, _reciprocal(tree.norm(scaled), rho), direction)
+    return tree.add_scaled(params, rate(tree.norm(scaled), rho), direction)
 
 
 def named_weight(name: str, tensor: Tensor) -> bool:
@@ -136,7 +136,8 @@ def everything(name: str, tensor: Tensor) -> bool:
     return True
 
 
-def _reciprocal(length: Tensor, rho: float | Tensor) -> Tensor:
+def rate(length: Tensor, rho: float | Tensor) -> Tensor:
+    """Return rho / length, and 0 where the length cannot be told from 0."""
     # Below this length the squares that it was summed from have underflowed, and
     # dividing by it would give a perturbation of any length but rho.
     smallest = 1e4 * torch.finfo(length.dtype).tiny ** 0.5

@@ -15,6 +15,7 @@ LEVELS = {
     "descend": 2,
     "stateless": 3,
     "method": 3,
+    "optimizer": 3,
     "methods": 4,
     "combinators": 5,
     "update": 5,
@@ -48,7 +49,7 @@ OWNERS = {
         "bench/networks.py",
         "bench/peers.py",
     },
-    "torch.optim": {"samfn/descend.py"},
+    "torch.optim": {"samfn/descend.py", "samfn/optimizer.py"},
     "torch._dynamo": {"samfn/compiled.py"},
     "torch._inductor": {"samfn/compiled.py"},
 }

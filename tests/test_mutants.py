@@ -21,15 +21,15 @@ MUTANTS = {
     ),
     "norm of each tensor": (
         "perturb.py",
-        "return tree.add_scaled(params, _reciprocal(tree.norm(grads), rho), grads)",
-        "return {n: tree.add_scaled({n: w}, _reciprocal(tree.norm({n: grads[n]}), rho),"
+        "return tree.add_scaled(params, rate(tree.norm(grads), rho), grads)",
+        "return {n: tree.add_scaled({n: w}, rate(tree.norm({n: grads[n]}), rho),"
         " {n: grads[n]})[n] for n, w in params.items()}",
         PERTURB,
     ),
     "wrong sign": (
         "perturb.py",
-        "_reciprocal(tree.norm(grads), rho), grads)",
-        "-_reciprocal(tree.norm(grads), rho), grads)",
+        "rate(tree.norm(grads), rho), grads)",
+        "-rate(tree.norm(grads), rho), grads)",
         PERTURB,
     ),
     "no guard at zero": (

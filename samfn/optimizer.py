@@ -1,0 +1,323 @@
+"""SAM for existing loops: an Optimizer of PyTorch around another, on the pure functions.
+
+New code wants `samfn.sam_update`, which overwrites nothing; this is for loops that are
+written already.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+
+from samfn import border, tree
+from samfn.perturb import rate
+from samfn.tree import Params
+
+Groups = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation around an optimizer of PyTorch.
+
+    first_step: w <- w + e, e = rho T^2 g / ||T g||;  second_step: w back, base optimizer
+
+    T is |w| in groups that are `adaptive`, else 1; one norm over all groups together, in
+    float32 or wider. The interface and the arithmetic are those of davda54/sam::
+
+        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+
+        loss_fn(model(inputs), targets).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_fn(model(inputs), targets).backward()  # a whole forward pass again
+        optimizer.second_step(zero_grad=True)
+
+    Where the two passes see different parameters, each counts for what it saw: one with a
+    gradient in the first pass only is perturbed, put back, and left where it was; one with
+    a gradient in the second only moves by it, unperturbed. Weights are put back exactly,
+    into the memory that they had. BatchNorm's statistics are the caller's business here.
+
+    Args:
+        params: parameters, or groups of them, as every optimizer of PyTorch takes.
+        base_optimizer: its class, or anything that makes one of groups and `kwargs`.
+        rho: radius of the perturbation, at least 0; groups may have their own.
+        adaptive: perturb each weight in proportion to its size (ASAM with eta = 0 on all
+            parameters); groups may have their own.
+        kwargs: of the base optimizer.
+
+    Raises:
+        ValueError: a rho is no finite number of at least 0.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, algorithm 1; Kwon et al., 2021,
+        arXiv:2102.11600; interface of github.com/davda54/sam.
+    """
+
+    # Tells torch.amp.GradScaler to call `step` with `grad_scale` and `found_inf` set, also
+    # where they are infinite: the weights must be put back then, too.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Groups,
+        base_optimizer: Callable[..., torch.optim.Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        border.require_dial("rho", rho)
+        super().__init__(cast(Any, params), {"rho": rho, "adaptive": adaptive, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.defaults.update(self.base_optimizer.defaults)
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self._start()
+
+    def _start(self) -> None:
+        self._clean: dict[str, Tensor] | None = None  # Between the steps: the weights.
+        self._used: dict[str, tuple[Tensor, int]] = {}  # Gradients of the step before.
+        self._watch: _Watch | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may have a `rho` and `adaptive` of its own."""
+        if "rho" in param_group:
+            border.require_dial("rho", param_group["rho"])
+        super().add_param_group(param_group)
+
+    # Dynamo would lose what it sets, and has nothing to win on foreach kernels.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Move the weights to the worst point nearby.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or the weights are perturbed already.
+        """
+        if self._clean is not None:
+            raise RuntimeError("first_step was called twice: call second_step in between")
+        params = {name: p for name, p in self._parameters() if p.grad is not None}
+        if not params:
+            raise RuntimeError("no parameter has a gradient: call backward before")
+        # The way up has an entry for every weight, also where the gradient is sparse.
+        up = {name: _dense(p.grad) for name, p in params.items()}
+        metric = {
+            name: params[name].abs()
+            for group, names in self._groups(up)
+            for name in names
+            if group["adaptive"]
+        }
+        up |= _multiplied(metric, up)
+        length = _norm(up)
+        up |= _multiplied(metric, up)
+        self._clean = tree.clone(params)
+        for group, names in self._groups(up):
+            for part in _by_device(tree.only(up, names)):
+                device = next(iter(part.values())).device
+                step = tree.scale(part, rate(length.to(device), group["rho"]))
+                torch._foreach_add_([params[name] for name in part], list(step.values()))
+        if zero_grad:
+            self.zero_grad()
+        self._watch = _Watch(min(params.values(), key=Tensor.numel))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Put the weights back, and take the base optimizer's step.
+
+        Raises:
+            RuntimeError: `first_step` was not called before.
+        """
+        self._restore()
+        self.base_optimizer.step()
+        self._finish(zero_grad)
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take both steps, or the second one.
+
+        With a closure, which computes the loss, calls backward and returns the loss, this
+        is the whole step. If gradients of a backward pass since the last step are there,
+        they are those of the first pass, and the closure is called once; otherwise twice.
+        Without one this is `second_step`, as `torch.amp.GradScaler.step` calls it.
+
+        Returns:
+            What the closure returned, the first time that it was called.
+
+        Raises:
+            RuntimeError: there is no closure, and `first_step` was not called; or the
+                closure came through a GradScaler, or it scaled the first pass alone.
+        """
+        if closure is None:
+            self._scaled_second_step()
+            return None
+        if hasattr(self, "found_inf"):
+            self._refuse(
+                "GradScaler.step cannot take a closure: scaled gradients would be used as"
+                " they are. Call first_step after the first scaled backward pass, and"
+                " scaler.step(optimizer) after the second"
+            )
+        losses = []
+        with torch.enable_grad():
+            if not self._has_new_gradients():
+                self.zero_grad()
+                losses.append(closure())
+        self.first_step(zero_grad=True)
+        with torch.enable_grad():
+            losses.append(closure())
+        self.second_step()
+        return losses[0]
+
+    def _scaled_second_step(self) -> None:
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            self.second_step()
+            return
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is None and self._watch is not None and self._watch.is_untouched():
+            self._restore()
+            self._refuse(
+                "scaler.unscale_(optimizer) was called for the first pass, and the second"
+                " is still scaled: call it after the second backward pass, or not at all"
+            )
+        self._restore()
+        if not found_inf:
+            grads = [p.grad for _, p in self._parameters() if p.grad is not None]
+            if scale is not None:
+                for grad in grads:
+                    grad.mul_(scale.reciprocal().to(grad.device))
+            self.base_optimizer.step()
+        self._finish(zero_grad=False)
+
+    def _refuse(self, message: str) -> NoReturn:
+        for name in ("grad_scale", "found_inf"):  # GradScaler deletes them, if we return.
+            self.__dict__.pop(name, None)
+        raise RuntimeError(message)
+
+    def _restore(self) -> None:
+        if self._clean is None:
+            self._refuse("call first_step, and backward again, before second_step")
+        params = [p for name, p in self._parameters() if name in self._clean]
+        torch._foreach_copy_(params, list(self._clean.values()))
+        self._clean = None
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+
+    def _finish(self, zero_grad: bool) -> None:
+        self._opt_called = True  # What a scheduler looks for, before it warns.
+        if zero_grad:
+            self.zero_grad()
+        self._remember_gradients()
+
+    def _remember_gradients(self) -> None:
+        self._used = {
+            name: (p.grad, p.grad._version)
+            for name, p in self._parameters()
+            if p.grad is not None
+        }
+
+    def _has_new_gradients(self) -> bool:
+        """Return whether a backward pass came after the last step."""
+        for name, p in self._parameters():
+            grad, version = self._used.get(name, (None, 0))
+            if p.grad is not None and (p.grad is not grad or p.grad._version != version):
+                return True
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        super().zero_grad(set_to_none)
+        self._remember_gradients()
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of all groups, by the names that they have here."""
+        for number, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                yield f"{number}.{index}", parameter
+
+    def _groups(self, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Yield each group, and which of the names are its own."""
+        for number, group in enumerate(self.param_groups):
+            yield group, [name for name in names if name.startswith(f"{number}.")]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings and the base optimizer's state, as of one step.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        if self._clean is not None:
+            raise RuntimeError(
+                "the weights are perturbed, so there is no state to save: call second_step"
+            )
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; also one of davda54/sam, which has no momentum in it."""
+        kept = {
+            index: {name: value for name, value in state.items() if name != "old_p"}
+            for index, state in state_dict["state"].items()
+        }
+        kept = {index: state for index, state in kept.items() if state}
+        super().load_state_dict({**state_dict, "state": kept})
+        shared = {"state": self.state, "param_groups": self.param_groups}
+        self.base_optimizer.__setstate__(shared)
+        self._start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied: the base optimizer, too."""
+        return {**super().__getstate__(), "base_optimizer": self.base_optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was copied."""
+        super().__setstate__(state)
+        if "_clean" not in self.__dict__:
+            self._start()
+
+
+class _Watch:
+    """Tells whether a gradient was changed after the backward pass that made it."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._parameter = parameter
+        self._made: Tensor | None = None
+        register: Any = parameter.register_post_accumulate_grad_hook
+        self._handle = register(self._look)
+
+    def _look(self, parameter: Tensor) -> None:
+        self._made = _dense(parameter.grad).clone()
+
+    def is_untouched(self) -> bool:
+        # By its values: unscaling it leaves its version counter as it was.
+        grad, made = self._parameter.grad, self._made
+        if grad is None or made is None or not made.any():
+            return False
+        return torch.equal(_dense(grad), made)
+
+    def end(self) -> None:
+        self._handle.remove()
+
+
+def _dense(grad: Any) -> Tensor:
+    dense: Tensor = grad if grad.layout is torch.strided else grad.to_dense()
+    return dense
+
+
+def _multiplied(metric: Params, up: Params) -> dict[str, Tensor]:
+    return tree.multiply(metric, up) if metric else {}
+
+
+def _norm(up: Params) -> Tensor:
+    """Return one norm of tensors that may be on several devices."""
+    device = next(iter(up.values())).device
+    norms = [tree.norm(part).to(device) for part in _by_device(up)]
+    length: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return length
+
+
+def _by_device(tensors: Params) -> list[dict[str, Tensor]]:
+    devices: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        devices.setdefault(tensor.device, {})[name] = tensor
+    return list(devices.values())

@@ -1,0 +1,427 @@
+"""samfn.SAM in loops as they are written: davda54's arithmetic, and what it lacked."""
+
+import copy
+import gc
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import samfn
+from tests.reference import batches, small_network
+
+
+class Davda54:
+    """The arithmetic of davda54/sam, by hand: overwrite, look again, put back, step."""
+
+    def __init__(self, groups, base, **settings):
+        self.base = base(groups, **settings)
+
+    def step(self, loss_of):
+        loss = loss_of()
+        loss.backward()
+        groups = self.base.param_groups
+        with torch.no_grad():
+            total = 0.0
+            for group in groups:
+                for p in group["params"]:
+                    scale = p.abs() if group["adaptive"] else 1.0
+                    total = total + ((scale * p.grad) ** 2).sum()
+            for group in groups:
+                factor = group["rho"] / (total.sqrt() + 1e-12)
+                for p in group["params"]:
+                    p.old = p.detach().clone()
+                    p.add_((p**2 if group["adaptive"] else 1.0) * p.grad * factor)
+        self.base.zero_grad()
+        loss_of().backward()
+        with torch.no_grad():
+            for group in groups:
+                for p in group["params"]:
+                    p.copy_(p.old)
+        self.base.step()
+        self.base.zero_grad()
+        return loss
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def data(dtype=torch.float32, steps=6):
+    source = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(16, 5, generator=source).to(dtype),
+            torch.randint(3, (16,), generator=source),
+        )
+        for _ in range(steps)
+    ]
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def groups_of(model, adaptive=False):
+    return [
+        {"params": model[0].parameters(), "rho": 0.05, "adaptive": adaptive},
+        {"params": model[2].parameters(), "rho": 0.2, "adaptive": False, "lr": 0.05},
+    ]
+
+
+def two_steps(optimizer, model, batch):
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    optimizer.first_step(zero_grad=True)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.second_step(zero_grad=True)
+    return loss
+
+
+BASES = [
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
+    (torch.optim.AdamW, {"lr": 0.01}),
+]
+
+
+@pytest.mark.parametrize(("base", "settings"), BASES)
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_takes_the_steps_of_davda54(base, settings, adaptive, dtype):
+    model = net(dtype)
+    other = copy.deepcopy(model)
+    optimizer = samfn.SAM(groups_of(model, adaptive), base, **settings)
+    theirs = Davda54(groups_of(other, adaptive), base, **settings)
+    close = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {}
+    for inputs, targets in data(dtype):
+        loss = two_steps(optimizer, model, (inputs, targets))
+        expected = theirs.step(lambda x=inputs, y=targets: F.cross_entropy(other(x), y))
+        assert_close(loss, expected, **close)
+        assert_close(weights(model), weights(other), **close)
+
+
+def test_it_takes_the_steps_of_sam_update():
+    model = small_network()
+    loss_fn = samfn.supervised(copy.deepcopy(model), F.cross_entropy)
+    base = samfn.sgd(0.9, weight_decay=1e-3)
+    state = samfn.init(*samfn.split(model), optimizer=base)
+    optimizer = samfn.SAM(
+        model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-3
+    )
+    for batch in batches(3):
+        two_steps(optimizer, model, batch)
+        state, _ = samfn.sam_update(state, batch, loss_fn=loss_fn, optimizer=base, lr=0.1)
+        assert_close(weights(model), dict(state.params), rtol=1e-9, atol=1e-12)
+
+
+def closure_of(optimizer, model, batch, calls=None, clear=False):
+    def closure():
+        if clear:
+            optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        if calls is not None:
+            calls.append(loss.item())
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("clear", [False, True])
+@pytest.mark.parametrize("way", ["before", "no pass before", "neither cleared after"])
+def test_a_closure_takes_the_same_step_with_a_pass_before_and_without(way, clear):
+    model, reference = net(), net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    other = samfn.SAM(reference.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    for batch in data():
+        calls = []
+        closure = closure_of(optimizer, model, batch, calls, clear)
+        if way == "before":
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+        returned = optimizer.step(closure)
+        expected = two_steps(other, reference, batch)
+        assert len(calls) == (1 if way == "before" else 2)
+        assert returned.item() == calls[0]
+        if way != "before":
+            assert returned.item() == expected.item()
+        assert_close(weights(model), weights(reference), rtol=0, atol=0)
+        if way != "neither cleared after":
+            optimizer.zero_grad(set_to_none=not clear)
+
+
+@pytest.mark.parametrize(("base", "settings"), BASES)
+def test_resuming_is_not_stopping_bit_for_bit(base, settings):
+    steps = data(steps=8)
+    model = net()
+    optimizer = samfn.SAM(groups_of(model), base, **settings)
+    for batch in steps[:4]:
+        two_steps(optimizer, model, batch)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for batch in steps[4:]:
+        two_steps(optimizer, model, batch)
+    again = net()
+    fresh = samfn.SAM(groups_of(again), base, **{**settings, "lr": 9.0})
+    again.load_state_dict(saved[0])
+    fresh.load_state_dict(saved[1])
+    for batch in steps[4:]:
+        two_steps(fresh, again, batch)
+    assert_close(weights(again), weights(model), rtol=0, atol=0)
+    assert fresh.base_optimizer.state is fresh.state
+    assert fresh.base_optimizer.param_groups is fresh.param_groups
+
+
+def test_a_state_of_davda54_loads_without_his_copy_of_the_weights():
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    theirs = optimizer.state_dict()
+    theirs["state"] = {i: {"old_p": torch.ones(1)} for i in range(4)}
+    optimizer.load_state_dict(theirs)
+    two_steps(optimizer, model, data()[0])
+    assert all(state.keys() == {"momentum_buffer"} for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_as_the_original(copied):
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    steps = data()
+    two_steps(optimizer, model, steps[0])
+    other_model, other = copied((model, optimizer))
+    for batch in steps[1:]:
+        two_steps(optimizer, model, batch)
+        two_steps(other, other_model, batch)
+    assert_close(weights(other_model), weights(model), rtol=0, atol=0)
+
+
+class TwoHeads(nn.Module):
+    """Two parameters, of which a pass uses those that it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.b = nn.Parameter(torch.tensor([3.0, 4.0]))
+        self.unused = nn.Parameter(torch.tensor([5.0]))
+        self.frozen = nn.Parameter(torch.tensor([6.0]), requires_grad=False)
+
+    def loss(self, *names):
+        return sum(getattr(self, name).square().sum() for name in names)
+
+
+def test_parameters_of_one_pass_only_are_put_back_and_moved_by_what_they_saw():
+    model = TwoHeads()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    model.loss("a").backward()
+    optimizer.first_step(zero_grad=True)
+    assert_close(model.a.detach(), torch.tensor([1.0, 2.0]) * (1 + 0.5 / 5**0.5))
+    model.loss("b").backward()
+    optimizer.second_step(zero_grad=True)
+    assert torch.equal(model.a.detach(), torch.tensor([1.0, 2.0]))  # put back, unmoved
+    assert_close(model.b.detach(), torch.tensor([3.0, 4.0]) * 0.8)  # at its own place
+    assert model.unused == 5
+    assert model.frozen == 6
+
+
+def test_sparse_gradients_perturb_as_dense_ones_do():
+    def trained(sparse):
+        torch.manual_seed(0)
+        model = nn.Embedding(10, 4, sparse=sparse)
+        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.5)
+        for _ in range(3):
+            for last in (False, True):
+                model(torch.tensor([1, 3, 3])).square().sum().backward()
+                assert model.weight.grad.is_sparse == sparse
+                (optimizer.second_step if last else optimizer.first_step)(zero_grad=True)
+        return model.weight.detach()
+
+    assert_close(trained(True), trained(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_zero_gradient_moves_nothing(dtype, adaptive):
+    weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=dtype))
+    optimizer = samfn.SAM([weight], torch.optim.SGD, adaptive=adaptive, lr=0.1)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.first_step()
+    assert torch.equal(weight.detach(), torch.tensor([1.0, -2.0], dtype=dtype))
+    optimizer.second_step()
+    assert torch.equal(weight.detach(), torch.tensor([1.0, -2.0], dtype=dtype))
+
+
+def test_large_gradients_of_float16_do_not_overflow_the_norm():
+    weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    optimizer = samfn.SAM([weight], torch.optim.SGD, rho=0.5, lr=0.1)
+    weight.grad = torch.full_like(weight, 6e4)
+    optimizer.first_step()
+    assert_close(weight.detach(), torch.full_like(weight, 1.25))
+
+
+def test_addresses_never_change():
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    places = [p.data_ptr() for p in model.parameters()]
+    for batch in data():
+        two_steps(optimizer, model, batch)
+    assert [p.data_ptr() for p in model.parameters()] == places
+
+
+def test_weights_come_back_bit_for_bit():
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=3.0, lr=0.0)
+    before = weights(model)
+    for batch in data():
+        two_steps(optimizer, model, batch)
+        assert_close(weights(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("closure", [False, True])
+def test_schedulers_work_on_either_object_without_a_warning(inner, closure):
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=1.0)
+    chosen = optimizer.base_optimizer if inner else optimizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = torch.optim.lr_scheduler.StepLR(chosen, step_size=1, gamma=0.5)
+        for batch in data(steps=3):
+            if closure:
+                optimizer.step(closure_of(optimizer, model, batch))
+            else:
+                two_steps(optimizer, model, batch)
+            scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_a_group_that_is_added_later_is_trained_too():
+    model = net()
+    optimizer = samfn.SAM(model[0].parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    optimizer.add_param_group({"params": model[2].parameters(), "rho": 0.3, "lr": 0.2})
+    before = weights(model)
+    two_steps(optimizer, model, data()[0])
+    assert all(not torch.equal(w, before[n]) for n, w in weights(model).items())
+    assert optimizer.param_groups[1]["momentum"] == 0.9
+    assert optimizer.base_optimizer.param_groups[1]["rho"] == 0.3
+
+
+# Dynamo looks at the loss itself for a gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("closure", [False, True])
+def test_it_works_inside_of_torch_compile(closure):
+    def closure_step(optimizer, model, batch):
+        optimizer.step(closure_of(optimizer, model, batch))
+        optimizer.zero_grad()
+
+    torch.compiler.reset()
+    model, reference = net(), net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    other = samfn.SAM(reference.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    step = torch.compile(closure_step if closure else two_steps, backend="eager")
+    for batch in data():
+        step(optimizer, model, batch)
+        two_steps(other, reference, batch)
+        assert_close(weights(model), weights(reference))
+
+
+# torch.amp.GradScaler, on the CPU.
+
+
+def scaled_steps(optimizer, scaler, model, batch, unscale=(), spoil=None):
+    for number in (0, 1):
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        scaler.scale(loss).backward()
+        if spoil == number:
+            next(model.parameters()).grad[0, 0] = float("inf")
+        if number in unscale:
+            scaler.unscale_(optimizer)
+        if number == 0:
+            optimizer.first_step(zero_grad=True)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("unscale", [(), (1,)])
+def test_the_recipe_with_a_grad_scaler_takes_the_unscaled_step(unscale):
+    model, reference = net(), net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    other = samfn.SAM(reference.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu")
+    for batch in data():
+        scaled_steps(optimizer, scaler, model, batch, unscale)
+        two_steps(other, reference, batch)
+        assert_close(weights(model), weights(reference))
+
+
+@pytest.mark.parametrize("spoil", [0, 1])
+def test_a_grad_scaler_that_skips_leaves_the_weights_as_they_were(spoil):
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu")
+    batch = data()[0]
+    scaled_steps(optimizer, scaler, model, batch)
+    before, scale = weights(model), scaler.get_scale()
+    momentum = copy.deepcopy(optimizer.state_dict()["state"])
+    scaled_steps(optimizer, scaler, model, batch, spoil=spoil)
+    assert_close(weights(model), before, rtol=0, atol=0)
+    assert_close(optimizer.state_dict()["state"], momentum, rtol=0, atol=0)
+    assert scaler.get_scale() == scale / 2
+    scaled_steps(optimizer, scaler, model, batch)
+    assert not torch.equal(weights(model)["0.weight"], before["0.weight"])
+
+
+def test_ways_with_a_grad_scaler_that_would_be_silently_wrong_are_errors():
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    batch, before = data()[0], weights(model)
+    with pytest.raises(RuntimeError, match=r"unscale_.* was called for the first pass"):
+        scaled_steps(optimizer, torch.amp.GradScaler("cpu"), model, batch, unscale=(0,))
+    assert_close(weights(model), before, rtol=0, atol=0)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(batch[0]), batch[1])).backward()
+    with pytest.raises(RuntimeError, match="step cannot take a closure"):
+        scaler.step(optimizer, closure_of(optimizer, model, batch))
+    with pytest.raises(RuntimeError, match="call first_step"):
+        scaler.step(optimizer)
+    assert_close(weights(model), before, rtol=0, atol=0)
+
+
+def test_calls_in_the_wrong_order_are_errors():
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(RuntimeError, match="no parameter has a gradient: call backward"):
+        optimizer.first_step()
+    with pytest.raises(RuntimeError, match="call first_step"):
+        optimizer.second_step()
+    with pytest.raises(RuntimeError, match="call first_step"):
+        optimizer.step()
+    F.cross_entropy(model(data()[0][0]), data()[0][1]).backward()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match="first_step was called twice"):
+        optimizer.first_step()
+    with pytest.raises(RuntimeError, match="perturbed, so there is no state to save"):
+        optimizer.state_dict()
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
+def test_a_rho_that_is_none_is_an_error_in_every_group(rho):
+    weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="rho must be finite and at least 0"):
+        samfn.SAM([weight], torch.optim.SGD, rho=rho, lr=0.1)
+    with pytest.raises(ValueError, match="rho must be finite and at least 0"):
+        samfn.SAM([{"params": [weight], "rho": rho}], torch.optim.SGD, lr=0.1)
+
+
+def test_nothing_is_kept_between_steps():
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    two_steps(optimizer, model, data()[0])
+    gc.collect()
+    assert not optimizer.state_dict()["state"]
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())

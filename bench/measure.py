@@ -33,16 +33,17 @@ def interleaved(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
         for name, step in steps.items():
-            times[name].append(_timed(step, repeats[name]))
+            times[name].append(timed(step, repeats[name]))
     return times
 
 
 def _repeats(step: Callable[[], Any]) -> int:
     # A sample is about 20 ms, far above what the clock and a switch of candidates cost.
-    return max(1, round(0.02 / max(_timed(step, 3), 1e-6)))
+    return max(1, round(0.02 / max(timed(step, 3), 1e-6)))
 
 
-def _timed(step: Callable[[], Any], repeats: int) -> float:
+def timed(step: Callable[[], Any], repeats: int) -> float:
+    """Return the seconds of one call, the mean over so many."""
     synchronize()
     started = time.perf_counter()
     for _ in range(repeats):
@@ -69,7 +70,7 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(left)
     torch.mm(left, right, out=out)
-    best = min(_timed(lambda: torch.mm(left, right, out=out), 3) for _ in range(7))
+    best = min(timed(lambda: torch.mm(left, right, out=out), 3) for _ in range(7))
     return 2 * size**3 / best
 
 

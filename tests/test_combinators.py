@@ -122,3 +122,176 @@ def test_same_randomness_moves_on_between_steps():
     for _ in range(2):
         descent_of(samfn.same_randomness(samfn.sam()), loss_fn, params, batch)
     assert str(masks[0]) != str(masks[2])
+
+
+def test_running_statistics_can_be_averaged_instead_and_count_once():
+    model = small_network()
+    params, buffers = samfn.split(model)
+    batch = batches(1)[0]
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    method = samfn.per_micro_batch(samfn.sam(), 4, statistics="averaged")
+    seen = descent_of(method, loss_fn, params, batch, buffers=buffers)
+    parts = []
+    for images in batch[0].split(4):
+        samfn.load(model, params, buffers)
+        model(images)
+        parts.append(samfn.split(model)[1])
+    expected = {n: (parts[0][n] + parts[1][n]) / 2 for n in ("1.running_mean",)}
+    assert seen.clean.buffers["1.num_batches_tracked"] == 1
+    assert_close(seen.clean.buffers["1.running_mean"], expected["1.running_mean"])
+    assert not torch.equal(parts[0]["1.running_mean"], parts[1]["1.running_mean"])
+    with pytest.raises(ValueError, match="\"averaged\", got 'no'"):
+        samfn.per_micro_batch(samfn.sam(), 4, statistics="no")
+
+
+class Watched:
+    """A loss function that keeps the parameters that it saw, and what it was derived by."""
+
+    def __init__(self, loss_fn):
+        self.loss_fn, self.params, self.derived = loss_fn, [], []
+
+    def __call__(self, params, buffers, batch):
+        self.params.append({name: w.detach().clone() for name, w in params.items()})
+        self.derived.append({name for name, w in params.items() if w.requires_grad})
+        return self.loss_fn(params, buffers, batch)
+
+    pure = True
+
+
+COMPARES = samfn.gsam()  # It needs the clean gradient of every parameter.
+
+
+@pytest.mark.parametrize("method", [samfn.sam(), samfn.vasso(), COMPARES])
+def test_only_the_chosen_parameters_are_perturbed_and_all_descend(method):
+    model = small_network()
+    params, buffers = samfn.split(model)
+    loss_fn = Watched(samfn.supervised(model, F.cross_entropy))
+    chosen = set(samfn.norm_parameters(model))
+    assert chosen
+    assert chosen < params.keys()
+    around = samfn.on_parameters(method, chosen)
+    seen = descent_of(around, loss_fn, params, batches(1)[0], buffers=buffers)
+    moved = {n for n, w in loss_fn.params[1].items() if not torch.equal(w, params[n])}
+    assert moved == chosen
+    assert seen.grads.keys() == params.keys()
+    # The first pass spares itself the gradients that nobody reads.
+    compares = seen.clean.grads.keys() == params.keys()
+    assert loss_fn.derived[0] == (params.keys() if compares else chosen)
+    assert compares == (method is COMPARES)
+
+
+def test_parameters_are_chosen_by_names_a_pattern_or_a_function():
+    loss_fn, params, _, batch = supervised_case()
+    ways = (["0.bias", "2.bias"], "*.bias", lambda name, w: w.ndim == 1)
+    found = [
+        descent_of(samfn.on_parameters(samfn.sam(), way), loss_fn, params, batch)
+        for way in ways
+    ]
+    assert_close(found[0], found[1], rtol=0, atol=0)
+    assert_close(found[0], found[2], rtol=0, atol=0)
+    optimizer, method = samfn.sgd(), samfn.on_parameters(samfn.sam(), "*.norm")
+    with pytest.raises(ValueError, match=r"'\*.norm' is none of the 4 parameters 0.weight"):
+        samfn.init(params, {}, optimizer=optimizer, method=method)
+
+
+def test_choices_inside_of_choices_are_both_kept():
+    loss_fn, params, _, batch = supervised_case()
+    inner = samfn.on_parameters(samfn.sam(), "0.*")
+    both = samfn.on_parameters(inner, "*.bias")
+    found = descent_of(both, loss_fn, params, batch)
+    expected = descent_of(
+        samfn.on_parameters(samfn.sam(), ["0.bias"]), loss_fn, params, batch
+    )
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_kinds_of_steps_count_the_steps_of_what_is_inside():
+    method = samfn.every(samfn.looksam(2), 3)
+    kinds = [method.kind(step) for step in range(12)]
+    plain = ["plain", "plain"]
+    assert kinds == ["look", *plain, "go on", *plain, "look", *plain, "go on", *plain]
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0.25, 3), (0.1, 1), (0.5, 5), (0.01, 1)])
+def test_the_ascent_sees_its_share_of_the_batch_rounded_up(share, rows):
+    loss_fn, params, _, batch = supervised_case()
+    method = samfn.sub_batch_ascent(samfn.sam(), share)
+    seen = descent_of(method, loss_fn, params, batch)
+    assert torch.equal(
+        seen.clean.loss, loss_fn(params, {}, tuple(x[:rows] for x in batch))[0]
+    )
+    assert len(seen.clean.outputs) == rows
+    twice = samfn.sub_batch_ascent(samfn.sub_batch_ascent(samfn.sam(), 0.5), 0.5)
+    assert len(descent_of(twice, loss_fn, params, batch).clean.outputs) == 3
+    with pytest.raises(ValueError, match="share must be above 0 and at most 1, got 0"):
+        samfn.sub_batch_ascent(samfn.sam(), 0)
+
+
+def scaled_training(spoilt=(), steps=6, **settings):
+    """Return the states after each step; the batches of `spoilt` steps hold a nan."""
+    method = samfn.loss_scaled(samfn.friendly_sam(), 1024.0, **settings)
+    optimizer = samfn.sgd(0.9)
+    loss_fn, params, _, batch = supervised_case()
+    state = samfn.init(params, {}, optimizer=optimizer, method=method)
+    states = [state]
+    for step in range(steps):
+        images = batch[0] * float("nan") if step in spoilt else batch[0]
+        state, _ = samfn.sam_update(
+            state,
+            (images, batch[1]),
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            method=method,
+            lr=0.1,
+        )
+        states.append(state)
+    return states
+
+
+def test_the_loss_scale_grows_with_good_steps_and_shrinks_with_bad_ones():
+    states = scaled_training(spoilt=(3,), interval=2)
+    scales = [state.method_state["loss_scale"].item() for state in states]
+    assert scales == [1024.0, 1024.0, 2048.0, 2048.0, 1024.0, 1024.0, 2048.0]
+    before, after = states[3], states[4]
+    assert_close(after.params, before.params, rtol=0, atol=0)
+    assert_close(after.method_state["mean"], before.method_state["mean"], rtol=0, atol=0)
+    assert [state.skipped.item() for state in states] == [0, 0, 0, 0, 1, 1, 1]
+    assert [state.skipped_in_a_row.item() for state in states] == [0, 0, 0, 0, 1, 0, 0]
+
+
+def test_the_loss_scale_never_becomes_zero():
+    states = scaled_training(spoilt=range(60), steps=60)
+    assert states[-1].method_state["loss_scale"] == 2.0**-24
+
+
+def test_a_scaled_loss_spares_float16_its_underflow():
+    def loss_fn(params, buffers, batch):
+        # A gradient of 1e-8 on its way through float16, where the smallest is 6e-8.
+        return (params["w"].half() * 1e-4).float().sum() * 1e-4
+
+    params = {"w": torch.ones(3)}
+    assert not descent_of(samfn.sam(), loss_fn, params).grads["w"].any()
+    found = descent_of(samfn.loss_scaled(samfn.sam()), loss_fn, params).grads["w"]
+    assert_close(found, torch.full((3,), 1e-8), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: samfn.loss_scaled(samfn.sam(), 0.0), "expected initial > 0"),
+        (lambda: samfn.loss_scaled(samfn.sam(), growth=0.5), "growth >= 1"),
+        (lambda: samfn.loss_scaled(samfn.sam(), backoff=1.0), "0 < backoff < 1"),
+        (
+            lambda: samfn.loss_scaled(samfn.loss_scaled(samfn.sam())),
+            "loss_scaled goes inside of loss_scaled, not around",
+        ),
+        (
+            lambda: samfn.every(samfn.loss_scaled(samfn.sam()), 2),
+            "every goes inside of loss_scaled, not around",
+        ),
+        (lambda: samfn.every(samfn.sam(), 0), "k must be a whole number"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

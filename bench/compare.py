@@ -43,6 +43,8 @@ class Comparison:
     """Runs of each arm."""
     title: str = ""
     """Of the picture and the report."""
+    times: bool = True
+    """Report the seconds of an epoch and of a run; not where runs shared the machine."""
 
 
 class Arm:
@@ -94,9 +96,7 @@ def main() -> None:
             print(json.dumps(case), flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     stem = RESULTS / f"{comparison.name}_{time.strftime('%Y-%m-%d')}"
-    series = {arm.label: [accuracies(rows) for rows in arm.runs] for arm in arms}
-    title = comparison.title or comparison.name
-    plots.comparison(series, stem.with_suffix(".png"), title)
+    draw(arms, stem.with_suffix(".png"), comparison.title or comparison.name)
     stem.with_suffix(".md").write_text(report(comparison, arms, common, stem.name))
     print(stem.with_suffix(".md").read_text())
 
@@ -123,6 +123,16 @@ def run(output: Path, flags: str) -> list[dict[str, Any]]:
     return directory.rows()
 
 
+def draw(arms: list[Arm], path: Path, title: str) -> None:
+    """Draw curves, or points where there would be too many curves."""
+    if len(arms) <= len(plots.COLOURS):
+        series = {arm.label: [accuracies(rows) for rows in arm.runs] for arm in arms}
+        plots.comparison(series, path, title)
+    else:
+        last, best = ({a.label: f(a) for a in arms} for f in (Arm.last, Arm.best))
+        plots.ranking(last, best, path, title)
+
+
 def accuracies(rows: list[dict[str, Any]]) -> list[float]:
     """Return the test accuracy of every epoch."""
     return [row["test_accuracy"] for row in rows]
@@ -130,15 +140,18 @@ def accuracies(rows: list[dict[str, Any]]) -> list[float]:
 
 def report(comparison: Comparison, arms: list[Arm], common: str, stem: str) -> str:
     """Return the report as Markdown."""
-    baseline = arms[0].seconds()
-    table = [
-        f"| {arm.label} | {spread(arm.last())} | {spread(arm.best())} |"
-        f" {arm.seconds():.2f} | {arm.seconds() / baseline:.2f} |"
-        f" {arm.wall()} |"
-        for arm in arms
-    ]
+    columns = ["", "last epoch", "best epoch"]
+    table = [[arm.label, spread(arm.last()), spread(arm.best())] for arm in arms]
+    if comparison.times:
+        columns += ["s/epoch", f"against {arms[0].label}", "s/run"]
+        for cells, arm in zip(table, arms, strict=True):
+            ratio = arm.seconds() / arms[0].seconds()
+            cells += [f"{arm.seconds():.2f}", f"{ratio:.2f}", arm.wall()]
+    rule = ["---"] * len(columns)
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, rule, *table)]
     command = [f"python -m bench.compare {comparison.name} --seeds {comparison.seeds}"]
     command += [f'--title "{comparison.title}"'] if comparison.title else []
+    command += ["--no-times"] * (not comparison.times)
     command += [f'--arm "{arm.label}: {arm.flags}"' for arm in arms]
     command += [f"-- {common}"]
     rows = [
@@ -147,12 +160,11 @@ def report(comparison: Comparison, arms: list[Arm], common: str, stem: str) -> s
         f"![Test accuracy by epoch]({stem}.png)",
         "",
         f"Test accuracy in percent, mean ± standard deviation of {comparison.seeds} seeds;"
-        " the best epoch is chosen by the test set. Seconds are the median of all training"
-        " epochs, without evaluation, and that of the whole command with imports and all.",
+        " the best epoch is chosen by the test set."
+        + " Seconds are the median of all training epochs, without evaluation, and that of"
+        " the whole command with imports and all." * comparison.times,
         "",
-        f"| | last epoch | best epoch | s/epoch | against {arms[0].label} | s/run |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *table,
+        *lines,
         "",
         f"{time.strftime('%Y-%m-%d')}, {hardware()}, torch {torch.__version__},"
         f" Python {platform.python_version()}.",

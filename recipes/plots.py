@@ -62,3 +62,42 @@ def comparison(
     axes.legend(frameon=False, title="last epoch, mean")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def ranking(
+    last: Mapping[str, Sequence[float]],
+    best: Mapping[str, Sequence[float]],
+    path: Path,
+    title: str,
+) -> None:
+    """Draw test accuracy of the last and the best epoch: one row a label, by the last."""
+    labels = sorted(last, key=lambda label: sum(last[label]))
+    figure, axes = plt.subplots(
+        figsize=(7.2, 1.2 + 0.28 * len(labels)), layout="constrained"
+    )
+    kinds = (("best epoch", best, GREY, "D", "none"), ("last epoch", last, BLUE, "o", BLUE))
+    for name, values, colour, marker, fill in kinds:
+        means = [sum(values[label]) / len(values[label]) for label in labels]
+        ends = [
+            [mean - min(values[label]) for label, mean in zip(labels, means, strict=True)],
+            [max(values[label]) - mean for label, mean in zip(labels, means, strict=True)],
+        ]
+        axes.errorbar(
+            means,
+            range(len(labels)),
+            xerr=ends,
+            fmt=marker,
+            color=colour,
+            markerfacecolor=fill,
+            markersize=5,
+            linewidth=1,
+            label=name,
+        )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xlabel("test accuracy (%), mean, lowest and highest seed")
+    axes.set_title(title, fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

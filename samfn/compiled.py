@@ -82,7 +82,8 @@ def compile_update(
         options: of `torch.compile`, instead of those chosen here.
 
     Raises:
-        TypeError, ValueError: when called, as `sam_update`.
+        TypeError, ValueError: when called, as `sam_update`; or the plan is "whole", and the
+            method does not trace.
 
     Example::
 
@@ -310,6 +311,8 @@ def _could_not_compile(error: Exception) -> bool:
 def _choose(
     wanted: Plan, loss_fn: LossFn, method: Method, state: TrainState, batch: Batch
 ) -> Literal["whole", "gradient"]:
+    if wanted == "whole" and not method.traces:
+        raise ValueError('this method does not trace: expected plan "gradient" or "auto"')
     if wanted != "auto":
         return wanted
     if not method.traces:

@@ -92,8 +92,7 @@ def gsam(alpha: float = 0.4, *, metric: Perturb = perturb) -> Method:
     g_p = grad L(w + e);  <- g_p - alpha g_v, where g_v = g - (g . g_p / ||g_p||^2) g_p
 
     g_v is the part of g that is orthogonal to g_p, over all parameters together. Two
-    gradients a step. The paper lets rho follow lr:
-    `schedules.proportional(lr, ...)` does so.
+    gradients a step. The paper lets rho fall with lr, between two values of its own.
 
     Args:
         alpha: weight of the orthogonal part; 0 is SAM. 0.01 to 1 in the paper.
@@ -358,7 +357,7 @@ def ae_sam(
     """Adaptive policy SAM: perturb only where the gradient is large for its time.
 
     SAM's step if ||g||^2 >= mean + c sd, else the base optimizer's, where mean and sd are
-    running ones of ||g||^2 that start at the first, and c goes from `first` to `last`
+    running ones of ||g||^2 that start with the first, and c goes from `first` to `last`
 
     One or two gradients a step, as the gradient decides. No graph can hold such a choice:
     `samfn.compile_update` compiles the pass, and a GPU waits once a step for the norm.

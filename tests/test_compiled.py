@@ -36,6 +36,14 @@ def task(model, method=None, **settings):
     return state, samfn.compile_update(**common, **settings), eager
 
 
+def tiny():
+    """Return a network that compiles fast, for the batches of `small_network`."""
+    torch.manual_seed(0)
+    inputs, targets = batches(1)[0]
+    width = inputs[0].numel()
+    return nn.Sequential(nn.Flatten(), nn.Linear(width, int(targets.max()) + 5)).double()
+
+
 def graphs():
     return counters["stats"]["unique_graphs"]
 
@@ -84,6 +92,62 @@ def test_the_number_zero_as_rho_is_one_pass_and_one_more_graph():
         )
         step(state, batch, rho=0.1, lr=0.1)
     assert graphs() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["whole", "gradient"])
+def test_each_kind_of_step_has_its_graph_and_none_is_made_again(plan):
+    method = samfn.looksam(2)
+    state, step, eager = task(tiny(), method, plan=plan)
+    other = state
+    counters.clear()
+    made = []
+    for batch in batches(6):
+        state, metrics = step(state, batch, rho=0.1, lr=0.1)
+        other, expected = eager(other, batch, rho=0.1, lr=0.1)
+        assert_close((state, metrics), (other, expected), rtol=1e-7, atol=1e-9)
+        made.append(graphs())
+    assert made == ([1, 2, 2, 2, 2, 2] if plan == "whole" else [1] * 6)
+    # Another state, somewhere else on its way: the kinds follow its own count.
+    state, _ = step(other, batches(1)[0], rho=0.1, lr=0.1)
+    other, _ = eager(other, batches(1)[0], rho=0.1, lr=0.1)
+    assert_close(state, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_kinds_of_steps_share_the_state_in_place():
+    # What a GPU does, run on a CPU.
+    method = samfn.every(samfn.sam(), 2)
+    state, compiler, eager = task(tiny(), method, cuda_graph=False)
+    cuda = torch.device("cuda")
+    steps = [compiler._compile("gradient", {}, cuda, method.kind(kind)) for kind in (0, 1)]
+    rho, lr = torch.tensor(0.1), torch.tensor(0.2)
+    own = other = state
+    with torch.no_grad():
+        for number, batch in enumerate(batches(4)):
+            own, metrics = steps[number % 2](own, batch, rho, lr)
+            other, expected = eager(other, batch, rho=rho, lr=lr)
+            assert_close((own, metrics), (other, expected), rtol=1e-9, atol=1e-11)
+            assert own is compiler._owned._state
+
+
+def test_a_method_that_does_not_trace_is_no_whole_graph():
+    state, step, _ = task(tiny(), samfn.ae_sam(9), plan="whole")
+    with pytest.raises(ValueError, match="does not trace: expected plan"):
+        step(state, batches(1)[0], lr=0.1)
+
+
+@pytest.mark.slow
+def test_a_gate_decides_in_between_compiled_passes():
+    state, step, eager = task(tiny(), samfn.ae_sam(6))
+    other, lengths = state, set()
+    for batch in batches(6):
+        state, metrics = step(state, batch, rho=0.1, lr=0.1)
+        other, expected = eager(other, batch, rho=0.1, lr=0.1)
+        assert_close((state, metrics), (other, expected), rtol=1e-7, atol=1e-9)
+        lengths.add(metrics.perturbation_norm.item() > 0)
+    assert step.plan == "gradient"
+    assert lengths == {True, False}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """samfn.SAM in loops as they are written: davda54's arithmetic, and what it lacked."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -425,3 +426,43 @@ def test_nothing_is_kept_between_steps():
     gc.collect()
     assert not optimizer.state_dict()["state"]
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def replica(rank, store, results):
+    """Train on this rank's half of each batch, as the README's recipe for DDP says."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    for kind in ("per replica", "global"):
+        model = nn.parallel.DistributedDataParallel(net(torch.float64))
+        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=0.3, lr=0.1)
+        for inputs, targets in data(torch.float64, steps=3):
+            half = slice(8 * rank, 8 * rank + 8)
+            alone = contextlib.nullcontext if kind == "global" else model.no_sync
+            with alone():  # The forward pass, too.
+                F.cross_entropy(model(inputs[half]), targets[half]).backward()
+            optimizer.first_step(zero_grad=True)
+            F.cross_entropy(model(inputs[half]), targets[half]).backward()
+            optimizer.second_step(zero_grad=True)
+        torch.save(weights(model.module), f"{results}/{kind}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_under_ddp_it_perturbs_on_each_replica_or_for_all_of_them(tmp_path):
+    arguments = str(tmp_path / "store"), str(tmp_path)
+    torch.multiprocessing.spawn(replica, arguments, nprocs=2)
+    model = net(torch.float64)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    for kind, method in {
+        "per replica": samfn.per_micro_batch(samfn.sam(), 8),
+        "global": samfn.sam(),
+    }.items():
+        optimizer = samfn.sgd(0.0)
+        state = samfn.init(*samfn.split(model), optimizer=optimizer)
+        common = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+        for batch in data(torch.float64, steps=3):
+            state, _ = samfn.sam_update(state, batch, **common, rho=0.3, lr=0.1)
+        found = [torch.load(tmp_path / f"{kind}-{rank}") for rank in (0, 1)]
+        assert_close(found[0], found[1], rtol=0, atol=0)
+        assert_close(found[0], dict(state.params), rtol=1e-9, atol=1e-11)

@@ -6,6 +6,8 @@ All are made in one process and timed in turns. Methods whose steps differ are t
 as many steps as they need to come round. Prints one JSON line for each method, and a table.
 """
 
+import shlex
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +66,8 @@ class Options:
     """Methods to time beside SGD; none is all of them."""
     output: Path | None = None
     """File that the JSON lines are appended to."""
+    report: Path | None = None
+    """Markdown file to write."""
 
 
 class Stepper:
@@ -120,7 +124,33 @@ def main(options: Options) -> None:
     case = f"{options.network}:{options.batch}:{options.precision}"
     for line in rows:
         measure.emit({"case": case} | measure.environment() | line, options.output)
-    print(f"\n{case}\n\n{measure.table(rows, COLUMNS)}\n")
+    text = report(
+        case, rows, " ".join(["python -m bench.methods", *map(shlex.quote, sys.argv[1:])])
+    )
+    print(f"\n{text}")
+    if options.report is not None:
+        options.report.write_text(text)
+
+
+def report(case: str, rows: list[dict[str, Any]], command: str) -> str:
+    """Return the report as Markdown."""
+    about = measure.environment()
+    return f"""# What a step of each method costs: {case}
+
+All compiled, in one process, timed in turns. "of SGD" is the median over the rounds of the
+ratio in a round; of methods whose steps differ, of the mean step until they come round. What
+ae_sam takes depends on the gradients: here, on one batch again and again, its gate is shut, and
+one that is open costs what sam does. "first s" is the time of the first two rounds, in which
+everything is compiled.
+
+{measure.table(rows, COLUMNS)}
+
+{about["date"]}, {about["device"]}, torch {about["torch"]}, Python {about["python"]}.
+
+```
+{command}
+```
+"""
 
 
 def row(name: str, seen: dict[str, list[float]], first: float) -> dict[str, Any]:

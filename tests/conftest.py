@@ -1,6 +1,12 @@
 """Settings for all tests: stricter than production, and repeatable."""
 
+import os
 from collections.abc import Iterator
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Before torch is imported: processes that share the processors share its threads.
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 import pytest
 import torch

@@ -107,3 +107,32 @@ def test_a_state_of_another_structure_is_an_error(tmp_path):
     like.params["7.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"7.bias: torch.float32 against torch.float64"):
         samfn.restore(path, like=like)
+
+
+MEMORIES = {
+    "friendly_sam": samfn.friendly_sam(),
+    "vasso": samfn.vasso(),
+    "momentum_sam": samfn.momentum_sam(),
+    "looksam": samfn.looksam(3),
+    "ae_sam": samfn.ae_sam(9),
+    "every": samfn.every(samfn.friendly_sam(), 2),
+    "on_parameters": samfn.on_parameters(samfn.vasso(), "*.weight"),
+    "loss_scaled": samfn.loss_scaled(samfn.looksam(2), interval=2),
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_what_a_method_remembers_is_saved_and_training_goes_on_bit_for_bit(tmp_path, name):
+    method, optimizer = MEMORIES[name], samfn.sgd()
+    model, path = small_network(), tmp_path / "state.safetensors"
+    common = {"loss_fn": samfn.supervised(model, F.cross_entropy), "optimizer": optimizer}
+    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    start = state
+    for number, batch in enumerate(batches(6)):
+        if number == 3:
+            samfn.save(path, state)
+        state, _ = samfn.sam_update(state, batch, **common, method=method, lr=0.1)
+    again, _ = samfn.restore(path, like=start)
+    for batch in batches(6)[3:]:
+        again, _ = samfn.sam_update(again, batch, **common, method=method, lr=0.1)
+    assert_close(again, state, rtol=0, atol=0)

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PERTURB, UPDATE = "tests/test_perturb.py", "tests/test_update.py"
+METHODS = "tests/test_methods.py"
 
 # Name -> file, the right line, a wrong one, and the tests that tell them apart.
 MUTANTS = {
@@ -82,6 +83,31 @@ MUTANTS = {
         " [point.params[n].copy_(w) for n, w in perturbed.items()]",
         UPDATE,
     ),
+    "the orthogonal part of another gradient": (
+        "methods.py",
+        "_orthogonal(worst, clean)",
+        "_orthogonal(clean, worst)",
+        METHODS,
+    ),
+    "the mean is updated before it is subtracted": (
+        "methods.py",
+        'direction = tree.add_scaled(grads, -sigma, memory["mean"])',
+        "direction = tree.add_scaled(grads, -sigma,"
+        ' _averaged(memory, grads, 1 - decay)["mean"])',
+        METHODS,
+    ),
+    "momentum the other way": (
+        "methods.py",
+        "tree.scale(velocity, -1.0)",
+        "tree.scale(velocity, 1.0)",
+        METHODS,
+    ),
+    "sharpness beside the optimizer is not looked at": (
+        "update.py",
+        "looked_at.append(tree.norm(seen.beside))",
+        "pass",
+        "tests/test_realities.py",
+    ),
     "a step that is not finite is taken": (
         "update.py",
         "params=tree.select(finite, new_params, params)",
@@ -101,7 +127,7 @@ def test_the_tests_kill_the_mutant(tmp_path, name):
     assert source.count(right) == 1
     path.write_text(source.replace(right, wrong))
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", tests],
+        [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider", tests],
         cwd=tmp_path / "copy",
         env=os.environ | {"PYTHONPATH": str(tmp_path / "copy")},
         capture_output=True,

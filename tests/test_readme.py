@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes.config import PRESETS, parse
+from recipes.methods import MAKERS
 from tests.test_data import make_folder
 
 ROOT = Path(__file__).parent.parent
@@ -34,13 +36,20 @@ def test_the_example_runs_and_is_short():
     assert scope["state"].step == 100
 
 
+def weights(scope):
+    """Return what an example trained."""
+    return (
+        scope["state"].params.values() if "state" in scope else scope["model"].parameters()
+    )
+
+
 def test_every_further_example_runs():
     further = blocks("python")[1:]
     assert further
     for example in further:
         scope = {}
         exec(example, scope)
-        assert scope["metrics"].finite
+        assert torch.isfinite(next(iter(weights(scope)))).all()
 
 
 def test_the_two_commands_are_on_the_first_screen():
@@ -101,19 +110,53 @@ def test_every_preset_is_explained():
         assert f"`{preset}`" in README
 
 
-def test_numbers_are_those_of_the_reports():
-    reports = re.findall(r"\((bench/results/[\w.-]+\.md)\)", README)
-    assert len(reports) == 4
-    assert reports[-1].startswith("bench/results/cpu_")
-    summary = (ROOT / reports[-1]).read_text().split("## ")[1]
-    rows = [line for line in summary.splitlines() if line.startswith("|")]
+def reports(kind):
+    """Return the text of the reports that the README links to, of those called so."""
+    names = re.findall(rf"\((bench/results/{kind}_[\w.-]+\.md)\)", README)
+    return {name: (ROOT / name).read_text() for name in names}
+
+
+def test_speeds_are_those_of_the_report():
+    ((name, text),) = reports("cpu").items()
+    rows = [line for line in text.split("## ")[1].splitlines() if line.startswith("|")]
     assert len(rows) == 9
     for row in (rows[0], *rows[2:]):
-        assert re.sub(" +", " ", row) in README, f"{reports[-1]}: {row}"
-    for path in reports[:-1]:
-        text = (ROOT / path).read_text()
+        assert re.sub(" +", " ", row) in README, f"{name}: {row}"
+
+
+def test_accuracies_are_those_of_the_reports():
+    found = reports("digits") | reports("cifar10")
+    assert len(found) == 3
+    for path, text in found.items():
         rows = [line for line in text.splitlines() if re.match(r"\| (SGD|SAM)", line)]
         assert len(rows) == 2
         for row in rows:
             _, last, best, *_ = (cell.strip() for cell in row.strip("|").split("|"))
             assert f"| {last} | {best} |" in README, f"{path}: {row}"
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_every_method_has_a_row_with_its_measured_cost():
+    ((_, text),) = reports("methods_cost").items()
+    lines = [cells(line) for line in text.splitlines() if line.startswith("| ")]
+    ratio = lines[0].index("of SGD")
+    costs = {line[0]: line[ratio] for line in lines[2:]}
+    table = README.split("## The methods")[1].split("## ")[0].splitlines()
+    rows = {line.split("`")[1].partition("(")[0]: line for line in table if "| `" in line}
+    assert rows.keys() == MAKERS.keys()
+    assert len(costs) > len(rows) - 3
+    for method, cost in costs.items():
+        if method != "SGD":
+            assert cost in rows[method.partition("(")[0]], method
+
+
+def test_the_comparisons_of_methods_are_of_all_that_are_one():
+    found = reports("methods_digits") | reports("methods_cifar10")
+    assert len(found) == 2
+    for text in found.values():
+        arms = {line[0].partition("(")[0] for line in map(cells, text.splitlines()) if line}
+        same = {"accumulated", "same_randomness", "loss_scaled"}  # SAM's own step.
+        assert MAKERS.keys() - same <= arms

@@ -137,11 +137,11 @@ def report(case: str, rows: list[dict[str, Any]], command: str) -> str:
     about = measure.environment()
     return f"""# What a step of each method costs: {case}
 
-All compiled, in one process, timed in turns. "of SGD" is the median over the rounds of the
-ratio in a round; of methods whose steps differ, of the mean step until they come round. What
-ae_sam takes depends on the gradients: here, on one batch again and again, its gate is shut, and
-one that is open costs what sam does. "first s" is the time of the first two rounds, in which
-everything is compiled.
+All compiled, in one process, timed in turns. "of SGD" is the median over the rounds of
+the ratio in a round; of methods whose steps differ, of the mean step until they come
+round. What ae_sam takes depends on the gradients: here, on one batch again and again, its
+gate is shut, and one that is open costs what sam does. "first s" is the time of the first
+two rounds, in which everything is compiled.
 
 {measure.table(rows, COLUMNS)}
 

@@ -131,7 +131,7 @@ class SAM(torch.optim.Optimizer):
         self.base_optimizer.step()
         self._finish(zero_grad)
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take both steps, or the second one.

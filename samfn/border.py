@@ -33,6 +33,24 @@ def require_dial(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
+def require_count(name: str, value: int) -> None:
+    """Raise unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise unless `value` is above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+
+
+def require_below_one(name: str, value: float) -> None:
+    """Raise unless `value` is at least 0 and below 1."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+
+
 def require_same_layout(expected: Params, given: Params, *, names: str) -> None:
     """Raise unless both mappings agree in names, shapes and dtypes.
 

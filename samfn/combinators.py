@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn import tree
+from samfn import border, tree
 from samfn.gradient import Evaluate, Pass
 from samfn.method import Descent, Method, MethodState, Point, length_of, plain
-from samfn.methods import require_count
 from samfn.perturb import Adapts
 from samfn.tree import Batch, Params
 
@@ -32,7 +31,7 @@ def accumulated(method: Method, size: int) -> Method:
         method: any method.
         size: examples in a micro-batch; the last one may be smaller.
     """
-    require_count("size", size)
+    border.require_count("size", size)
 
     def descent(
         evaluate: Evaluate, point: Point, memory: MethodState
@@ -74,7 +73,7 @@ def per_micro_batch(
         Foret et al., 2021, arXiv:2010.01412, section 4.1; Andriushchenko and
         Flammarion, 2022, arXiv:2206.06232.
     """
-    require_count("size", size)
+    border.require_count("size", size)
     if statistics not in ("in turn", "averaged"):
         raise ValueError(f'statistics must be "in turn" or "averaged", got {statistics!r}')
 
@@ -160,7 +159,7 @@ def every(method: Method, k: int) -> Method:
     Source:
         The `interval` of mosaicml/composer, composer/algorithms/sam.
     """
-    require_count("k", k)
+    border.require_count("k", k)
     _require_no_scale(method, "every")
 
     def kind(step: int) -> Hashable:
@@ -193,8 +192,7 @@ def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
     Source:
         Bahri et al., 2022, arXiv:2110.08529, section 4; share = 1/4 there.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    border.require_share("share", share)
 
     def descent(
         evaluate: Evaluate, point: Point, memory: MethodState
@@ -262,7 +260,7 @@ def loss_scaled(
             "expected initial > 0, growth >= 1 and 0 < backoff < 1, got"
             f" {initial}, {growth} and {backoff}"
         )
-    require_count("interval", interval)
+    border.require_count("interval", interval)
     _require_no_scale(method, "loss_scaled")
 
     def init(params: Params, moved: Params) -> MethodState:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn import tree
+from samfn import border, tree
 from samfn.gradient import Evaluate, Pass
 from samfn.method import (
     Combined,
@@ -125,8 +125,7 @@ def wsam(gamma: float = 0.9, *, metric: Perturb = perturb) -> Method:
     Source:
         Yue et al., 2023, arXiv:2305.15817, algorithm 1.
     """
-    if not 0 <= gamma < 1:
-        raise ValueError(f"gamma must be at least 0 and below 1, got {gamma}")
+    border.require_below_one("gamma", gamma)
 
     def combine(
         clean: Params, worst: Params
@@ -156,6 +155,7 @@ def friendly_sam(
     Source:
         Li et al., 2024, arXiv:2403.12350; github.com/nblt/F-SAM.
     """
+    border.require_below_one("decay", decay)
 
     def update(grads: Params, memory: MethodState) -> tuple[dict[str, Tensor], MethodState]:
         direction = tree.add_scaled(grads, -sigma, memory["mean"])
@@ -179,6 +179,7 @@ def vasso(theta: float = 0.9, *, metric: Perturb = perturb) -> Method:
         Li and Giannakis, 2023, arXiv:2309.15639, algorithm 1; theta = 0.9 as in the
         scripts of github.com/BingcongLi/VaSSO.
     """
+    border.require_share("theta", theta)
 
     def update(grads: Params, memory: MethodState) -> tuple[dict[str, Tensor], MethodState]:
         memory = _averaged(memory, grads, theta)
@@ -203,6 +204,7 @@ def momentum_sam(momentum: float = 0.9) -> Method:
     Source:
         Becker et al., 2024, arXiv:2401.12033, algorithm 1.
     """
+    border.require_below_one("momentum", momentum)
 
     def descent(
         evaluate: Evaluate, point: Point, memory: MethodState
@@ -238,7 +240,7 @@ def looksam(k: int = 5, alpha: float = 0.7, *, metric: Perturb = perturb) -> Met
     Source:
         Liu et al., 2022, arXiv:2203.02714, algorithm 1.
     """
-    require_count("k", k)
+    border.require_count("k", k)
 
     def keep(clean: Params, worst: Params) -> Combined:
         return dict(worst), _orthogonal(worst, clean)
@@ -281,7 +283,7 @@ def multi_step_sam(ascents: int = 2, *, metric: Perturb = perturb) -> Method:
         Andriushchenko and Flammarion, 2022, arXiv:2206.06232. Neither found that more
         than one step helps.
     """
-    require_count("ascents", ascents)
+    border.require_count("ascents", ascents)
 
     def descent(
         evaluate: Evaluate, point: Point, memory: MethodState
@@ -319,9 +321,8 @@ def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:
         Du et al., 2022, arXiv:2110.03141, algorithm 1. Its code freezes random tensors
         for a whole step and drops one more example; this draws entries, as the paper.
     """
-    for name, value in (("beta", beta), ("gamma", gamma)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    border.require_share("beta", beta)
+    border.require_share("gamma", gamma)
 
     def thinned(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Tensor]:
         if beta == 1:
@@ -371,7 +372,8 @@ def ae_sam(
     Source:
         Jiang et al., 2023, arXiv:2304.14647, algorithm 1.
     """
-    require_count("steps", steps)
+    border.require_count("steps", steps)
+    border.require_below_one("decay", decay)
 
     def init(params: Params, moved: Params) -> MethodState:
         zero = torch.zeros((), device=next(iter(params.values())).device)
@@ -394,12 +396,6 @@ def ae_sam(
         return Descent(worst.grads, clean, worst.loss, length), memory
 
     return Method(init, descent, traces=False)
-
-
-def require_count(name: str, value: int) -> None:
-    """Raise unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _nothing(params: Params, moved: Params) -> MethodState:

@@ -17,7 +17,7 @@ LEVELS = {
     "method": 3,
     "optimizer": 3,
     "methods": 4,
-    "combinators": 5,
+    "combinators": 4,
     "update": 5,
     "checkpoint": 6,
     "compiled": 6,

@@ -49,9 +49,13 @@ def parse(text: str, *, steps: int, norm_layers: Sequence[str]) -> samfn.Method:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"cannot read {text!r}: {getattr(error, 'msg', error)}") from error
+    except (RecursionError, MemoryError) as error:
+        raise ValueError("cannot read so deep an expression") from error
     known = {"steps": steps, "norm_layers": tuple(norm_layers), **FUNCTIONS}
     try:
         method = _value(tree, known)
+    except RecursionError as error:
+        raise ValueError("cannot read so deep an expression") from error
     except TypeError as error:  # As for arguments that a function does not have.
         raise ValueError(f"{text}: {error}") from error
     if not isinstance(method, samfn.Method):

@@ -131,21 +131,19 @@ class CompiledUpdate:
         if state is not self._last:
             require_state(state, loss_fn=self._loss_fn, optimizer=self._optimizer)
         dials = self._dial("rho", rho, state), self._dial("lr", lr, state)
-        kind = self._kind(state)
+        method_kind = self._method.kind
+        # The number is read from a new state, and counted from there: a GPU does not wait.
+        if method_kind is not None and state is not self._last:
+            self._step = int(state.step)
+        kind = method_kind(self._step) if method_kind else None
         with torch.no_grad():  # Also a caller's own mode would be another graph.
             if kind in self._runs:
                 result = self._runs[kind](state, batch, *dials)
             else:
                 result = self._start(kind, state, batch, *dials)
         self._last = result[0]
+        self._step += 1
         return result
-
-    def _kind(self, state: TrainState) -> Hashable:
-        if self._method.kind is None:
-            return None
-        # Read from a new state, and counted from there on: a GPU does not wait.
-        self._step = self._step + 1 if state is self._last else int(state.step)
-        return self._method.kind(self._step)
 
     def _dial(self, name: str, value: float | Tensor, state: TrainState) -> float | Tensor:
         """Return a 0-d tensor, since a number would be compiled into the graph."""

@@ -92,9 +92,6 @@ def evaluate(
         RuntimeError: `loss_fn` changes a tensor that it was not given.
     """
 
-    # torch.func refuses a function that changes what it captured, such as a module's own
-    # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
-    # the operations of a small network; a function that is known to be pure is spared it.
     def scaled(leaves: Params) -> tuple[Tensor, tuple[Tensor, Any]]:
         given = leaves if wrt is None else {**params, **leaves}
         loss, aux = _loss_and_aux(loss_fn(given, buffers, batch), buffers)
@@ -105,6 +102,9 @@ def evaluate(
     if not leaves:
         with torch.no_grad():
             seen, grads = scaled(leaves)[1], leaves
+    # torch.func refuses a function that changes what it captured, such as a module's own
+    # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
+    # the operations of a small network; a function that is known to be pure is spared it.
     elif getattr(loss_fn, "pure", False) and not torch.compiler.is_compiling():
         seen, grads = _by_autograd(scaled, leaves)
     else:

@@ -95,26 +95,24 @@ class SAM(torch.optim.Optimizer):
         """
         if self._clean is not None:
             raise RuntimeError("first_step was called twice: call second_step in between")
-        params = {name: p for name, p in self._parameters() if p.grad is not None}
+        groups = {
+            name: group for name, p, group in self._parameters() if p.grad is not None
+        }
+        params = {name: p for name, p, _ in self._parameters() if name in groups}
         if not params:
             raise RuntimeError("no parameter has a gradient: call backward before")
         # The way up has an entry for every weight, also where the gradient is sparse.
         up = {name: _dense(p.grad) for name, p in params.items()}
-        metric = {
-            name: params[name].abs()
-            for group, names in self._groups(up)
-            for name in names
-            if group["adaptive"]
-        }
+        metric = {n: params[n].abs() for n, group in groups.items() if group["adaptive"]}
         up |= _multiplied(metric, up)
         length = _norm(up)
         up |= _multiplied(metric, up)
         self._clean = tree.clone(params)
-        for group, names in self._groups(up):
-            for part in _by_device(tree.only(up, names)):
-                device = next(iter(part.values())).device
-                step = tree.scale(part, rate(length.to(device), group["rho"]))
-                torch._foreach_add_([params[name] for name in part], list(step.values()))
+        for (rho, device), part in _parts(
+            up, lambda name: (groups[name]["rho"], up[name].device)
+        ):
+            step = tree.scale(part, rate(length.to(device), rho))
+            torch._foreach_add_([params[name] for name in part], list(step.values()))
         if zero_grad:
             self.zero_grad()
         self._watch = _Watch(min(params.values(), key=Tensor.numel))
@@ -182,7 +180,7 @@ class SAM(torch.optim.Optimizer):
             )
         self._restore()
         if not found_inf:
-            grads = [p.grad for _, p in self._parameters() if p.grad is not None]
+            grads = [p.grad for _, p, _ in self._parameters() if p.grad is not None]
             if scale is not None:
                 for grad in grads:
                     grad.mul_(scale.reciprocal().to(grad.device))
@@ -197,7 +195,7 @@ class SAM(torch.optim.Optimizer):
     def _restore(self) -> None:
         if self._clean is None:
             self._refuse("call first_step, and backward again, before second_step")
-        params = [p for name, p in self._parameters() if name in self._clean]
+        params = [p for name, p, _ in self._parameters() if name in self._clean]
         torch._foreach_copy_(params, list(self._clean.values()))
         self._clean = None
         if self._watch is not None:
@@ -213,13 +211,13 @@ class SAM(torch.optim.Optimizer):
     def _remember_gradients(self) -> None:
         self._used = {
             name: (p.grad, p.grad._version)
-            for name, p in self._parameters()
+            for name, p, _ in self._parameters()
             if p.grad is not None
         }
 
     def _has_new_gradients(self) -> bool:
         """Return whether a backward pass came after the last step."""
-        for name, p in self._parameters():
+        for name, p, _ in self._parameters():
             grad, version = self._used.get(name, (None, 0))
             if p.grad is not None and (p.grad is not grad or p.grad._version != version):
                 return True
@@ -230,16 +228,11 @@ class SAM(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._remember_gradients()
 
-    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters of all groups, by the names that they have here."""
+    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Yield the parameters, by the names that they have here, with their groups."""
         for number, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
-                yield f"{number}.{index}", parameter
-
-    def _groups(self, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-        """Yield each group, and which of the names are its own."""
-        for number, group in enumerate(self.param_groups):
-            yield group, [name for name in names if name.startswith(f"{number}.")]
+                yield f"{number}.{index}", parameter, group
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the base optimizer's state, as of one step.
@@ -311,13 +304,17 @@ def _multiplied(metric: Params, up: Params) -> dict[str, Tensor]:
 def _norm(up: Params) -> Tensor:
     """Return one norm of tensors that may be on several devices."""
     device = next(iter(up.values())).device
-    norms = [tree.norm(part).to(device) for part in _by_device(up)]
+    parts = _parts(up, lambda name: up[name].device)
+    norms = [tree.norm(part).to(device) for _, part in parts]
     length: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return length
 
 
-def _by_device(tensors: Params) -> list[dict[str, Tensor]]:
-    devices: dict[torch.device, dict[str, Tensor]] = {}
+def _parts(
+    tensors: Params, key: Callable[[str], Any]
+) -> Iterable[tuple[Any, dict[str, Tensor]]]:
+    """Return the tensors in parts that have a key in common."""
+    parts: dict[Any, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        devices.setdefault(tensor.device, {})[name] = tensor
-    return list(devices.values())
+        parts.setdefault(key(name), {})[name] = tensor
+    return parts.items()

@@ -115,6 +115,17 @@ def test_each_kind_of_step_has_its_graph_and_none_is_made_again(plan):
 
 
 @pytest.mark.slow
+def test_a_step_that_failed_does_not_count_as_one():
+    state, step, eager = task(tiny(), samfn.looksam(2), plan="gradient")
+    batch = batches(1)[0]
+    first, _ = step(state, batch, lr=0.1)
+    with pytest.raises(Exception, match="size|shape"):
+        step(first, (batch[0][:, :1, :1], batch[1]), lr=0.1)
+    found, expected = step(first, batch, lr=0.1), eager(first, batch, lr=0.1)
+    assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_kinds_of_steps_share_the_state_in_place():
     # What a GPU does, run on a CPU.
     method = samfn.every(samfn.sam(), 2)

@@ -74,7 +74,7 @@ def test_everything_else_is_refused(text, message):
 
 
 def test_deep_nesting_is_refused_without_a_crash():
-    with pytest.raises((ValueError, RecursionError, MemoryError)):
+    with pytest.raises(ValueError, match="cannot read"):
         parse("every(" * 5000 + "sam" + ", 2)" * 5000, steps=1, norm_layers=[])
 
 

@@ -410,6 +410,17 @@ def test_calls_in_the_wrong_order_are_errors():
         optimizer.state_dict()
 
 
+def test_every_parameter_may_be_a_group_of_its_own():
+    model, reference = net(), net()
+    groups = [{"params": [p], "rho": 0.05} for p in model.parameters()]
+    optimizer = samfn.SAM(groups, torch.optim.SGD, lr=0.1)
+    other = samfn.SAM(reference.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+    for batch in data():
+        two_steps(optimizer, model, batch)
+        two_steps(other, reference, batch)
+    assert_close(weights(model), weights(reference), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
 def test_a_rho_that_is_none_is_an_error_in_every_group(rho):
     weight = nn.Parameter(torch.ones(1))

@@ -124,7 +124,7 @@ def injected(case, step_of):
     return before, state
 
 
-def unchanged(before, after):
+def assert_unchanged(before, after):
     old, new = before._asdict(), after._asdict()
     for key in ("params", "buffers", "opt_state"):
         assert_close(dict(new[key]), dict(old[key]), rtol=0, atol=0)
@@ -144,7 +144,7 @@ def test_160_bad_numbers_leave_every_tensor_bit_equal(block):
         return samfn.sam_update(state, batch, **common, rho=0.1, lr=0.1)
 
     for case in range(40 * block, 40 * block + 40):
-        unchanged(*injected(case, step_of))
+        assert_unchanged(*injected(case, step_of))
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_40_bad_numbers_in_a_compiled_step_leave_every_tensor_bit_equal():
         return made[key](state, batch, rho=0.1, lr=0.1)
 
     for case in range(40):
-        unchanged(*injected(case, step_of))
+        assert_unchanged(*injected(case, step_of))
 
 
 def test_the_caller_chooses_to_raise_or_to_go_on():

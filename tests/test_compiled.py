@@ -119,7 +119,7 @@ def test_a_step_that_failed_does_not_count_as_one():
     state, step, eager = task(tiny(), samfn.looksam(2), plan="gradient")
     batch = batches(1)[0]
     first, _ = step(state, batch, lr=0.1)
-    with pytest.raises(Exception, match="size|shape"):
+    with pytest.raises(Exception, match=r"size|shape"):
         step(first, (batch[0][:, :1, :1], batch[1]), lr=0.1)
     found, expected = step(first, batch, lr=0.1), eager(first, batch, lr=0.1)
     assert_close(found, expected, rtol=1e-7, atol=1e-9)

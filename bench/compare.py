@@ -113,8 +113,6 @@ def run(output: Path, flags: str) -> list[dict[str, Any]]:
         if saved != config:
             raise SystemExit(f"{output} holds a run of other settings: move it away")
         asked = ["--resume", str(output)]
-        if not directory.checkpoint("last").exists():
-            raise SystemExit(f"{output} was stopped before a checkpoint: remove it")
     if len(directory.rows()) < config.epochs:
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "recipes.cifar_wrn", *asked], check=True)

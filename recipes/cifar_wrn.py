@@ -9,11 +9,13 @@
 A run leaves a directory with its settings, metrics, picture and checkpoints.
 """
 
+import contextlib
 import re
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -22,24 +24,27 @@ import torch
 import samfn
 from recipes import plots
 from recipes.compiling import keep_compiled
-from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse
+from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse, run_of
 from recipes.console import Display
 from recipes.data import DataError, Source, load
 from recipes.rundir import RunDirectory
+from recipes.signals import Signals, Stopped, watched
 from recipes.task import Task, assemble
 from recipes.training import (
     DivergedError,
+    Keeper,
     Progress,
     batches,
     evaluate,
     prepare,
-    restore,
+    restore_best,
+    resume,
     step,
     train,
 )
 
-# Exit codes: 0 finished, 2 wrong input, 3 diverged, 130 interrupted.
-WRONG_INPUT, DIVERGED, INTERRUPTED = 2, 3, 130
+# Exit codes beside 0, finished, and 128 + N, ended by signal N: 130, 143.
+WRONG_INPUT, DIVERGED, OUT_OF_MEMORY, NOT_WRITTEN = 2, 3, 4, 5
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -47,38 +52,54 @@ def main(args: Sequence[str] | None = None) -> int:
     display = Display()
     keep_compiled()
     try:
-        return run(parse(args, display.say), display)
+        with watched() as signals:
+            return run(parse(args, display.say), display, signals)
+    except samfn.CheckpointWriteError as error:
+        display.fail(f"{error}; the checkpoint before is whole")
+        return NOT_WRITTEN
     except (ConfigError, DataError, OSError) as error:
         display.fail(str(error))
         return WRONG_INPUT
     except DivergedError as error:
         display.fail(str(error))
         return DIVERGED
-    except KeyboardInterrupt:
-        display.fail("interrupted; nothing was saved since the last checkpoint")
-        return INTERRUPTED
+    except Stopped as error:
+        display.fail(f"{error} ended this; nothing was saved since the last checkpoint")
+        return 128 + error.number
 
 
-def run(config: Config, display: Display) -> int:
+def run(config: Config, display: Display, signals: Signals) -> int:
     """Load the data, then train, evaluate or try, as the configuration says."""
-    dataset = load(
-        cast(Source, config.data),
-        config.data_dir,
-        image_size=config.image_size,
-        track=display.track,
-    )
-    task, state = assemble(config, dataset)
-    if config.preset == "small":
-        display.say(
-            "This is a small preset, made for a CPU: it shows that everything works, not"
-            " what SAM reaches. --preset davda54 and foret2021 are the real ones."
+    try:
+        dataset = load(
+            cast(Source, config.data),
+            config.data_dir,
+            image_size=config.image_size,
+            modified=config.allow_modified_data,
+            track=display.track,
+            warn=display.warn,
         )
-    display.facts("samfn", describe(task))
-    if config.dry_run:
-        return try_out(task, state, display)
-    if config.eval_only:
-        return evaluate_best(task, state, display)
-    return train_and_report(task, state, display)
+        task, state = assemble(config, dataset)
+        if config.preset == "small":
+            display.say(
+                "This is a small preset, made for a CPU: it shows that everything works,"
+                " not what SAM reaches. --preset davda54 and foret2021 are the real ones."
+            )
+        display.facts("samfn", describe(task))
+        if config.dry_run:
+            return try_out(task, state, display)
+        if config.eval_only:
+            return evaluate_best(task, state, display)
+        return train_and_report(task, state, display, signals)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        display.fail(
+            f"out of memory with --batch-size {config.batch_size}{_peak()}: try a smaller"
+            f' one, or --method "accumulated({config.method}, {config.batch_size // 2})";'
+            " checkpoints are whole, and a resumed run needs the batch size it began with"
+        )
+        return OUT_OF_MEMORY
 
 
 def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
@@ -92,7 +113,8 @@ def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
 def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
     """Evaluate the best checkpoint of the run that --resume names."""
     assert task.config.resume is not None  # `validate` saw to it.
-    state, progress = restore(task, RunDirectory(task.config.resume), "best", state)
+    directory = RunDirectory(run_of(task.config.resume))
+    state, progress = restore_best(task, directory, state)
     loss, accuracy = evaluate(task, state, task.test)
     display.say(
         f"best epoch {progress.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
@@ -100,29 +122,79 @@ def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
     return 0
 
 
-def train_and_report(task: Task, state: samfn.TrainState, display: Display) -> int:
+def train_and_report(
+    task: Task, state: samfn.TrainState, display: Display, signals: Signals
+) -> int:
     """Train, from the start or from where a run stopped, and leave a run behind."""
-    config, progress = task.config, Progress()
-    if config.resume is not None:
-        directory = RunDirectory(config.resume)
-        state, progress = restore(task, directory, "last", state)
-        directory.rewind(progress.epoch)
-        display.say(f"resuming after {progress.epoch} epochs and {progress.batch} steps")
-    else:
-        directory = RunDirectory.create(config.output or new_name(config), config)
-    started = time.perf_counter()
-    finished = train(task, state, progress, directory, display)
-    seconds = time.perf_counter() - started
-    rows = directory.rows()
-    if rows:
-        title = f"{config.data}, {config.model}, {name(config)}"
-        plots.curves(rows, directory.curves, title)
-    where = shlex.quote(str(directory.path))
-    if not finished:
-        display.say(f"stopped; {PROGRAM} --resume {where} goes on where this ended")
-        return INTERRUPTED
-    display.facts("done", summarise(task, directory, seconds))
+    with _opened(task, state, display) as (directory, start, progress):
+        started = time.perf_counter()
+        keeper = Keeper(task, directory.checkpoints(display.warn), display.warn)
+        finished = train(task, start, progress, directory, keeper, display, signals)
+        seconds = time.perf_counter() - started
+        where = shlex.quote(str(directory.path))
+        _draw(task, directory, display)
+        if not finished:
+            display.say(f"stopped; {PROGRAM} --resume {where} goes on where this ended")
+            return 128 + (signals.stop or signal.SIGINT)
+        if keeper.missing is not None:
+            raise keeper.missing
+        _export(task, directory, state)
+        display.facts("done", summarise(task, directory, seconds))
     return 0
+
+
+@contextlib.contextmanager
+def _opened(
+    task: Task, state: samfn.TrainState, display: Display
+) -> Iterator[tuple[RunDirectory, samfn.TrainState, Progress]]:
+    """Hold the directory of a new run or of one that goes on; yield where it stands."""
+    config = task.config
+    if config.resume is None:
+        path = config.output or new_name(config)
+        with RunDirectory.create(path, config) as directory:
+            yield directory, state, Progress()
+        return
+    directory = RunDirectory(run_of(config.resume))
+    with directory.held():
+        state, progress = resume(task, config.resume, directory, state, display)
+        directory.rewind(progress.epoch)
+        directory.write_config(config)
+        display.say(f"resuming after {progress.epoch} epochs and {progress.batch} steps")
+        yield directory, state, progress
+
+
+def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
+    rows, config = directory.rows(), task.config
+    if not rows:
+        return
+    title = f"{config.data}, {config.model}, {name(config)}"
+    try:
+        plots.curves(rows, directory.curves, title)
+    except OSError as error:
+        display.warn(f"cannot draw {directory.curves}: {error}")
+
+
+def _export(task: Task, directory: RunDirectory, like: samfn.TrainState) -> None:
+    """Write the best epoch's model for those who have no samfn."""
+    state, _ = restore_best(task, directory, like)
+    trained = task.model, state.params, state.buffers
+    samfn.export_weights(directory.weights, *trained)
+    if task.config.export:
+        inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
+        samfn.export_program(directory.program, *trained, inputs)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    # What is raised on a CPU has no type of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _peak() -> str:
+    if torch.cuda.is_available():
+        return f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at the peak"
+    return ""
 
 
 def name(config: Config) -> str:
@@ -173,6 +245,7 @@ def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, 
         f" {best['epoch']}, chosen by the {chosen_by} set",
         "time": f"{seconds:.1f} s, {rows[-1]['images_per_second']:,.0f} images/s",
         "files": str(directory.path),
+        "model": str(directory.weights),
         "picture": str(directory.curves),
         f"try {compared}": f"{PROGRAM} --config {again} --rho {other}",
         "evaluate": f"{PROGRAM} --eval-only --resume {where}",

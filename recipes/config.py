@@ -86,6 +86,8 @@ class Config:
     data_dir: Path | None = None
     """Directory of train/<class>/* and test/<class>/* images, or of CIFAR. None is a
     directory in the user's cache."""
+    allow_modified_data: bool = False
+    """Take CIFAR even if its files are not the published ones."""
     image_size: int | None = None
     """Side to which the images of a folder are resized, in pixels. None keeps it."""
     label_noise: float = 0.0
@@ -153,10 +155,21 @@ class Config:
     seed: int = 0
     """Of initialisation, data order, augmentation and label noise."""
 
+    save_steps: int | None = None
+    """Steps from one checkpoint to the next. None saves at the end of each epoch."""
+    on_write_error: Literal["stop", "warn"] = "stop"
+    """What to do when a checkpoint cannot be written. With warn, training goes on, and only
+    the exit code tells at the end if the last one is missing."""
+
     output: Path | None = None
     """Directory of the run, new or empty. None makes one below runs/."""
     resume: Path | None = None
-    """Directory of a run to go on with, exactly where it stopped."""
+    """Directory of a run to go on with, exactly where it stopped, or one of its
+    checkpoints."""
+    resume_override: bool = False
+    """Go on with settings that differ from the run's; without it they are listed."""
+    export: bool = False
+    """At the end, write the best epoch's model as a program for torch.export.load, too."""
     eval_only: bool = False
     """Evaluate the best checkpoint of the run given by --resume, and train nothing."""
     dry_run: bool = False
@@ -164,10 +177,16 @@ class Config:
 
 
 # What belongs to one call of the command and not to what it trains.
-PER_CALL = {"config", "output", "resume", "eval_only", "dry_run"}
+PER_CALL = {"config", "output", "resume", "resume_override", "export"}
+PER_CALL |= {"eval_only", "dry_run"}
 # What a run may be resumed with that it was not started with. Another device rounds
 # differently and draws other random numbers; the data are checked by their content.
-FREE_ON_RESUME = {"preset", "device", "data_dir"}
+FREE_ON_RESUME = {"preset", "device", "data_dir", "allow_modified_data"}
+FREE_ON_RESUME |= {"save_steps", "on_write_error", "max_skipped"}
+# What no run can go on with if it changes: the state would fit no more, or its place in
+# the data mean nothing.
+FIXED = {"data", "image_size", "label_noise", "validation", "batch_size", "seed"}
+FIXED |= {"model", "layout"}
 
 
 def parse(
@@ -241,6 +260,7 @@ def validate(config: Config) -> None:
         ("crop_padding", config.crop_padding >= 0, "at least 0 pixels"),
         ("cutout", config.cutout >= 0, "at least 0 pixels"),
         ("epochs", config.epochs >= 1, "at least 1"),
+        ("save_steps", (config.save_steps or 1) >= 1, "at least 1, or None"),
         ("max_skipped", config.max_skipped >= 0, "at least 0"),
         ("batch_size", config.batch_size >= 2, "at least 2"),
         ("image_size", side is None or side >= 4, "at least 4 pixels, or None"),
@@ -284,8 +304,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     return {key: _typed(path, key, value, types[key]) for key, value in values.items()}
 
 
-def write_toml(config: Config, path: Path) -> None:
-    """Write what a run trains, so that `--config` trains the same again."""
+def to_toml(config: Config) -> str:
+    """Return what a run trains as the text of a file, with which `--config` repeats it."""
     # With all settings named, a preset would only bring back what was turned off.
     values = plain_values(replace(config, preset="none"))
     written = {
@@ -294,7 +314,7 @@ def write_toml(config: Config, path: Path) -> None:
         if value is not None and key not in PER_CALL
     }
     text = "# Settings of a run of recipes.cifar_wrn; what is absent is off.\n"
-    path.write_text(text + tomli_w.dumps(written), encoding="utf-8")
+    return text + tomli_w.dumps(written)
 
 
 def plain_values(config: Config) -> dict[str, Any]:
@@ -306,23 +326,34 @@ def plain_values(config: Config) -> dict[str, Any]:
 
 
 def _resumed(asked: Config, run: Path, read: Callable[[dict[str, Any]], Config]) -> Config:
-    """Return the settings of a run, which flags may repeat but not change."""
+    """Return the settings of a run, which flags may repeat, and some of them change."""
     fresh = Config()
     for name in ("config", "preset", "output"):
         if getattr(asked, name) != getattr(fresh, name):
             raise ConfigError(f"--{name}: a run is resumed with its own, drop it")
-    values = read_toml(run / CONFIG_FILE)
+    values = read_toml(run_of(run) / CONFIG_FILE)
     saved, config = Config(**values), read(values)
-    changed = [
-        f"{name} was {getattr(saved, name)!r}, is now {getattr(config, name)!r}"
-        for name in get_type_hints(Config).keys() - PER_CALL - FREE_ON_RESUME
+    changed = {
+        name: f"{name} was {getattr(saved, name)!r}, is now {getattr(config, name)!r}"
+        for name in sorted(get_type_hints(Config).keys() - PER_CALL - FREE_ON_RESUME)
         if getattr(config, name) != getattr(saved, name)
-    ]
-    if changed:
-        changes = "; ".join(sorted(changed))
-        raise ConfigError(f"--resume: cannot go on with other settings: {changes}")
+    }
+    if fixed := changed.keys() & FIXED:
+        changes = "; ".join(changed[name] for name in sorted(fixed))
+        raise ConfigError(f"--resume: no run can go on so: {changes}")
+    if changed and not config.resume_override:
+        changes = "; ".join(changed.values())
+        raise ConfigError(
+            f"--resume: the run had other settings: {changes}; --resume-override goes on"
+            " with these"
+        )
     validate(config)
     return replace(config, device=str(choose_device(config.device)))
+
+
+def run_of(path: Path) -> Path:
+    """Return the directory of the run that `path` is, or is a checkpoint of."""
+    return path.parent.parent if path.is_file() else path
 
 
 def _preset(name: str) -> dict[str, Any]:

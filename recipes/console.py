@@ -3,8 +3,8 @@
 Where the output is no terminal, the same rows are plain lines, and nothing moves.
 """
 
+import contextlib
 import os
-import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,20 +39,42 @@ COLUMNS = (
 )
 
 
+class QuietConsole(Console):
+    """A console that falls silent when nobody reads it any more, or its disk is full."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing from now on; rich would end the program."""
+        self.quiet = True
+        # Python writes the rest of its buffer at the end, and would fail once more.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Display:
     """Prints a run's banner, progress, epochs and summary."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
-        self._errors = Console(highlight=False, stderr=True)
+        self._console = console or QuietConsole(highlight=False)
+        self._errors = QuietConsole(highlight=False, stderr=True)
 
     def say(self, text: str) -> None:
         """Print one plain line."""
-        self._print(escape(text))
+        self._print(plain(text))
+
+    def warn(self, text: str) -> None:
+        """Print one line about what went wrong and was dealt with, to standard error."""
+        self._errors.print(f"[bold yellow]warning[/] {plain(text)}", soft_wrap=True)
 
     def fail(self, text: str) -> None:
         """Print one line about what went wrong, to the standard error."""
-        self._errors.print(f"[bold red]error[/] {escape(text)}", soft_wrap=True)
+        self._errors.print(f"[bold red]error[/] {plain(text)}", soft_wrap=True)
 
     def _print(self, markup: str) -> None:
         # A terminal wraps between words; a file or pipe keeps the line whole.
@@ -64,7 +86,7 @@ class Display:
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
         for name, value in facts.items():
-            grid.add_row(name, escape(value))
+            grid.add_row(name, plain(value))
         panel = Panel(grid, title=title, title_align="left", expand=False)
         if self._console.is_terminal:
             self._console.print(panel)
@@ -91,7 +113,7 @@ class Display:
         started = time.monotonic()
         clock = Progress(
             SpinnerColumn(),
-            TextColumn(escape(text)),
+            TextColumn(plain(text)),
             TimeElapsedColumn(),
             console=self._console,
             transient=True,
@@ -106,7 +128,7 @@ class Display:
 
     @contextmanager
     def training(self, epochs: int, steps: int, done: int) -> Iterator["Live"]:
-        """Show progress, and let Ctrl-C ask to stop, while training goes on.
+        """Show progress while training goes on.
 
         Args:
             epochs: in the whole run.
@@ -128,12 +150,8 @@ class Display:
         header = "".join(f"{name:>{width}}" for name, width in COLUMNS)
         self._console.print(f"[bold]{header}[/]", soft_wrap=True)
         live = Live(self._console, bar, epochs, steps, done)
-        before = signal.signal(signal.SIGINT, live.interrupt)
-        try:
-            with bar:
-                yield live
-        finally:
-            signal.signal(signal.SIGINT, before)
+        with bar:
+            yield live
 
 
 class Live:
@@ -142,7 +160,6 @@ class Live:
     def __init__(
         self, console: Console, bar: Progress, epochs: int, steps: int, done: int
     ) -> None:
-        self.stopping = False
         self._console, self._bar = console, bar
         self._epochs, self._steps = epochs, steps
         self._next = time.monotonic() + TICK
@@ -189,10 +206,8 @@ class Live:
             text += f"  {row['skipped_steps']} steps skipped, not finite"
         self._console.print(text, soft_wrap=True)
 
-    def interrupt(self, number: int, frame: Any) -> None:
-        """Ask training to stop after this step; the second time, stop at once."""
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-        # Nothing else may be printed here: this runs in the middle of anything.
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+def plain(text: str) -> str:
+    """Return text that a terminal shows and does not obey: no markup, no control codes."""
+    shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return escape("".join(shown))

@@ -10,22 +10,27 @@ import json
 import os
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from recipes import cifar
+from recipes.download import DownloadError
+from samfn import files, tensorfile
+
 SPLITS = ("train", "test")
-CACHE_FORMAT = 1  # to be raised when what is cached changes
-CIFAR_URL = "https://www.cs.toronto.edu"
+CACHE_FORMAT = 2  # to be raised when what is cached changes
+# What images may be. Others that Pillow knows run programs to be read.
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 Source = Literal["cifar10", "cifar100", "folder", "digits"]
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 """(items, how many, what is being done) -> the same items, with progress shown."""
+Say = Callable[[str], None]
 
 
 class DataError(Exception):
@@ -72,15 +77,15 @@ def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
 def _found(root: Path, must_be_there: bool) -> tuple[Source, str]:
     if _has_folders(root):
         return "folder", f"images in the class folders of {root}"
-    if (root / "cifar-10-batches-py").is_dir():
+    if cifar.is_there("cifar10", root):
         return "cifar10", f"CIFAR-10 in {root}"
     if must_be_there:
         raise DataError(
             f"{root} holds neither train/<class>/* and test/<class>/* images nor"
-            " cifar-10-batches-py; to download CIFAR-10 there, add --data cifar10"
+            f" {cifar.FORMS['cifar10'].archive}; to download it there, add --data cifar10"
         )
     why = "no network"
-    if is_reachable(CIFAR_URL):
+    if is_reachable(cifar.SERVER):
         try:
             load("cifar10", root)
             return "cifar10", f"CIFAR-10 in {root}"
@@ -96,16 +101,22 @@ def load(
     data_dir: Path | None = None,
     *,
     image_size: int | None = None,
+    modified: bool = False,
     track: Track = lambda items, total, text: items,
+    warn: Say = warnings.warn,
 ) -> Dataset:
     """Load a data set, from its cache if it was read before.
+
+    Of several processes that want the same at once, one reads or downloads it.
 
     Args:
         source: as `choose_source` gives it.
         data_dir: as for `choose_source`.
         image_size: resize and centre-crop the images of a folder to this side, in
             pixels. None keeps their size, which must then be one for all.
+        modified: take CIFAR even if its files are not the published ones.
         track: shows progress.
+        warn: is told of a cache that was damaged, and of one that cannot be written.
 
     Raises:
         DataError: nothing to read there, no network, or images that do not fit.
@@ -118,8 +129,10 @@ def load(
             root,
             {"image_size": image_size, "files": _listing(root)},
             lambda: read_folder(root, image_size, track),
+            warn,
         )
-    return _cached(root, {"source": source}, lambda: read_cifar(source, root))
+    key = {"source": source, "modified": modified}
+    return _cached(root, key, lambda: read_cifar(source, root, modified), warn)
 
 
 def user_cache() -> Path:
@@ -172,21 +185,15 @@ def read_digits() -> Dataset:
     )
 
 
-def read_cifar(source: Source, root: Path) -> Dataset:
-    """Read CIFAR-10 or CIFAR-100 through torchvision, downloading it if need be."""
-    from torchvision import datasets
-
-    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[source]
+def read_cifar(source: Source, root: Path, modified: bool = False) -> Dataset:
+    """Read CIFAR-10 or CIFAR-100, downloading it if need be; see `recipes.cifar`."""
     try:
-        train, test = (reader(root, train=t, download=True) for t in (True, False))
-    except (OSError, RuntimeError) as error:
+        if not cifar.is_there(source, root):
+            cifar.fetch(source, root)
+        train, test, classes = cifar.read(source, root, modified=modified)
+    except (OSError, DownloadError, cifar.CifarError) as error:
         raise DataError(f"cannot read or download {source} in {root}: {error}") from error
-
-    def tensors(part: Any) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        return images, torch.tensor(part.targets)
-
-    return Dataset(*tensors(train), *tensors(test), tuple(train.classes))
+    return Dataset(*train, *test, classes)
 
 
 def read_folder(root: Path, image_size: int | None, track: Track) -> Dataset:
@@ -287,9 +294,9 @@ def _listing(root: Path) -> str:
     """Return a digest of the names, sizes and times of all files that count."""
     digest = hashlib.sha256()
     for split in SPLITS:
-        for folder, subfolders, files in os.walk(root / split, followlinks=True):
+        for folder, subfolders, names in os.walk(root / split, followlinks=True):
             subfolders.sort()
-            for file in sorted(files):
+            for file in sorted(names):
                 path = Path(folder, file)
                 status = path.stat()
                 row = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
@@ -297,45 +304,53 @@ def _listing(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _cached(root: Path, key: dict[str, Any], read: Callable[[], Dataset]) -> Dataset:
+def _cached(
+    root: Path, key: dict[str, Any], read: Callable[[], Dataset], warn: Say
+) -> Dataset:
     """Return what `read` returns, from `root`'s cache where it was kept under `key`."""
     text = json.dumps(key | {"format": CACHE_FORMAT}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = root / f"samfn-{name}.safetensors"
-    if path.exists():
-        # If it is damaged, or was cut off while it was written, read the data again.
-        with contextlib.suppress(SafetensorError, KeyError, ValueError):
-            return _read_cache(path)
-    dataset = read()
-    tensors = dict(zip(Dataset._fields[:4], dataset[:4], strict=True))
-    # In a read-only directory the next run reads the data again.
-    with contextlib.suppress(OSError, SafetensorError):
-        # Several runs may do this at once; each renames a whole file into place.
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, temporary, {"classes": json.dumps(dataset.classes)})
-        os.replace(temporary, path)
-    return dataset
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.held(root, wait=True))
+        except OSError:  # In a read-only directory every run reads the data again.
+            return _read_cache(path, warn) or read()
+        files.sweep(root)
+        cached = _read_cache(path, warn)
+        if cached is not None:
+            return cached
+        dataset = read()
+        tensors = dict(zip(Dataset._fields[:4], dataset[:4], strict=True))
+        try:
+            tensorfile.write(path, tensors, {"classes": json.dumps(dataset.classes)})
+        except OSError as error:
+            warn(f"the next run reads the data again: {error}")
+        return dataset
 
 
-def _read_cache(path: Path) -> Dataset:
-    with safe_open(path, framework="pt") as file:
-        images, labels, test_images, test_labels = (
-            file.get_tensor(name).clone() for name in Dataset._fields[:4]
-        )
-        classes = tuple(json.loads(file.metadata()["classes"]))
-    return Dataset(images, labels, test_images, test_labels, classes)
+def _read_cache(path: Path, warn: Say) -> Dataset | None:
+    if not path.exists():
+        return None
+    try:
+        tensors, texts = tensorfile.read(path)
+        return Dataset(**tensors, classes=tuple(json.loads(texts["classes"])))
+    except (tensorfile.CorruptError, KeyError, TypeError, ValueError) as error:
+        warn(f"reading the data again: {error}")
+        return None
 
 
 def _stack(samples: Iterable[tuple[str, int]], image_size: int | None) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from torchvision.transforms.v2 import functional as transforms
 
     images: list[Tensor] = []
     for path, _ in samples:
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=IMAGE_FORMATS) as file:
                 image = transforms.pil_to_tensor(file.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except Exception as error:  # Decoders raise anything at damaged files.
             raise DataError(f"cannot read the image {path}: {error}") from error
         if image_size is not None:
             image = transforms.resize(image, [image_size], antialias=True)

@@ -1,13 +1,18 @@
 """The directory that a run leaves behind: settings, metrics, checkpoints, picture."""
 
+import contextlib
 import json
-import os
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes.config import CONFIG_FILE, Config, ConfigError, write_toml
+import samfn
+from recipes.config import CONFIG_FILE, Config, ConfigError, to_toml
+from samfn import files
 
 Row = dict[str, Any]  # one epoch of metrics.jsonl
+CHECKPOINTS = "checkpoints"
 
 
 class RunDirectory:
@@ -17,51 +22,95 @@ class RunDirectory:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.curves = path / "curves.png"
+        self.weights = path / "model.safetensors"
+        self.program = path / "model.pt2"
+        self._unwritten: list[Row] = []
 
     @classmethod
-    def create(cls, path: Path, config: Config) -> "RunDirectory":
-        """Make a new directory, and write the settings into it.
+    @contextlib.contextmanager
+    def create(cls, path: Path, config: Config) -> Iterator["RunDirectory"]:
+        """Make a new directory, write the settings into it, and hold it.
 
         Raises:
             ConfigError: the directory holds files already, or cannot be made.
+            InUseError: another run holds it.
         """
         run = cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(
-                f"--output: expected a new or empty directory, got {path}, which is"
-                " neither; --resume goes on with a run"
-            )
-        try:
-            run.checkpoint("last").parent.mkdir(parents=True)
-            write_toml(config, path / CONFIG_FILE)
-        except OSError as error:
-            raise ConfigError(f"--output: cannot write {path}: {error}") from error
-        return run
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--output: expected a directory, got the file {path}")
+        with contextlib.ExitStack() as stack:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(samfn.held(path))
+                run._require_new()
+                run.write_config(config)
+            except samfn.InUseError:
+                raise
+            except OSError as error:
+                raise ConfigError(f"--output: cannot write {path}: {error}") from error
+            yield run
 
-    def checkpoint(self, name: str) -> Path:
-        """Return the path of a checkpoint: "last" or "best"."""
-        return self.path / "checkpoints" / f"{name}.safetensors"
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold a directory that is there, to go on with its run.
+
+        Raises:
+            InUseError: another run holds it.
+        """
+        with samfn.held(self.path):
+            files.sweep(self.path)
+            yield
+
+    def checkpoints(self, warn: Callable[[str], None] = warnings.warn) -> samfn.Checkpoints:
+        """Return the checkpoints, of which only who holds the directory may write any."""
+        return samfn.Checkpoints(self.path / CHECKPOINTS, warn=warn)
+
+    def write_config(self, config: Config) -> None:
+        """Write the settings; those of before, if they differ, are kept beside."""
+        path, text = self.path / CONFIG_FILE, to_toml(config)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            older = len(list(self.path.glob(f"{CONFIG_FILE}.*"))) + 1
+            path.rename(path.with_name(f"{CONFIG_FILE}.{older}"))
+        with files.replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def append(self, row: Row) -> None:
-        """Add an epoch to the metrics."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add an epoch to the metrics.
+
+        Raises:
+            OSError: it cannot be written; it will be with the next one.
+        """
+        self._unwritten.append(row)
+        with self.metrics.open("ab+", buffering=0) as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off
+            while self._unwritten:
+                file.write(f"{json.dumps(self._unwritten[0])}\n".encode())
+                del self._unwritten[0]
 
     def rows(self) -> list[Row]:
         """Return the epochs recorded so far; a line that was cut off is none."""
-        if not self.metrics.exists():
-            return []
         rows = []
-        for line in self.metrics.read_text().splitlines():
+        text = self.metrics.read_text() if self.metrics.exists() else ""
+        for line in text.splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 break
-        return rows
+        return rows + self._unwritten
 
     def rewind(self, epochs: int) -> None:
         """Drop what was recorded after the first `epochs` epochs."""
         kept = [row for row in self.rows() if row["epoch"] <= epochs]
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self.metrics)
+        with files.replacing(self.metrics) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def _require_new(self) -> None:
+        """Raise if there is more than a run leaves that was killed while it began."""
+        files.sweep(self.path)
+        found = [p.name for p in self.path.iterdir() if p.name != files.LOCK]
+        if found:
+            raise ConfigError(
+                f"--output: expected a new or empty directory, got {self.path}, which"
+                f" holds {found[0]}; --resume goes on with a run"
+            )

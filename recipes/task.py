@@ -47,6 +47,8 @@ class Task(NamedTuple):
     eval_fn: Supervised
     update: Update
     """(state, batch, rho=, lr=) -> (state, metrics), compiled or not."""
+    find_nonfinite: Callable[[samfn.TrainState, Any], str | None]
+    """(state, batch) of a step that was skipped -> what of it was not finite."""
     compiling: str
     """Whether `update` is compiled, and why."""
     lr: samfn.schedules.Schedule
@@ -114,6 +116,9 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         update=samfn.compile_update(**make)
         if compiles
         else partial(samfn.sam_update, **make),
+        find_nonfinite=partial(
+            samfn.find_nonfinite, loss_fn=loss_fn, method=method, rho=config.rho
+        ),
         compiling=why,
         lr=_schedule(config, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,

@@ -4,10 +4,12 @@ All randomness is a function of the seed and the position, so that a run that st
 anywhere goes on exactly as if it had not.
 """
 
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from recipes import augment
 from recipes.config import ConfigError, plain_values
 from recipes.console import Display, Live
 from recipes.rundir import Row, RunDirectory
+from recipes.signals import Signals
 from recipes.task import Split, Task, generator, seed
 
 EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
@@ -24,7 +27,7 @@ CHUNK = 16  # batches that are augmented at once, since each call costs as much 
 
 
 class DivergedError(Exception):
-    """Too many steps had a loss or gradient that was not finite."""
+    """Losses, gradients or weights were not finite, and will not become so."""
 
 
 class Progress(NamedTuple):
@@ -91,14 +94,29 @@ def order(task: Task, epoch: int) -> Tensor:
     return shuffled[: task.steps_per_epoch * size].view(-1, size).to(task.device)
 
 
+class StopError(Exception):
+    """An evaluation was asked to end early."""
+
+
 @torch.no_grad()
-def evaluate(task: Task, state: samfn.TrainState, split: Split) -> tuple[float, float]:
-    """Return the mean loss and the accuracy, in percent, on all images of a split."""
+def evaluate(
+    task: Task,
+    state: samfn.TrainState,
+    split: Split,
+    stopping: Callable[[], bool] = lambda: False,
+) -> tuple[float, float]:
+    """Return the mean loss and the accuracy, in percent, on all images of a split.
+
+    Raises:
+        StopError: `stopping`, which is asked before each batch, said so.
+    """
     loss = torch.zeros((), device=task.device)
     correct = torch.zeros((), device=task.device, dtype=torch.int64)
     with _evaluating(task.model):
         parts = (torch.split(tensor, EVAL_BATCH) for tensor in split[1:])
         for images, labels in zip(*parts, strict=True):
+            if stopping():
+                raise StopError
             inputs = augment.normalise(images, task.mean, task.std)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
             mean, aux = task.eval_fn(state.params, state.buffers, (inputs, labels))
@@ -139,98 +157,179 @@ class Meter:
         return dict(zip(self.NAMES, means, strict=True)), int(steps)
 
 
+class Keeper:
+    """Writes the checkpoints of a run, and remembers whether the last one is missing."""
+
+    def __init__(
+        self, task: Task, checkpoints: samfn.Checkpoints, warn: Callable[[str], None]
+    ) -> None:
+        self.missing: samfn.CheckpointWriteError | None = None
+        self._task, self._checkpoints, self._warn = task, checkpoints, warn
+
+    def save(
+        self, state: samfn.TrainState, progress: Progress, score: float | None = None
+    ) -> None:
+        """Write a checkpoint, if a step was taken.
+
+        Raises:
+            CheckpointWriteError: it cannot be written, and the run is to end then.
+            DivergedError: the weights are not finite.
+        """
+        if not int(state.step):
+            return
+        task = self._task
+        try:
+            self._checkpoints.save(
+                state,
+                score=score,
+                progress=progress._asdict(),
+                config=plain_values(task.config),
+                normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
+                data=task.fingerprint,
+                versions=versions(task),
+            )
+            self.missing = None
+        except samfn.CheckpointWriteError as error:
+            if task.config.on_write_error == "stop":
+                raise
+            self.missing = error
+            self._warn(str(error))
+        except samfn.NonFiniteError as error:
+            raise DivergedError(f"{error}: try a lower --lr or --rho") from error
+
+
 def train(
     task: Task,
     state: samfn.TrainState,
     progress: Progress,
     run: RunDirectory,
+    keeper: Keeper,
     display: Display,
+    signals: Signals,
 ) -> bool:
     """Train to the last epoch, and record each in the run directory.
 
     Returns:
-        Whether training reached its end; if not, Ctrl-C stopped it, and the last
+        Whether training reached its end; if not, a signal stopped it, and the last
         checkpoint holds the step after which it did.
 
     Raises:
-        DivergedError: no step of an epoch was finite, or more steps in a row than allowed
-            were not. The last checkpoint is older.
+        CheckpointWriteError: a checkpoint cannot be written. The one before is whole.
+        DivergedError: no step of an epoch was finite, more steps in a row than allowed
+            were not, or weights are not. The last checkpoint is older.
     """
     config = task.config
     prepare(task, state, progress, display)
-    with display.training(config.epochs, task.steps_per_epoch, int(state.step)) as live:
+    with (
+        signals.deferred(),
+        display.training(config.epochs, task.steps_per_epoch, int(state.step)) as live,
+    ):
         while progress.epoch < config.epochs:
-            state, progress, meter = _train_epoch(task, state, progress, live)
-            if progress.batch < task.steps_per_epoch:
-                _save(task, state, progress, run, "last")
+            state, progress, meter = _train_epoch(
+                task, state, progress, keeper, live, signals
+            )
+            row = _record(task, state, progress, meter, signals)
+            if row is None:
+                keeper.save(state, progress)
                 return False
-            row = _record(task, state, progress, meter)
             accuracy = row[f"{task.chosen_by.name}_accuracy"]
-            best = progress.best
-            progress = Progress(epoch=progress.epoch + 1, best=max(best, accuracy))
-            run.append(row)
+            progress = Progress(epoch=progress.epoch + 1, best=max(progress.best, accuracy))
+            _append(run, row, display)
             # In this order: a run that is killed between the two takes the epoch again.
-            if accuracy > best:
-                _save(task, state, progress, run, "best")
-            _save(task, state, progress, run, "last")
+            keeper.save(state, progress, accuracy)
             live.epoch(row)
-            if live.stopping and progress.epoch < config.epochs:
+            if signals.stop is not None and progress.epoch < config.epochs:
                 return False
     return True
 
 
 def _train_epoch(
-    task: Task, state: samfn.TrainState, progress: Progress, live: Live
+    task: Task,
+    state: samfn.TrainState,
+    progress: Progress,
+    keeper: Keeper,
+    live: Live,
+    signals: Signals,
 ) -> tuple[samfn.TrainState, Progress, Meter]:
-    """Train to the end of an epoch, or until the user wants to stop."""
+    """Train to the end of an epoch, or until a signal asks to stop."""
     started = time.perf_counter() - progress.seconds
     meter = Meter(task.device, progress.sums)
-    done = progress.batch
     position = progress.epoch * task.steps_per_epoch
+    every = task.config.save_steps
+
+    def here(done: int) -> Progress:
+        return progress._replace(
+            batch=done,
+            sums=tuple(meter.sums.tolist()),
+            seconds=time.perf_counter() - started,
+        )
+
+    done = progress.batch
     for index, batch in batches(task, progress.epoch, progress.batch):
         state, metrics = step(task, state, position + index, batch)
         meter.add(metrics, batch[1])
         done = index + 1
-        if done % CHUNK == 0:  # A GPU waits for it.
-            _require_finite(task, state)
-        seconds = time.perf_counter() - started
+        last = done == task.steps_per_epoch
+        if done % CHUNK == 0 or last:  # A GPU waits for it.
+            _require_finite(task, state, position + index, batch)
         if live.due():
-            rate = done * task.config.batch_size / seconds
+            rate = done * task.config.batch_size / (time.perf_counter() - started)
             live.step(progress.epoch, done, meter.read()[0]["loss"], rate)
-        if live.stopping:
+        # Where an epoch ends, the checkpoint comes after its evaluation.
+        due = every is not None and (position + done) % every == 0 and not last
+        if signals.take_save() or due:
+            keeper.save(state, here(done))
+        if signals.stop is not None:
             break
-    _require_finite(task, state)
     _, finite = meter.read()
     if not finite and done == task.steps_per_epoch:
         raise DivergedError(
             f"none of the {done} steps of epoch {progress.epoch + 1} had a finite loss and"
             " gradient: try a lower --lr or --rho, or --warmup-epochs"
         )
-    progress = progress._replace(
-        batch=done,
-        sums=tuple(meter.sums.tolist()),
-        seconds=time.perf_counter() - started,
-    )
-    return state, progress, meter
+    return state, here(done), meter
 
 
-def _require_finite(task: Task, state: samfn.TrainState) -> None:
+def _require_finite(
+    task: Task, state: samfn.TrainState, position: int, batch: tuple[Tensor, Tensor]
+) -> None:
     try:
         samfn.require_finite(state, in_a_row=task.config.max_skipped + 1)
     except samfn.NonFiniteError as error:
-        raise DivergedError(str(error)) from error
+        torch.manual_seed(seed(task.config.seed, "dropout", position))
+        found = task.find_nonfinite(state, batch)
+        raise DivergedError(f"step {position + 1}, {found}: {error}") from error
 
 
-def _record(task: Task, state: samfn.TrainState, progress: Progress, meter: Meter) -> Row:
-    """Evaluate, and gather what is to be known of an epoch."""
+def _append(run: RunDirectory, row: Row, display: Display) -> None:
+    """Write a row; training is worth more than its log."""
+    try:
+        run.append(row)
+    except OSError as error:
+        display.warn(f"{run.metrics} lacks epoch {row['epoch']} for now: {error}")
+
+
+def _record(
+    task: Task,
+    state: samfn.TrainState,
+    progress: Progress,
+    meter: Meter,
+    signals: Signals,
+) -> Row | None:
+    """Evaluate, and gather what is known of an epoch; None if it is not at its end."""
     means, steps = meter.read()
     row: Row = {"epoch": progress.epoch + 1, "step": int(state.step)}
     row |= {"lr": task.lr(int(state.step) - 1), "rho": task.config.rho}
     row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
     row |= means
+    if progress.batch < task.steps_per_epoch:
+        return None
     for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
-        loss, accuracy = evaluate(task, state, split)
-        row |= {f"{split.name}_loss": loss, f"{split.name}_accuracy": accuracy}
+        try:
+            found = evaluate(task, state, split, lambda: signals.stop is not None)
+        except StopError:
+            return None
+        row |= {f"{split.name}_loss": found[0], f"{split.name}_accuracy": found[1]}
     row["skipped_steps"] = task.steps_per_epoch - steps
     row["seconds"] = progress.seconds
     row["images_per_second"] = (
@@ -239,40 +338,80 @@ def _record(task: Task, state: samfn.TrainState, progress: Progress, meter: Mete
     return row
 
 
-def _save(
-    task: Task,
-    state: samfn.TrainState,
-    progress: Progress,
-    run: RunDirectory,
-    name: str,
-) -> None:
-    samfn.save(
-        run.checkpoint(name),
-        state,
-        progress=progress._asdict(),
-        config=plain_values(task.config),
-        normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
-        data=task.fingerprint,
-    )
+def versions(task: Task) -> dict[str, str]:
+    """Return what a run's bits depend on beside its settings."""
+    cuda = task.device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(task.device) if cuda else task.device.type,
+        "processor": platform.machine(),
+        "threads": "" if cuda else str(torch.get_num_threads()),
+    }
 
 
-def restore(
-    task: Task, run: RunDirectory, name: str, like: samfn.TrainState
+def resume(
+    task: Task, path: Path, run: RunDirectory, like: samfn.TrainState, display: Display
 ) -> tuple[samfn.TrainState, Progress]:
-    """Read a checkpoint of a run.
+    """Read the checkpoint that a run goes on from.
+
+    Args:
+        task: what the run trains.
+        path: the run's directory, whose newest checkpoint counts, and from its start if
+            there is none; or one checkpoint, which then must be whole.
+        run: the run; held.
+        like: a state of the run.
+        display: is told of damaged checkpoints and of other versions.
 
     Raises:
-        ConfigError: there is none, it is damaged, or it belongs to another network or to
-            other data.
+        ConfigError: the checkpoint is damaged, or belongs to another network or to other
+            data.
     """
+    checkpoints = run.checkpoints(display.warn)
     try:
-        state, metadata = samfn.restore(run.checkpoint(name), like=like)
+        if path.is_file():
+            state, metadata = samfn.restore(path, like)
+            checkpoints.drop_after(int(state.step))
+        elif found := checkpoints.latest(like):
+            _, state, metadata = found
+        else:
+            display.say(f"{run.path} holds no checkpoint: starting from the beginning")
+            return like, Progress()
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--resume: {error}") from error
+    progress = _require_fitting(task, run, metadata)
+    now = versions(task)
+    for name, before in metadata["versions"].items():
+        if now.get(name) != before:
+            text = f"{name} was {before}, is now {now.get(name)}"
+            display.warn(f"{text}: going on, but not bit for bit")
+    return state, progress
+
+
+def restore_best(
+    task: Task, run: RunDirectory, like: samfn.TrainState
+) -> tuple[samfn.TrainState, Progress]:
+    """Read the checkpoint of the best epoch.
+
+    Raises:
+        ConfigError: there is none, it is damaged, or belongs to another network or to
+            other data.
+    """
+    best = run.checkpoints().best()
+    if not best:
+        raise ConfigError(f"--resume: {run.path} holds no checkpoint of a whole epoch")
+    try:
+        state, metadata = samfn.restore(best[0], like)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"--resume: {error}") from error
+    return state, _require_fitting(task, run, metadata)
+
+
+def _require_fitting(task: Task, run: RunDirectory, metadata: dict[str, Any]) -> Progress:
     if metadata["data"] != task.fingerprint:
         raise ConfigError(f"--resume: {run.path} was trained on other images or labels")
     values = metadata["progress"]
-    return state, Progress(**values | {"sums": tuple(values["sums"])})
+    return Progress(**values | {"sums": tuple(values["sums"])})
 
 
 @contextmanager

@@ -1,7 +1,15 @@
 """Sharpness-aware training as pure functions over parameter dicts."""
 
 from samfn import schedules
-from samfn.checkpoint import restore, save
+from samfn.checkpoint import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointFormatError,
+    Checkpoints,
+    CheckpointWriteError,
+    restore,
+    save,
+)
 from samfn.combinators import (
     accumulated,
     every,
@@ -24,6 +32,8 @@ from samfn.descend import (
     rmsprop,
     sgd,
 )
+from samfn.export import ExportError, export_program, export_weights
+from samfn.files import InUseError, held
 from samfn.gradient import Aux, l2_regularized
 from samfn.method import Method
 from samfn.methods import (
@@ -48,12 +58,14 @@ from samfn.perturb import (
     perturb_adaptive,
     perturb_fisher,
 )
+from samfn.randomness import random_state, set_random_state
 from samfn.stateless import load, norm_parameters, split, supervised
 from samfn.tree import norm
 from samfn.update import (
     Metrics,
     NonFiniteError,
     TrainState,
+    find_nonfinite,
     init,
     require_finite,
     sam_update,
@@ -62,6 +74,13 @@ from samfn.update import (
 __all__ = [
     "SAM",
     "Aux",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointFormatError",
+    "CheckpointWriteError",
+    "Checkpoints",
+    "ExportError",
+    "InUseError",
     "Method",
     "Metrics",
     "NonFiniteError",
@@ -79,10 +98,14 @@ __all__ = [
     "esam",
     "every",
     "everything",
+    "export_program",
+    "export_weights",
+    "find_nonfinite",
     "fisher_sam",
     "friendly_sam",
     "from_torch",
     "gsam",
+    "held",
     "init",
     "l2_regularized",
     "load",
@@ -99,6 +122,7 @@ __all__ = [
     "perturb",
     "perturb_adaptive",
     "perturb_fisher",
+    "random_state",
     "require_finite",
     "restore",
     "rmsprop",
@@ -107,6 +131,7 @@ __all__ = [
     "same_randomness",
     "save",
     "schedules",
+    "set_random_state",
     "sgd",
     "split",
     "sub_batch_ascent",

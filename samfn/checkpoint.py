@@ -1,53 +1,73 @@
-"""Checkpoints of a training state: the one module that knows safetensors."""
+"""Checkpoints: a training state and what belongs to it, to a file and back.
+
+A checkpoint is one safetensors file. Tensors are named by their place in the state, as
+"params/conv.weight"; metadata is JSON in the header, and tensors among it are named
+"metadata/<key>". `tensorfile` writes it whole and verifies it at every read.
+"""
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from samfn import border
-from samfn.update import TrainState
+from samfn import border, files, tensorfile
+from samfn.update import NonFiniteError, TrainState
 
-FORMAT = "samfn-1"
+FORMAT = "2"  # the newest, and the only one that was ever released
+FORMAT_KEY = "samfn.format"
+METADATA = "metadata"
+SCORE = "score"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read."""
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """A checkpoint could not be written; the one before is untouched."""
+
+
+class CheckpointCorruptError(CheckpointError, ValueError):
+    """A file is no checkpoint, or not as it was written."""
+
+
+class CheckpointFormatError(CheckpointError, ValueError):
+    """A checkpoint was written in a format that this version does not know."""
 
 
 def save(path: str | os.PathLike[str], state: TrainState, **metadata: Any) -> None:
     """Write a state and its metadata to one safetensors file, or leave the old file.
 
-    The file appears whole or not at all: it is written beside its place, synced, and
-    renamed. Tensors are named by their place in the state, as "params/conv.weight".
+    The file appears whole or not at all, and holds a SHA-256 of its content, which
+    `restore` verifies. Nothing else of the program is in it: where random numbers come
+    from PyTorch's own generators, give `random=samfn.random_state()` along.
 
     Args:
         path: where to; its directory exists.
         state: any training state.
-        metadata: whatever JSON holds, given back by `restore`.
+        metadata: whatever JSON holds, tensors, and mappings of names to tensors; given
+            back by `restore`.
 
     Raises:
-        OSError: the file cannot be written.
+        CheckpointWriteError: the file cannot be written, as on a full disk; an OSError.
         TypeError: JSON does not hold the metadata.
     """
-    path = Path(path)
-    tensors = {key: leaf.contiguous() for key, leaf in _flatten(state).items()}
-    texts = {key: json.dumps(value) for key, value in metadata.items()}
-    content = safetensors.torch.save(tensors, {"samfn.format": FORMAT, **texts})
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    tensors = _flatten(state)
+    texts = {FORMAT_KEY: FORMAT}
+    for key, value in metadata.items():
+        if _holds_tensors(value):
+            tensors |= _flatten(value, f"{METADATA}/{key}")
+        else:
+            texts[key] = json.dumps(value)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        tensorfile.write(Path(path), tensors, texts)
+    except OSError as error:
+        raise CheckpointWriteError(str(error)) from error
 
 
 def restore(
@@ -62,28 +82,155 @@ def restore(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint, or holds other names, shapes or dtypes
-            than `like`.
+        CheckpointCorruptError: it is damaged, or no checkpoint; a ValueError.
+        CheckpointFormatError: it was written by a newer version; a ValueError.
+        ValueError: it holds other names, shapes or dtypes than `like`; says which.
     """
-    tensors, metadata = _read(Path(path))
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        tensors, texts = tensorfile.read(path)
+    except tensorfile.CorruptError as error:
+        raise CheckpointCorruptError(str(error)) from error
+    if (found := texts.pop(FORMAT_KEY, None)) != FORMAT:
+        raise CheckpointFormatError(
+            f"{path} has checkpoint format {found}, this samfn reads format {FORMAT}"
+        )
+    metadata: dict[str, Any] = {key: json.loads(text) for key, text in texts.items()}
+    for name in [name for name in tensors if name.startswith(f"{METADATA}/")]:
+        _, key, *rest = name.split("/", 2)
+        if rest:
+            metadata.setdefault(key, {})[rest[0]] = tensors.pop(name)
+        else:
+            metadata[key] = tensors.pop(name)
     expected = _flatten(like)
     border.require_same_layout(expected, tensors, names=f"the state and {path}")
     return _rebuild(like, tensors, ""), metadata
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+class Found(NamedTuple):
+    """A checkpoint that was read."""
+
+    path: Path
+    state: TrainState
+    metadata: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in a directory: the last few, and the best few.
+
+    Only one process may write there; `samfn.held(directory)` sees to that.
+
+    Args:
+        directory: the first `save` makes it, and deletes what killed processes left half
+            written in it.
+        keep_last: how many of the newest stay, at least 2, so that one is there even
+            while the newest is written or turns out to be damaged.
+        keep_best: how many of those with the highest score stay besides.
+        warn: is told in one line what was set aside, and why.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        border.require_count("keep_last - 1", keep_last - 1)
+        self.directory = Path(directory)
+        self._keep_last, self._keep_best, self._warn = keep_last, keep_best, warn
+        self._swept = False
+
+    def paths(self) -> list[Path]:
+        """Return the checkpoints that are there, by step."""
+        return sorted(self.directory.glob("step_*.safetensors"))
+
+    def save(
+        self, state: TrainState, *, score: float | None = None, **metadata: Any
+    ) -> Path:
+        """Write a checkpoint, and delete those that are neither new nor good any more.
+
+        Args:
+            state: names the file by its step; one of the same step is replaced.
+            score: what the best are chosen by, the higher the better.
+            metadata: as for `samfn.save`.
+
+        Raises:
+            CheckpointWriteError: it cannot be written; the ones before are untouched.
+            NonFiniteError: a parameter or buffer is not finite, which no training
+                recovers from; the ones before are untouched.
+        """
+        _require_finite(state)
+        if not self._swept:
+            self._prepare()
+        path = self.directory / f"step_{int(state.step):09d}.safetensors"
+        if score is not None:
+            metadata[SCORE] = score
+        save(path, state, **metadata)
+        for old in set(self.paths()) - {*self.paths()[-self._keep_last :], *self.best()}:
+            old.unlink(missing_ok=True)
+        return path
+
+    def best(self) -> list[Path]:
+        """Return those with the highest scores, the best first; of equals, the older."""
+        scores = {path: _score(path) for path in self.paths()}
+        scored = {path: score for path, score in scores.items() if score is not None}
+        return sorted(scored, key=lambda path: -scored[path])[: self._keep_best]
+
+    def latest(self, like: TrainState) -> Found | None:
+        """Read the newest checkpoint that is whole, or None if there is none.
+
+        One that is damaged is renamed to *.corrupt, with a warning, and the one before it
+        read.
+
+        Raises:
+            CheckpointFormatError, ValueError: as `restore`; that is no damage.
+        """
+        for path in reversed(self.paths()):
+            try:
+                return Found(path, *restore(path, like))
+            except CheckpointCorruptError as error:
+                aside = path.with_name(f"{path.name}.corrupt")
+                path.rename(aside)
+                self._warn(f"{error}; kept as {aside.name}, going on with the one before")
+        return None
+
+    def _prepare(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointWriteError(f"cannot make {self.directory}: {error}") from error
+        files.sweep(self.directory)
+        self._swept = True
+
+    def drop_after(self, step: int) -> None:
+        """Rename to *.superseded what is newer than a step that a run goes on from."""
+        for path in self.paths():
+            if int(path.stem.removeprefix("step_")) > step:
+                path.rename(path.with_name(f"{path.name}.superseded"))
+
+
+def _require_finite(state: TrainState) -> None:
+    for name, tensor in {**state.params, **state.buffers}.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"{name} is not finite after {int(state.step)} steps")
+
+
+def _score(path: Path) -> float | None:
     try:
-        with safe_open(path, framework="pt") as file:
-            texts = dict(file.metadata() or {})
-            # Clones own their memory: the file may change while they live.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if texts.pop("samfn.format", None) != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of samfn, format {FORMAT}")
-    return tensors, {key: json.loads(text) for key, text in texts.items()}
+        text = tensorfile.read_texts(path).get(SCORE)
+        return None if text is None else float(json.loads(text))
+    except (OSError, ValueError):
+        return None  # Whoever reads all of it is told.
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping) and value:
+        return all(isinstance(item, Tensor) for item in value.values())
+    return isinstance(value, Tensor)
 
 
 def _flatten(node: Any, place: str = "") -> dict[str, Tensor]:
@@ -108,9 +255,3 @@ def _rebuild(like: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
 
 def _children(node: Any) -> Mapping[str, Any]:
     return node._asdict() if isinstance(node, TrainState) else node
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

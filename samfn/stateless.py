@@ -1,5 +1,6 @@
 """The border to torch.nn: the one module that knows nn.Module."""
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -54,6 +55,30 @@ def load(model: nn.Module, params: Params, buffers: Params) -> None:
     for own, new in ((own_params, params), (own_buffers, buffers)):
         for name, tensor in own.items():
             tensor.copy_(new[name])
+
+
+def state_dict(model: nn.Module, params: Params, buffers: Params) -> dict[str, Tensor]:
+    """Return what `model.load_state_dict` takes, made of parameters and buffers.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not those of `split(model)`.
+    """
+    own_params, own_buffers = _references(model)
+    _require_layout(own_params, params, "params")
+    _require_layout(own_buffers, buffers, "buffers")
+    given, tied = {**params, **buffers}, _tied(model)
+    return {name: given[tied.get(name, name)] for name in model.state_dict()}
+
+
+def trained(model: nn.Module, params: Params, buffers: Params) -> nn.Module:
+    """Return a copy of a model, in evaluation mode, with these parameters and buffers.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not those of `split(model)`.
+    """
+    copied = copy.deepcopy(model)
+    load(copied, params, buffers)
+    return copied.eval()
 
 
 def norm_parameters(model: nn.Module) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from samfn import border, tree
 from samfn.descend import Optimizer, OptState
-from samfn.gradient import Evaluate, LossFn, evaluate
+from samfn.gradient import Evaluate, LossFn, Pass, evaluate
 from samfn.method import Method, MethodState, Point
 from samfn.methods import sam
 from samfn.tree import Batch, Params
@@ -150,6 +150,48 @@ def require_finite(state: TrainState, *, in_a_row: int = 1) -> None:
             f"the last {found} of {int(state.step)} steps had a loss or gradient that is"
             " not finite, and changed nothing: try a lower lr or rho"
         )
+
+
+def find_nonfinite(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    rho: float | Tensor = 0.05,
+    method: Method = sam(),
+) -> str | None:
+    """Take the passes of a step again, and tell what of them is not finite.
+
+    A step that was skipped changed nothing that its passes see, so they can be repeated,
+    without compiling; for dropout, with the same seed.
+
+    Args:
+        state: that the skipped step returned.
+        batch: that it was given.
+        loss_fn: as for `sam_update`.
+        rho: as for `sam_update`.
+        method: as for `sam_update`.
+
+    Returns:
+        As "pass 2: the gradient of conv.weight", or None if all of it is finite.
+    """
+    passes: list[Pass] = []
+
+    def watched(*args: Any, **options: Any) -> Pass:
+        passes.append(evaluate(loss_fn, *args, **options))
+        return passes[-1]
+
+    params, buffers, _, method_state, step, *_ = state
+    kind = method.kind(int(step) - 1) if method.kind else None
+    point = Point(params, buffers, batch, rho, tuple(params), kind=kind)
+    method.descent(watched, point, method_state)
+    for number, seen in enumerate(passes, 1):
+        if not seen.loss.isfinite():
+            return f"pass {number}: the loss is {seen.loss.item()}"
+        for name, leaf in seen.grads.items():
+            if not leaf.isfinite().all():
+                return f"pass {number}: the gradient of {name}"
+    return None
 
 
 def require_state(state: TrainState, *, loss_fn: LossFn, optimizer: Optimizer) -> None:

@@ -7,13 +7,17 @@ import samfn
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {
+    "files": 0,
+    "randomness": 0,
     "tree": 0,
     "schedules": 0,
     "border": 1,
+    "tensorfile": 1,
     "gradient": 2,
     "perturb": 2,
     "descend": 2,
     "stateless": 3,
+    "export": 4,
     "method": 3,
     "optimizer": 3,
     "methods": 4,
@@ -27,8 +31,10 @@ LEVELS = {
 OWNERS = {
     "rich": {"recipes/console.py"},
     "matplotlib": {"recipes/plots.py"},
-    "safetensors": {"samfn/checkpoint.py", "recipes/data.py"},
-    "torchvision": {"recipes/data.py"},
+    "safetensors": {"samfn/tensorfile.py"},
+    "filelock": {"samfn/files.py"},
+    "torch.export": {"samfn/export.py"},
+    "torchvision": {"recipes/data.py", "recipes/cifar.py"},
     "sklearn": {"recipes/data.py"},
     "einops": {"recipes/models.py", "recipes/augment.py"},
     "tyro": {
@@ -41,6 +47,7 @@ OWNERS = {
     },
     "torch.func": {"samfn/gradient.py", "samfn/stateless.py"},
     "torch.nn": {
+        "samfn/export.py",
         "samfn/stateless.py",
         "recipes/models.py",
         "recipes/augment.py",

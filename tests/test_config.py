@@ -13,7 +13,7 @@ from recipes.config import (
     choose_device,
     parse,
     read_toml,
-    write_toml,
+    to_toml,
 )
 
 DIGITS = ["--data", "digits"]
@@ -22,11 +22,12 @@ RESOLVED = {"device": BEST, "precision": "float32" if BEST == "cpu" else "bf16"}
 
 # One value for every field that differs from its default, as flags write it.
 FLAGS = {
-    # These five, and three at the end, have tests of their own.
+    # These five, and three below, have tests of their own.
     "preset": None,
     "config": None,
     "data": None,
     "data_dir": None,
+    "allow_modified_data": (None, True),
     "image_size": None,
     "label_noise": ("0.4", 0.4),
     "validation": ("0.1", 0.1),
@@ -56,8 +57,12 @@ FLAGS = {
     "device": ("meta", "meta"),
     "compile": ("no", "no"),
     "seed": ("3", 3),
+    "save_steps": ("5", 5),
+    "on_write_error": ("warn", "warn"),
     "output": ("out", Path("out")),
     "resume": None,
+    "resume_override": (None, True),
+    "export": (None, True),
     "eval_only": None,
     "dry_run": (None, True),
 }
@@ -170,14 +175,14 @@ paths = st.text(
 )
 def test_what_is_written_is_read_back(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("toml") / "c.toml"
-    write_toml(config, path)
+    path.write_text(to_toml(config))
     assert Config(**read_toml(path)) == dataclasses.replace(config, preset="none")
     tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def test_settings_of_one_call_are_not_written(tmp_path):
     path = tmp_path / "c.toml"
-    write_toml(Config(output=tmp_path, resume=tmp_path, dry_run=True), path)
+    path.write_text(to_toml(Config(output=tmp_path, resume=tmp_path, dry_run=True)))
     assert Config(**read_toml(path)) == Config(preset="none")
 
 
@@ -205,7 +210,7 @@ def test_settings_are_resolved(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    write_toml(parse([*DIGITS, "--epochs", "3"]), tmp_path / "config.toml")
+    (tmp_path / "config.toml").write_text(to_toml(parse([*DIGITS, "--epochs", "3"])))
     return ["--resume", str(tmp_path)]
 
 
@@ -222,8 +227,12 @@ def test_a_run_is_resumed_with_its_own_settings(run):
     ("flags", "message"),
     [
         (
-            "--lr 0.3 --seed 5",
-            "other settings: lr was 0.1, is now 0.3; seed was 0, is now 5",
+            "--lr 0.3 --rho 0.5",
+            "other settings: lr was 0.1, is now 0.3; rho was 0.05, is now 0.5; --resume-o",
+        ),
+        (
+            "--batch-size 5 --seed 5 --lr 0.3 --resume-override",
+            "no run can go on so: batch_size was 64, is now 5; seed was 0, is now 5$",
         ),
         ("--preset small", "--preset: a run is resumed with its own, drop it"),
         ("--config c.toml", "--config: a run is resumed with its own, drop it"),
@@ -233,6 +242,12 @@ def test_a_run_is_resumed_with_its_own_settings(run):
 def test_a_run_is_not_resumed_with_other_settings(run, flags, message):
     with pytest.raises(ConfigError, match=message):
         parse([*run, *flags.split()])
+
+
+def test_what_does_not_change_the_steps_is_free_and_the_rest_is_overridden(run):
+    free = ["--save-steps", "3", "--max-skipped", "7", "--on-write-error", "warn"]
+    assert parse([*run, *free]).save_steps == 3
+    assert parse([*run, "--lr", "0.3", "--resume-override"]).lr == 0.3
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,14 @@
-import hashlib
 import http.server
-import pickle
 import socket
-import tarfile
 import threading
 
-import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision import datasets
 
-from recipes import data
+from recipes import cifar, data
 from recipes.data import DataError
 
 
@@ -64,12 +59,17 @@ def test_a_changed_file_or_size_makes_a_new_cache(tmp_path):
     assert len(list(root.glob("samfn-*.safetensors"))) == 3
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path):
-    root = make_folder(tmp_path)
+def test_a_damaged_cache_is_made_anew_and_said_so(tmp_path):
+    root, said = make_folder(tmp_path), []
     first = data.load("folder", root)
     (cache,) = root.glob("samfn-*.safetensors")
-    cache.write_bytes(cache.read_bytes()[:100])
-    again = data.load("folder", root)
+    content = bytearray(cache.read_bytes())
+    content[-1] ^= 1
+    cache.write_bytes(content)
+    again = data.load("folder", root, warn=said.append)
+    assert len(said) == 1
+    assert "reading the data again: " in said[0]
+    assert cache.name in said[0]
     assert torch.equal(again.train_images, first.train_images)
     assert cache.stat().st_size > 100
 
@@ -143,10 +143,11 @@ def test_a_download_that_fails_leaves_the_digits(tmp_path, monkeypatch):
         server.status = 200
         threading.Thread(target=server.handle_request, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(data, "CIFAR_URL", url)
+        monkeypatch.setattr(cifar, "SERVER", url)
         source, line = data.choose_source("auto", None)
     assert source == "digits"
     assert "no download (cannot read or download cifar10" in line
+    assert "expected an https address" in line
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
@@ -172,55 +173,6 @@ def test_a_server_that_is_not_there_or_never_answers_is_not_reachable():
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert not data.is_reachable(url, seconds=0.2)
-
-
-def write_cifar10(root, reader):
-    """Write an archive as CIFAR-10's, small, with the digests that go with it."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    generator = numpy.random.default_rng(0)
-    pixels = {}
-
-    def write(name, content):
-        raw = pickle.dumps(content)
-        (folder / name).write_bytes(raw)
-        return [name, hashlib.md5(raw).hexdigest()]
-
-    def batch(name):
-        pixels[name] = generator.integers(0, 256, (4, 3072), dtype=numpy.uint8)
-        return write(name, {"data": pixels[name], "labels": [0, 1, 1, 0]})
-
-    reader.train_list = [batch(f"data_batch_{i}") for i in range(1, 3)]
-    reader.test_list = [batch("test_batch")]
-    name, digest = write("batches.meta", {"label_names": ["cat", "dog"]})
-    reader.meta = {"filename": name, "key": "label_names", "md5": digest}
-    with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as archive:
-        archive.add(folder, folder.name)
-    reader.tgz_md5 = hashlib.md5((root / reader.filename).read_bytes()).hexdigest()
-    return pixels
-
-
-def test_cifar_is_read_through_torchvision_and_cached(tmp_path, monkeypatch):
-    reader = type("CIFAR10", (datasets.CIFAR10,), {})
-    monkeypatch.setattr(datasets, "CIFAR10", reader)
-    pixels = write_cifar10(tmp_path, reader)
-    found = data.load("cifar10", tmp_path)
-    assert found.train_images.shape == (8, 3, 32, 32)
-    assert found.test_labels.tolist() == [0, 1, 1, 0]
-    assert found.classes == ("cat", "dog")
-    first = torch.from_numpy(pixels["data_batch_1"][0]).view(3, 32, 32)
-    assert torch.equal(found.train_images[0], first)
-    (tmp_path / "cifar-10-python.tar.gz").unlink()
-    again = data.load("cifar10", tmp_path)
-    assert torch.equal(again.test_images, found.test_images)
-
-
-def test_a_download_that_fails_says_so(tmp_path, monkeypatch):
-    reader = type("CIFAR10", (datasets.CIFAR10,), {})
-    reader.url = "https://no-such-host.invalid/cifar-10-python.tar.gz"
-    monkeypatch.setattr(datasets, "CIFAR10", reader)
-    with pytest.raises(DataError, match="cannot read or download cifar10 in"):
-        data.load("cifar10", tmp_path)
 
 
 def test_digits_are_split_by_class_and_the_same_every_time():

@@ -43,7 +43,12 @@ def train(path, *flags):
 
 
 def tensors(path, name="last"):
-    return load_file(path / "checkpoints" / f"{name}.safetensors")
+    return load_file(checkpoint(path, name))
+
+
+def checkpoint(path, name="last"):
+    checkpoints = RunDirectory(path).checkpoints()
+    return checkpoints.paths()[-1] if name == "last" else checkpoints.best()[0]
 
 
 def equal(left, right):
@@ -59,6 +64,8 @@ def test_a_run_leaves_settings_metrics_picture_and_checkpoints(tmp_path, capsys)
         "metrics.jsonl",
         "curves.png",
         "checkpoints",
+        "model.safetensors",
+        ".samfn.lock",
     }
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     first, last = rows(run)
@@ -149,11 +156,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, varia
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, *flags) == 0
     assert stop_after(steps, parts, monkeypatch, *flags) == 130
-    saved, metadata = samfn.restore(
-        parts / "checkpoints" / "last.safetensors", like=fresh(parts)
-    )
+    saved, metadata = samfn.restore(checkpoint(parts), like=fresh(parts))
     assert saved.step == steps
-    assert metadata["progress"]["epoch"] == steps // 22
+    where = metadata["progress"]
+    assert where["epoch"] * 22 + where["batch"] == steps
     assert main(["--resume", str(parts)]) == 0
     assert equal(tensors(whole), tensors(parts))
     assert equal(tensors(whole, "best"), tensors(parts, "best"))
@@ -262,10 +268,15 @@ def test_resuming_what_is_no_run_is_an_error(tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
 
 
-def test_a_run_without_checkpoint_says_so(tmp_path, capsys):
-    RunDirectory.create(tmp_path / "run", parse(SMALL))
-    assert main(["--resume", str(tmp_path / "run")]) == 2
-    assert "no checkpoint at" in capsys.readouterr().err
+def test_a_run_without_checkpoint_starts_anew(tmp_path, capsys):
+    with RunDirectory.create(tmp_path / "run", parse(SMALL)):
+        pass
+    assert main(["--resume", str(tmp_path / "run"), "--eval-only"]) == 2
+    assert "holds no checkpoint of a whole epoch" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path / "run")]) == 0
+    assert "holds no checkpoint: starting from the beginning" in capsys.readouterr().out
+    assert train(tmp_path / "whole") == 0
+    assert equal(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
 
 
 def test_the_summary_names_a_run_that_differs_in_rho_alone(tmp_path, capsys):
@@ -318,7 +329,7 @@ def test_ctrl_c_in_a_terminal_ends_cleanly_and_the_run_can_go_on(tmp_path):
     assert "stopping after this step" in seen
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen).replace("\r\n", "")
     assert "--resume" in plain
-    state, _ = samfn.restore(run / "checkpoints" / "last.safetensors", like=fresh(run))
+    state, _ = samfn.restore(checkpoint(run), like=fresh(run))
     assert state.step > 0
 
 

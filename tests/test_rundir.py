@@ -9,9 +9,9 @@ def rows(count):
 
 
 def filled(path, count=3):
-    run = RunDirectory.create(path, Config())
-    for row in rows(count):
-        run.append(row)
+    with RunDirectory.create(path, Config()) as run:
+        for row in rows(count):
+            run.append(row)
     return run
 
 
@@ -41,7 +41,12 @@ def test_rewinding_drops_what_came_after(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="expected a new or empty directory"):
-        RunDirectory.create(tmp_path / "file", Config())
-    with pytest.raises(ConfigError, match=r"cannot write .*file/run"):
-        RunDirectory.create(tmp_path / "file" / "run", Config())
+    for name, said in (
+        ("file", r"expected a directory, got the file"),
+        ("file/run", r"cannot write .*file/run"),
+    ):
+        with (
+            pytest.raises(ConfigError, match=said),
+            RunDirectory.create(tmp_path / name, Config()),
+        ):
+            pass

@@ -1,0 +1,120 @@
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from samfn import files
+from samfn.files import InUseError, held, replacing
+
+HOLD = """
+import sys
+from samfn.files import held
+with held(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def write(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_file_is_replaced_by_what_was_written_and_nothing_is_left(tmp_path):
+    path = tmp_path / "a b é.txt"
+    for text in ("one", "two"):
+        write(path, text)
+        assert path.read_text() == text
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_written_synced_renamed_and_its_directory_synced(tmp_path, monkeypatch):
+    calls, path = [], tmp_path / "file"
+    real_sync, real_replace = os.fsync, os.replace
+
+    def fsync(handle):
+        kind = "directory" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file"
+        size = os.fstat(handle).st_size if kind == "file" else None
+        calls.append((f"sync {kind}", size, path.exists()))
+        real_sync(handle)
+
+    def replace(source, target):
+        calls.append(("replace", os.stat(source).st_size, path.exists()))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write(path, "12345")
+    assert calls == [
+        ("sync file", 5, False),
+        ("replace", 5, False),
+        ("sync directory", None, True),
+    ]
+
+
+def test_what_is_raised_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write(path, "old")
+
+    def interrupted():
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_too_little_space_is_known_before_anything_is_written(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"1,000,\d+,\d+.* bytes are needed and \d.* are free"),
+        replacing(tmp_path / "file", need=10**18 + 10**6),
+    ):
+        raise AssertionError("it began to write")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_files_have_the_permissions_that_the_user_wants(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write(tmp_path / "file", "")
+        now = os.umask(mask)
+    finally:
+        os.umask(before)
+    assert now == mask
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_sweeping_deletes_what_was_left_half_written_and_nothing_else(tmp_path):
+    for name in (".samfn-abc", ".samfn-xyz"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half")
+    (tmp_path / ".hidden").write_text("mine")
+    files.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
+
+
+def test_a_directory_is_held_by_one_process_until_that_dies(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        busy = f"in use by process {holder.pid}"
+        with pytest.raises(InUseError, match=busy), held(tmp_path):
+            pass
+        holder.kill()
+        assert holder.wait() == -9
+    for _ in range(2):
+        with held(tmp_path):
+            assert (tmp_path / files.LOCK).read_text() == f"{os.getpid()}\n"
+
+
+def test_a_directory_where_no_file_can_be_made_cannot_be_held(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"), held(tmp_path / "file" / "directory"):
+        pass

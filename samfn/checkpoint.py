@@ -245,7 +245,10 @@ def _flatten(node: Any, place: str = "") -> dict[str, Tensor]:
 
 def _rebuild(like: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
     if isinstance(like, Tensor):
-        return torch.empty_like(like).copy_(tensors[place])
+        found = tensors[place]
+        if found.device == like.device and found.stride() == like.stride():
+            return found
+        return torch.empty_like(like).copy_(found)
     children = {
         key: _rebuild(child, tensors, f"{place}/{key}" if place else key)
         for key, child in _children(like).items()

@@ -23,8 +23,8 @@ from samfn import files
 
 DIGEST = "samfn.sha256"
 UNKNOWN = "0" * 64  # stands where the digest comes to stand
-MAX_HEADER = 16 * 2**20  # bytes
-MAX_TENSORS = 100_000
+MAX_HEADER = 8 * 2**20  # bytes
+MAX_TENSORS = 10_000
 THREADS = min(4, os.cpu_count() or 1)  # beside the disk, hashing needs no more
 
 
@@ -41,8 +41,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
         texts: by names other than `DIGEST`.
 
     Raises:
+        ValueError: more tensors than any reader takes.
         OSError: it could not be written; says what was needed and what was free.
     """
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"expected at most {MAX_TENSORS:,} tensors, got {len(tensors):,}")
     plain = _separate(tensors)
     size = sum(tensor.nbytes for tensor in plain.values())
     try:
@@ -50,7 +53,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
             files.replacing(path, size) as temporary,
             ThreadPoolExecutor(THREADS) as pool,
         ):
-            hashes = pool.map(_sha256, plain.values())
+            hashes = pool.map(sha256, plain.values())
             save_file(plain, temporary, {**texts, DIGEST: UNKNOWN})
             _fill_in(temporary, _digest(plain, hashes, texts))
     except (OSError, safetensors.SafetensorError) as error:
@@ -75,7 +78,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
             def load(name: str) -> tuple[Tensor, str]:
                 tensor = file.get_tensor(name)
-                return tensor, _sha256(tensor)
+                return tensor, sha256(tensor)
 
             names, texts = list(file.keys()), dict(file.metadata() or {})
             loaded = dict(zip(names, pool.map(load, names), strict=True))
@@ -109,6 +112,8 @@ def read_texts(path: Path) -> dict[str, str]:
                 f" bytes, got {length:,}"
             )
         content = file.read(length)
+    if content.count(b'"dtype"') > MAX_TENSORS:  # Before it takes memory and time.
+        raise CorruptError(f"{path} names more than {MAX_TENSORS:,} tensors")
     try:
         header = json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -116,8 +121,6 @@ def read_texts(path: Path) -> dict[str, str]:
     texts = header.get("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(texts, dict) or not all(isinstance(t, str) for t in texts.values()):
         raise CorruptError(f"{path} has a header that safetensors does not allow")
-    if len(header) > MAX_TENSORS:
-        raise CorruptError(f"{path} names more than {MAX_TENSORS:,} tensors")
     return texts
 
 
@@ -141,7 +144,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _sha256(tensor: Tensor) -> str:
+def sha256(tensor: Tensor) -> str:
+    """Return the SHA-256 of the bytes of a contiguous tensor on the CPU, as 64 digits."""
     content = tensor.reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(content.data).hexdigest()
 

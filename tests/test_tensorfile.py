@@ -125,7 +125,7 @@ HOSTILE = {
     "deep": b"[" * 10**6,
     "no JSON": b"{...}",
     "no UTF-8": b'{"\xff": 1}',
-    "many": json.dumps({str(i): {} for i in range(100_001)}).encode(),
+    "many": json.dumps({str(i): {"dtype": "F32"} for i in range(10_001)}).encode(),
     "beyond the end": ENTRY.replace("[0,8]", "[0,80]").join("{}").encode(),
     "hole": ENTRY.replace("[0,8]", "[4,8]").replace("[2]", "[1]").join("{}").encode(),
     "overlap": f"{{{ENTRY},{ENTRY.replace('w', 'v')}}}".encode(),
@@ -146,7 +146,7 @@ def test_hostile_headers_are_refused(tmp_path, kind):
 @pytest.mark.parametrize("content", [b"", b"1234567", struct.pack("<Q", 2**63) + b"{}"])
 def test_files_without_a_header_are_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(CorruptError, match="expected a header of 2 to 16,777,216 bytes"):
+    with pytest.raises(CorruptError, match="expected a header of 2 to 8,388,608 bytes"):
         read(tmp_path / "file")
 
 

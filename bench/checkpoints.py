@@ -1,0 +1,161 @@
+r"""What saving and restoring cost, at the size of WRN-28-10 with momentum.
+
+    python -m bench.checkpoints
+
+Beside `samfn.save` and `samfn.restore`, in turns, in one process: bare safetensors, with
+an fsync after saving, and with a copy into the state's own tensors after loading, which
+maps the file and reads nothing by itself. The epoch is one of 50,000 images, from the time
+of a SAM step on this machine.
+"""
+
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import samfn
+from bench import measure
+from recipes.models import WideResNet
+from samfn import tensorfile
+
+IMAGES = 50_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how often."""
+
+    model: str = "28-10"
+    """Depth and width of the Wide ResNet."""
+    rounds: int = 15
+    """Turns that everything takes."""
+    batch: int = 8
+    """Images in the step that the epoch is reckoned from."""
+    directory: Path = Path(tempfile.gettempdir())
+    """On the disk that is measured."""
+    report: Path | None = None
+    """Markdown file to write."""
+
+
+def contenders(state: samfn.TrainState, folder: Path) -> dict[str, Callable[[], object]]:
+    """Return what is timed, by name."""
+    memory = state.opt_state["momentum_buffer_list"]
+    assert isinstance(memory, dict)
+    tensors = {f"params/{name}": w for name, w in state.params.items()}
+    tensors |= {f"momentum/{name}": w for name, w in memory.items()}
+    ours, bare = folder / "samfn.safetensors", folder / "bare.safetensors"
+
+    def save_bare() -> None:
+        save_file({name: w.contiguous() for name, w in tensors.items()}, bare)
+        with bare.open("rb+") as file:
+            os.fsync(file.fileno())
+
+    def load_bare(backend: str) -> object:
+        loaded = load_file(bare, backend=backend)
+        return {
+            name: torch.empty_like(w).copy_(loaded[name]) for name, w in tensors.items()
+        }
+
+    samfn.save(ours, state)
+    save_bare()
+    return {
+        "samfn.save": lambda: samfn.save(ours, state),
+        "save_file, fsync": save_bare,
+        "samfn.restore": lambda: samfn.restore(ours, like=state),
+        "load_file mapped, copy": lambda: load_bare("mmap"),
+        "load_file by pread, copy": lambda: load_bare("pread"),
+    }
+
+
+def hash_time(state: samfn.TrainState) -> float:
+    """Return the seconds that the SHA-256 of parameters and momentum takes."""
+    tensors = [w.contiguous() for w in (*state.params.values(),) * 2]
+
+    def hash_all() -> None:
+        with ThreadPoolExecutor(tensorfile.THREADS) as pool:
+            list(pool.map(tensorfile.sha256, tensors))
+
+    return measure.timed(hash_all, 5)
+
+
+def epoch(model: torch.nn.Module, state: samfn.TrainState, batch: int) -> float:
+    """Return the seconds that an epoch would take, from one step after a first one."""
+    images = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    targets = torch.randint(10, (batch,))
+    loss_fn, optimizer = samfn.supervised(model, F.cross_entropy), samfn.sgd()
+
+    def step() -> None:
+        samfn.sam_update(
+            state, (images, targets), loss_fn=loss_fn, optimizer=optimizer, lr=0.1
+        )
+
+    step()
+    return measure.timed(step, 1) * IMAGES / batch
+
+
+def main(options: Options) -> None:
+    """Measure, print and report."""
+    depth, width = map(int, options.model.split("-"))
+    model = WideResNet(depth, width, 10).to(memory_format=torch.channels_last)
+    state = samfn.init(*samfn.split(model), optimizer=samfn.sgd())
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+        timed = contenders(state, Path(folder))
+        seen = measure.interleaved(timed, seconds=0, rounds=options.rounds)
+        size = (Path(folder) / "samfn.safetensors").stat().st_size
+    hashing = 1000 * hash_time(state)
+    seconds = epoch(model, state, options.batch)
+    bare = {"samfn.save": "save_file, fsync", "samfn.restore": "load_file by pread, copy"}
+    rows = []
+    for name, times in seen.items():
+        quantiles = measure.quantiles(times)
+        peer = bare.get(name)
+        rows.append(
+            {
+                "what": name,
+                "ms": 1000 * quantiles["median"],
+                "q20": 1000 * quantiles["q20"],
+                "q80": 1000 * quantiles["q80"],
+                "of bare": _ratio(times, seen[peer]) if peer else "",
+                "of an epoch": f"{quantiles['median'] / seconds:.5%}",
+            }
+        )
+    table = measure.table(rows, tuple(rows[0]))
+    about = measure.environment()
+    text = f"""# What saving and restoring cost: WRN-{options.model}, {size / 1e6:,.0f} MB
+
+In one process, in turns, {options.rounds} rounds. "of bare" is the median of
+the ratios in a round: to save_file of contiguous tensors with an fsync, and to load_file,
+which reads (pread) or maps the file, with a copy into new tensors of the state's strides.
+Restoring also hashes: SHA-256 alone takes {hashing:.0f} ms in {tensorfile.THREADS} threads.
+An epoch of SAM takes {seconds:,.0f} s here, reckoned from a step of
+{options.batch} images.
+
+{table}
+
+{about["date"]}, {about["device"]}, torch {about["torch"]}, Python {about["python"]}.
+
+```
+{shlex.join(["python", "-m", "bench.checkpoints", *sys.argv[1:]])}
+```
+"""
+    print(text)
+    if options.report is not None:
+        options.report.write_text(text)
+
+
+def _ratio(times: list[float], peers: list[float]) -> float:
+    ratios = [a / b for a, b in zip(times, peers, strict=True)]
+    return measure.quantiles(ratios)["median"]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

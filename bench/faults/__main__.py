@@ -1,0 +1,99 @@
+"""Make every fault happen, many times, and report what came of it.
+
+    python -m bench.faults                       # all rows, with all trials; about an hour
+    python -m bench.faults --only F1 F2          # some
+    python -m bench.faults --soak 3600           # F28 alone, for so many seconds
+    python -m bench.faults --report bench/results/faults.md
+
+Rows are those of the table in the README. Some are loops of this package, the others tests.
+"""
+
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from bench import measure
+from bench.faults.rows import ROWS, Row
+from bench.faults.soak import soak
+from bench.faults.trial import Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Make faults happen, and report what came of it."""
+
+    only: tuple[str, ...] = ()
+    """Rows, as F1; none are all."""
+    soak: float | None = None
+    """Seconds of F28, which is not among the rows."""
+    share: float = 1.0
+    """Of the trials."""
+    report: Path | None = None
+    """Markdown file to write."""
+
+
+def main(options: Options) -> int:
+    """Run the trials; return 1 if anything failed."""
+    torch.set_num_threads(1)
+    lines: list[dict[str, str]] = []
+    failed = False
+    if options.soak is not None:
+        rows = [Row("F28", "anything, for a long time", soak, round(options.soak))]
+    else:
+        rows = [row for row in ROWS if not options.only or row.name in options.only]
+    for row in rows:
+        trials = row.trials if options.soak else max(1, round(options.share * row.trials))
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            outcome: Outcome = row.run(trials, Path(folder))
+        seconds = time.perf_counter() - started
+        problems = list(outcome.failures)
+        if outcome.landed != outcome.trials:
+            problems.append(f"only {outcome.landed} of {outcome.trials} faults happened")
+        failed |= bool(problems)
+        lines.append(
+            {
+                "row": row.name,
+                "fault": row.fault,
+                "trials": f"{outcome.trials:,}",
+                "failures": str(len(problems)),
+                "seconds": f"{seconds:.0f}",
+                "notes": outcome.notes,
+            }
+        )
+        print(" | ".join(lines[-1].values()), flush=True)
+        for problem in problems[:20]:
+            print(f"    {problem}", flush=True)
+    if options.report is not None:
+        command = shlex.join(["python", "-m", "bench.faults", *sys.argv[1:]])
+        options.report.write_text(report(lines, command))
+    return int(failed)
+
+
+def report(lines: list[dict[str, str]], command: str) -> str:
+    """Return the report as Markdown."""
+    about = measure.environment()
+    return f"""# Faults, and what samfn did
+
+A failure is a checkpoint damaged or lost, a run that ended in another state than the same
+run without faults, an exit code or message other than the README's, or a trial in which the
+fault did not happen at all.
+
+{measure.table(lines, tuple(lines[0]))}
+
+{about["date"]}, {about["device"]}, torch {about["torch"]}, Python {about["python"]}.
+
+```
+{command}
+```
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

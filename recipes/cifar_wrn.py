@@ -185,9 +185,10 @@ def _export(task: Task, directory: RunDirectory, like: samfn.TrainState) -> None
 
 
 def _lacks_memory(error: Exception) -> bool:
-    # What is raised on a CPU has no type of its own.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "DefaultCPUAllocator" in str(error)
+    # What is raised on a CPU has no type of its own; the third is oneDNN's.
+    texts = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error) for text in texts
     )
 
 

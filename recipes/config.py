@@ -245,7 +245,7 @@ def validate(config: Config) -> None:
         ConfigError: names the flag, what was expected and what came.
     """
     finite = float("inf")
-    clip, side = config.clip_norm, config.image_size
+    clip, side, every = config.clip_norm, config.image_size, config.save_steps
     for name, holds, expected in (
         ("label_noise", 0 <= config.label_noise <= 1, "0 to 1"),
         ("validation", 0 <= config.validation < 1, "0 to below 1"),
@@ -260,7 +260,7 @@ def validate(config: Config) -> None:
         ("crop_padding", config.crop_padding >= 0, "at least 0 pixels"),
         ("cutout", config.cutout >= 0, "at least 0 pixels"),
         ("epochs", config.epochs >= 1, "at least 1"),
-        ("save_steps", (config.save_steps or 1) >= 1, "at least 1, or None"),
+        ("save_steps", every is None or every >= 1, "at least 1, or None"),
         ("max_skipped", config.max_skipped >= 0, "at least 0"),
         ("batch_size", config.batch_size >= 2, "at least 2"),
         ("image_size", side is None or side >= 4, "at least 4 pixels, or None"),
@@ -294,7 +294,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     types = get_type_hints(Config)
     if unknown := sorted(values.keys() - (types.keys() - PER_CALL)):

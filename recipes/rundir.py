@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,12 +82,18 @@ class RunDirectory:
             OSError: it cannot be written; it will be with the next one.
         """
         self._unwritten.append(row)
-        with self.metrics.open("ab+", buffering=0) as file:
+        lines = [f"{json.dumps(row)}\n" for row in self._unwritten]
+        with self.metrics.open("ab+") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off
-            while self._unwritten:
-                file.write(f"{json.dumps(self._unwritten[0])}\n".encode())
-                del self._unwritten[0]
+            complete = file.tell()
+            try:
+                file.write("".join(lines).encode())
+                file.flush()
+            except OSError:
+                os.truncate(self.metrics, complete)
+                raise
+        self._unwritten.clear()
 
     def rows(self) -> list[Row]:
         """Return the epochs recorded so far; a line that was cut off is none."""

@@ -33,10 +33,12 @@ def require_dial(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
-def require_count(name: str, value: int) -> None:
-    """Raise unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def require_count(name: str, value: int, least: int = 1) -> None:
+    """Raise unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{name} must be a whole number of at least {least}, got {value!r}"
+        )
 
 
 def require_share(name: str, value: float) -> None:

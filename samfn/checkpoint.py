@@ -139,7 +139,7 @@ class Checkpoints:
         keep_best: int = 1,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
-        border.require_count("keep_last - 1", keep_last - 1)
+        border.require_count("keep_last", keep_last, least=2)
         self.directory = Path(directory)
         self._keep_last, self._keep_best, self._warn = keep_last, keep_best, warn
         self._swept = False

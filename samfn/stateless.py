@@ -120,6 +120,11 @@ class Supervised:
         border.require_same_names(self._params, params, names="the model and params")
         border.require_same_names(self._buffers, buffers, names="the model and buffers")
         inputs, targets = batch
+        if isinstance(targets, Tensor) and targets.numel() == 0:
+            raise ValueError(
+                "expected a batch of at least one example, got targets of shape"
+                f" {tuple(targets.shape)}"
+            )
         # BatchNorm writes its statistics in place; these copies are what it writes to.
         fresh = {**buffers, **{name: buffers[name].clone() for name in self._mutable}}
         given = {**params, **fresh}

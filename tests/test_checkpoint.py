@@ -1,5 +1,9 @@
+import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,3 +140,184 @@ def test_what_a_method_remembers_is_saved_and_training_goes_on_bit_for_bit(tmp_p
     for batch in batches(6)[3:]:
         again, _ = samfn.sam_update(again, batch, **common, method=method, lr=0.1)
     assert_close(again, state, rtol=0, atol=0)
+
+
+def test_tensors_may_be_metadata(tmp_path):
+    path, state = tmp_path / "state.safetensors", trained(samfn.sgd())
+    metadata = {
+        "ema": state.params,  # the very tensors of the state
+        "scale": torch.tensor(2.0),
+        "of other names": {"a/b": torch.ones(2), "c": torch.zeros(1)},
+        "empty": {},
+        "mixed": {"a": 1},
+    }
+    samfn.save(path, state, **metadata)
+    restored, read = samfn.restore(path, like=fresh(samfn.sgd()))
+    assert_close(restored, state, rtol=0, atol=0)
+    assert_close(read, metadata, rtol=0, atol=0)
+
+
+FAILING = {
+    "EIO": (errno.EIO, "fsync"),
+    "no space left": (errno.ENOSPC, "fsync"),
+    "quota": (errno.EDQUOT, "fsync"),
+    "read-only": (errno.EROFS, "mkdir"),
+    "EACCES": (errno.EACCES, "mkdir"),
+    "EPERM": (errno.EPERM, "chmod"),
+    "EIO at last": (errno.EIO, "replace"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_what_cannot_be_written_is_an_error_and_the_old_file_stays(
+    tmp_path, monkeypatch, kind
+):
+    path, state = tmp_path / "state.safetensors", trained(samfn.sgd())
+    samfn.save(path, state, epoch=1)
+    number, call = FAILING[kind]
+    happened = []
+
+    def failing(*args, **options):
+        happened.append(call)
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        with pytest.raises(samfn.CheckpointWriteError, match=os.strerror(number)) as caught:
+            samfn.save(path, state, epoch=2)
+    assert happened
+    assert str(path) in str(caught.value)
+    assert samfn.restore(path, like=state)[1] == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    samfn.save(path, state, epoch=2)  # The twin: nothing fails.
+    assert samfn.restore(path, like=state)[1] == {"epoch": 2}
+
+
+CUT_OFF = """
+import sys, torch, samfn
+from safetensors.torch import load_file
+path, bare = sys.argv[1], sys.argv[2] == "bare"
+like = samfn.init({"w": torch.zeros(2**20)}, {}, optimizer=samfn.sgd(0.0))
+if bare:
+    tensor = load_file(path)["params/w"]
+else:
+    tensor = samfn.restore(path, like=like)[0].params["w"]
+with open(path, "r+b") as file:
+    file.truncate(100)
+sys.exit(0 if tensor.sum() == 2**20 else 1)
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("samfn", 0), ("bare", -signal.SIGBUS)])
+def test_a_file_that_is_cut_off_after_it_was_loaded_kills_nobody(tmp_path, kind, code):
+    path = tmp_path / "state.safetensors"
+    state = samfn.init({"w": torch.ones(2**20)}, {}, optimizer=samfn.sgd(0.0))
+    samfn.save(path, state)
+    command = [sys.executable, "-c", CUT_OFF, str(path), kind]
+    assert subprocess.run(command, check=False).returncode == code
+
+
+def counted(step, value=0.0):
+    state = samfn.init({"w": torch.full((3,), value)}, {}, optimizer=samfn.sgd(0.0))
+    return state._replace(step=torch.tensor(step))
+
+
+def steps(checkpoints):
+    return [int(path.stem[5:]) for path in checkpoints.paths()]
+
+
+def test_the_last_few_and_the_best_few_stay(tmp_path):
+    checkpoints = samfn.Checkpoints(tmp_path / "new", keep_last=2, keep_best=2)
+    scores = [None, 3.0, 1.0, 3.0, 2.0, None, 0.0]
+    expected = [
+        [1],
+        [1, 2],
+        [2, 3],
+        [2, 3, 4],
+        [2, 4, 5],
+        [2, 4, 5, 6],
+        [2, 4, 6, 7],
+    ]
+    for step, (score, kept) in enumerate(zip(scores, expected, strict=True), 1):
+        path = checkpoints.save(counted(step), score=score, note=step)
+        assert path.name == f"step_{step:09d}.safetensors"
+        assert steps(checkpoints) == kept
+    assert [int(path.stem[5:]) for path in checkpoints.best()] == [2, 4]
+    again = samfn.Checkpoints(tmp_path / "new")
+    found = again.latest(counted(0))
+    assert found.path == path
+    assert found.metadata == {"score": 0.0, "note": 7}
+    assert found.state.step == 7
+    assert samfn.Checkpoints(tmp_path / "empty").latest(counted(0)) is None
+    assert not (tmp_path / "empty").exists()
+
+
+def test_the_newest_whole_checkpoint_counts_and_a_damaged_one_is_set_aside(tmp_path):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)
+    for step in (1, 2, 3):
+        checkpoints.save(counted(step, float(step)))
+    assert checkpoints.latest(counted(0)).state.step == 3  # The twin: nothing is damaged.
+    assert not said
+    newest = checkpoints.paths()[-1]
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    with pytest.raises(samfn.CheckpointCorruptError, match="step_000000003"):
+        samfn.restore(newest, like=counted(0))
+    assert newest.exists()
+    found = checkpoints.latest(counted(0))
+    assert (found.state.step, found.state.params["w"][0]) == (2, 2.0)
+    assert len(said) == 1
+    assert "step_000000003.safetensors is damaged" in said[0]
+    assert newest.with_name(newest.name + ".corrupt").read_bytes() == content
+
+
+def test_what_is_no_damage_is_not_set_aside(tmp_path):
+    checkpoints = samfn.Checkpoints(tmp_path)
+    checkpoints.save(counted(1))
+    other = samfn.init({"v": torch.ones(1)}, {}, optimizer=samfn.sgd(0.0))
+    with pytest.raises(ValueError, match=r"params/v missing, params/w unexpected"):
+        checkpoints.latest(other)
+    assert steps(checkpoints) == [1]
+
+
+def test_a_format_of_the_future_is_named_and_not_set_aside(tmp_path, monkeypatch):
+    checkpoints = samfn.Checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("samfn.checkpoint.FORMAT", "3")
+        checkpoints.save(counted(1))
+    with pytest.raises(samfn.CheckpointFormatError, match="format 3, this samfn"):
+        checkpoints.latest(counted(0))
+    assert steps(checkpoints) == [1]
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path):
+    checkpoints = samfn.Checkpoints(tmp_path, keep_last=3)
+    for step in (1, 2, 3):
+        checkpoints.save(counted(step))
+    checkpoints.drop_after(2)
+    assert steps(checkpoints) == [1, 2]
+    assert (tmp_path / "step_000000003.safetensors.superseded").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_not_kept(tmp_path, value):
+    checkpoints = samfn.Checkpoints(tmp_path)
+    checkpoints.save(counted(1))
+    with pytest.raises(samfn.NonFiniteError, match="w is not finite after 2 steps"):
+        checkpoints.save(counted(2, value))
+    assert steps(checkpoints) == [1]
+
+
+def test_fewer_than_two_checkpoints_are_no_safety(tmp_path):
+    with pytest.raises(ValueError, match="keep_last must be a whole number of at least 2"):
+        samfn.Checkpoints(tmp_path, keep_last=1)
+
+
+def test_too_many_tensors_for_any_reader_are_not_written(tmp_path):
+    params = {f"w{i}": torch.ones(1) for i in range(10_001)}
+    state = samfn.init(params, {}, optimizer=samfn.sgd(0.0))
+    with pytest.raises(ValueError, match=r"at most 10,000 tensors, got 10,00"):
+        samfn.save(tmp_path / "file", state)
+    assert not list(tmp_path.iterdir())

@@ -138,7 +138,9 @@ def assert_unchanged(before, after):
 
 
 @pytest.mark.parametrize("block", range(4))
-def test_160_bad_numbers_leave_every_tensor_bit_equal(block):
+def test_160_bad_numbers_leave_every_tensor_bit_equal(block, record_property):
+    record_property("trials", 40)
+
     def step_of(state, batch, optimizer, method):
         common = {"loss_fn": spoilt, "optimizer": optimizer, "method": method}
         return samfn.sam_update(state, batch, **common, rho=0.1, lr=0.1)
@@ -148,7 +150,8 @@ def test_160_bad_numbers_leave_every_tensor_bit_equal(block):
 
 
 @pytest.mark.slow
-def test_40_bad_numbers_in_a_compiled_step_leave_every_tensor_bit_equal():
+def test_40_bad_numbers_in_a_compiled_step_leave_every_tensor_bit_equal(record_property):
+    record_property("trials", 40)
     made = {}
 
     def step_of(state, batch, optimizer, method):
@@ -161,6 +164,32 @@ def test_40_bad_numbers_in_a_compiled_step_leave_every_tensor_bit_equal():
 
     for case in range(40):
         assert_unchanged(*injected(case, step_of))
+
+
+PASSES = {"pass 1: the loss is nan": 0, "pass 1: the gradient of weight": 1}
+PASSES |= {"pass 2: the loss is nan": 2, "pass 2: the gradient of weight": 3}
+
+
+@pytest.mark.parametrize("said", PASSES)
+@pytest.mark.parametrize("name", ["sam", "gsam", "loss_scaled"])
+def test_what_was_not_finite_is_found_in_its_pass(name, said):
+    method, optimizer = METHODS[name], samfn.sgd()
+    params = {"weight": torch.randn(3, 2).double(), "bias": torch.randn(2).double()}
+    buffers = {"count": torch.tensor(0)}
+    state = samfn.init(params, buffers, optimizer=optimizer, method=method)
+    common = {"loss_fn": spoilt, "method": method, "rho": 0.1}
+    for spoiled in (False, True):
+        places = torch.zeros(4).double()
+        places[PASSES[said]] = float(spoiled)
+        batch = torch.randn(8, 3).double(), torch.randn(8, 2).double()
+        batch = *batch, state.params["weight"].clone(), places, torch.tensor(3)
+        state, metrics = samfn.sam_update(
+            state, batch, **common, optimizer=optimizer, lr=0.1
+        )
+        assert metrics.finite != spoiled
+        found = samfn.find_nonfinite(state, batch, **common)
+        # After a step that was taken, the weights that `spoilt` knows are others.
+        assert found == said if spoiled else found is None
 
 
 def test_the_caller_chooses_to_raise_or_to_go_on():

@@ -43,7 +43,7 @@ def train(path, *flags):
 
 
 def tensors(path, name="last"):
-    return load_file(checkpoint(path, name))
+    return load_file(checkpoint(path, name), backend="pread")  # files change here
 
 
 def checkpoint(path, name="last"):

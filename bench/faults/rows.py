@@ -26,7 +26,10 @@ class Row(NamedTuple):
 
 
 def by_tests(*selected: str) -> Callable[[int, Path], Outcome]:
-    """Return trials that are tests: files of tests/, or `file::part of names`."""
+    """Return trials that are tests: files of tests/, or `file::part of names`.
+
+    A test counts as many trials as it records under that name, or as one.
+    """
     return partial(_run_tests, selected)
 
 
@@ -41,13 +44,12 @@ def _run_tests(selected: tuple[str, ...], trials: int, root: Path) -> Outcome:
             [*command, f"--junitxml={report}"], cwd=ROOT, capture_output=True, text=True
         )
         cases = Xml.parse(report).findall(".//testcase") if report.exists() else []
-        skipped = [case for case in cases if case.find("skipped") is not None]
-        total += len(cases) - len(skipped)
-        failures += [
-            f"{case.get('name')}"
-            for case in cases
-            if case.find("failure") is not None or case.find("error") is not None
-        ]
+        for case in cases:
+            if case.find("skipped") is None:
+                recorded = case.find(".//property[@name='trials']")
+                total += 1 if recorded is None else int(recorded.get("value", "1"))
+            if case.find("failure") is not None or case.find("error") is not None:
+                failures.append(f"{case.get('name')}")
         if done.returncode and not failures:
             failures.append(f"{one}: {done.stdout[-300:]}")
     return Outcome(total, total, tuple(failures), ", ".join(selected))
@@ -60,42 +62,66 @@ ROWS = (
     Row("F4", "disk full from a random byte on", disk.full_at, 50),
     Row(
         "F5",
-        "read-only, EIO, EACCES, quota",
-        by_tests("test_checkpoint.py::cannot_be_written", "test_crashes.py::disk"),
+        "read-only, EIO, EACCES, quota; the recipe's disk full",
+        by_tests("test_checkpoint.py::cannot_be_written", "test_crashes.py::full_disk"),
         0,
     ),
     Row("F6", "files damaged in twenty ways", disk.rotten, 10_000),
-    Row("F7", "newest checkpoint damaged", by_tests("test_crashes.py::newest"), 0),
+    Row(
+        "F7",
+        "newest checkpoint damaged",
+        by_tests("test_checkpoint.py::newest", "test_crashes.py::damaged"),
+        0,
+    ),
     Row("F8", "file cut off after loading", by_tests("test_checkpoint.py::cut_off"), 0),
     Row("F9", "SIGTERM, SIGINT, SIGUSR1 in every phase", signals.in_every_phase, 60),
     Row(
         "F10",
         "stopped anywhere and resumed",
-        by_tests("test_recipe.py::bit_for_bit", "test_resume.py"),
+        by_tests(
+            "test_recipe.py::stopped", "test_checkpoint.py::goes_on", "test_resume.py"
+        ),
         0,
     ),
     Row("F11", "the same run again", by_tests("test_crashes.py::every_loss"), 0),
-    Row("F12", "NaN and infinity in either pass", by_tests("test_realities.py::bad"), 0),
+    Row(
+        "F12",
+        "NaN and infinity in either pass",
+        by_tests("test_realities.py::bad_numbers or not_finite", "test_crashes.py::finite"),
+        0,
+    ),
     Row(
         "F13",
         "gradients of zero, tiny, huge",
-        by_tests("test_perturb.py::zero or tiny or huge or underflow"),
+        by_tests("test_perturb.py", "test_invariants.py::500_perturbations"),
         0,
     ),
-    Row("F14", "perturb and restore", by_tests("test_update.py", "test_optimizer.py"), 0),
-    Row("F15", "user code raises in pass 2", by_tests("test_crashes.py::raises"), 0),
+    Row(
+        "F14", "perturb and restore", by_tests("test_invariants.py::leave or come_back"), 0
+    ),
+    Row("F15", "user code raises in pass 2", by_tests("test_invariants.py::raises"), 0),
     Row("F16", "wrong input", by_tests("test_bad_input.py"), 0),
-    Row("F17", "damaged data", by_tests("test_cifar.py::damaged or flipped or missing"), 0),
+    Row(
+        "F17",
+        "damaged data",
+        by_tests("test_cifar.py::damaged or flipped or missing or flag", "test_data.py"),
+        0,
+    ),
     Row("F18", "hostile download", by_tests("test_download.py"), 0),
-    Row("F19", "hostile archive", by_tests("test_cifar.py::hostile or never_end"), 0),
+    Row("F19", "hostile archive", by_tests("test_cifar.py::hostile or never or run"), 0),
     Row("F20", "8 processes, one run directory", processes.one_directory, 20),
     Row("F21", "8 processes, one data set", processes.one_data_set, 10),
     Row("F22", "out of memory", by_tests("test_crashes.py::memory"), 0),
-    Row("F24", "other settings on resuming", by_tests("test_config.py::resume"), 0),
+    Row(
+        "F24",
+        "other settings or versions on resuming",
+        by_tests("test_config.py::resumed or overridden", "test_crashes.py::since"),
+        0,
+    ),
     Row(
         "F25",
         "umask, long and strange paths",
-        by_tests("test_files.py::permissions", "test_crashes.py::paths"),
+        by_tests("test_files.py::permissions", "test_crashes.py::paths or terminal"),
         0,
     ),
     Row("F26", "log or terminal gone", by_tests("test_crashes.py::log"), 0),

@@ -1,0 +1,29 @@
+"""The fast tier of `python -m bench.faults`: every fault that is a loop, a few times."""
+
+import pytest
+
+from bench.faults.rows import ROWS
+from bench.faults.soak import soak
+
+TRIALS = {"F1": 6, "F2": 33, "F4": 10, "F6": 1000, "F9": 6, "F20": 1, "F21": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRIALS)
+def test_nothing_is_lost_whatever_happens(tmp_path, name):
+    (row,) = (row for row in ROWS if row.name == name)
+    outcome = row.run(TRIALS[name], tmp_path)
+    assert outcome.failures == ()
+    assert outcome.landed == outcome.trials >= TRIALS[name]
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_in_a_minute_of_anything(tmp_path):
+    outcome = soak(30, tmp_path)
+    assert outcome.failures == ()
+    assert outcome.trials > 3
+
+
+def test_the_rows_are_those_of_the_matrix():
+    numbers = [int(row.name[1:]) for row in ROWS]
+    assert numbers == [*range(1, 23), 24, 25, 26, 27]

@@ -31,19 +31,21 @@ LEVELS = {
 OWNERS = {
     "rich": {"recipes/console.py"},
     "matplotlib": {"recipes/plots.py"},
-    "safetensors": {"samfn/tensorfile.py"},
+    "safetensors": {"samfn/tensorfile.py", "bench/checkpoints.py"},
     "filelock": {"samfn/files.py"},
     "torch.export": {"samfn/export.py"},
-    "torchvision": {"recipes/data.py", "recipes/cifar.py"},
+    "torchvision": {"recipes/data.py", "recipes/cifar.py", "bench/faults/processes.py"},
     "sklearn": {"recipes/data.py"},
     "einops": {"recipes/models.py", "recipes/augment.py"},
     "tyro": {
         "recipes/config.py",
+        "bench/checkpoints.py",
         "bench/compare.py",
         "bench/compile_time.py",
         "bench/memory.py",
         "bench/methods.py",
         "bench/step_time.py",
+        "bench/faults/__main__.py",
     },
     "torch.func": {"samfn/gradient.py", "samfn/stateless.py"},
     "torch.nn": {
@@ -53,6 +55,7 @@ OWNERS = {
         "recipes/augment.py",
         "recipes/task.py",
         "bench/candidates.py",
+        "bench/checkpoints.py",
         "bench/gpu.py",
         "bench/methods.py",
         "bench/networks.py",
@@ -76,7 +79,7 @@ def imported(path):
 
 
 def sources(*folders):
-    return [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def test_modules_import_from_lower_levels_only():

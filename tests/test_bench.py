@@ -147,3 +147,21 @@ def test_a_flat_buffer_trains_alike():
     for runner in (plain, flat):
         runner.step()
     assert measure.distance(start, flat.weights(), plain.weights()) < 1e-5
+
+
+def test_what_checkpoints_cost_is_measured(tmp_path):
+    report = tmp_path / "report.md"
+    options = ("--model", "10-1", "--rounds", "3", "--batch", "2", "--report", report)
+    out = bench("checkpoints", *options, cwd=tmp_path)
+    assert "WRN-10-1" in out
+    assert "| samfn.restore" in report.read_text()
+    assert "--rounds 3" in report.read_text()
+
+
+def test_faults_are_reported(tmp_path):
+    report = tmp_path / "report.md"
+    options = ("--only", "F4", "F3", "--share", "0.1", "--report", report)
+    out = bench("faults", *options, cwd=tmp_path)
+    assert "F4 | disk full from a random byte on | 5 | 0 |" in out
+    rows = [line for line in report.read_text().splitlines() if line.startswith("| F")]
+    assert len(rows) == 2

@@ -114,6 +114,48 @@ MUTANTS = {
         "params=new_params",
         UPDATE,
     ),
+    "a file is not synced": (
+        "files.py",
+        "        _sync(temporary)\n",
+        "",
+        "tests/test_files.py",
+    ),
+    "a directory is not synced": (
+        "files.py",
+        "        _sync(path.parent)\n",
+        "",
+        "tests/test_files.py",
+    ),
+    "the digest is not looked at": (
+        "tensorfile.py",
+        "texts) != expected:",
+        'texts) == "":',
+        "tests/test_tensorfile.py",
+    ),
+    "dtypes are not in the digest": (
+        "tensorfile.py",
+        "[str(tensor.dtype), [*tensor.shape], found]",
+        "[[*tensor.shape], found]",
+        "tests/test_tensorfile.py",
+    ),
+    "names may stand twice": (
+        "tensorfile.py",
+        "if len(found) < len(pairs):",
+        "if False:",
+        "tests/test_tensorfile.py",
+    ),
+    "the best goes with the old": (
+        "checkpoint.py",
+        "*self.best()}",
+        "}",
+        "tests/test_checkpoint.py",
+    ),
+    "states that are not finite are kept": (
+        "checkpoint.py",
+        "        _require_finite(state)\n",
+        "",
+        "tests/test_checkpoint.py",
+    ),
 }
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.faults.rows import ROWS
 from recipes.config import PRESETS, parse
 from recipes.methods import MAKERS
 from tests.test_data import make_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FLOWING = " ".join(README.split())
 COMMAND = re.compile(r"python -m recipes\.cifar_wrn[^`#\n]*")
 
 
@@ -43,7 +45,8 @@ def weights(scope):
     )
 
 
-def test_every_further_example_runs():
+def test_every_further_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     further = blocks("python")[1:]
     assert further
     for example in further:
@@ -151,6 +154,36 @@ def test_every_method_has_a_row_with_its_measured_cost():
     for method, cost in costs.items():
         if method != "SGD":
             assert cost in rows[method.partition("(")[0]], method
+
+
+def table_of(text):
+    """Return the rows of all tables in a text, by their first cell."""
+    lines = [cells(line) for line in text.splitlines() if line.startswith("| ")]
+    return {line[0]: line for line in lines}
+
+
+def test_every_fault_has_a_row_with_its_trials_and_no_failure():
+    ((_, text),) = reports("faults").items()
+    found = {name: row for name, row in table_of(text).items() if name.startswith("F")}
+    assert [*found] == [row.name for row in ROWS]
+    rows = table_of(README)
+    for name, (_, fault, trials, failures, *_) in found.items():
+        assert failures == "0"
+        assert [fault, trials, failures] == [rows[name][1], *rows[name][3:]]
+    least = {"F1": 50, "F2": 200, "F4": 50, "F6": 10_000, "F9": 60, "F20": 20}
+    for name, count in (least | {"F12": 200, "F16": 40}).items():
+        assert int(found[name][2].replace(",", "")) >= count
+    ((_, text),) = reports("soak").items()
+    assert table_of(text)["F28"][3] == "0"
+    assert "60 min" in text
+
+
+def test_what_checkpoints_cost_is_that_of_the_report():
+    ((_, text),) = reports("checkpoints").items()
+    rows = table_of(text)
+    costs = [float(rows[name][4]) for name in ("samfn.save", "samfn.restore")]
+    said = re.search(r"takes ([\d.]+) times as long .*? restoring ([\d.]+) times", FLOWING)
+    assert [float(said[1]), float(said[2])] == costs
 
 
 def test_the_comparisons_of_methods_are_of_all_that_are_one():

@@ -159,3 +159,20 @@ def test_files_of_others_are_refused(tmp_path):
 def test_a_file_that_cannot_be_written_says_what_and_how_much(tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*absent/file, 8 bytes: .*No such"):
         write(tmp_path / "absent" / "file", {"w": torch.ones(2)}, {})
+
+
+def test_a_name_that_stands_twice_is_refused_even_if_both_say_the_same(tmp_path):
+    path = tmp_path / "file"
+    write(path, {"w": torch.tensor([1.0, 2.0])}, {})
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    once = json.dumps(header).encode()
+    twice = b'{"w":' + json.dumps(header["w"]).encode() + b"," + once[1:]
+    for text in (once, twice):
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+        if text is once:
+            assert same(read(path)[0], {"w": torch.tensor([1.0, 2.0])})
+        else:
+            with pytest.raises(CorruptError, match="a name stands in it twice"):
+                read(path)

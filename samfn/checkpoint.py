@@ -171,7 +171,10 @@ class Checkpoints:
             metadata[SCORE] = score
         save(path, state, **metadata)
         for old in set(self.paths()) - {*self.paths()[-self._keep_last :], *self.best()}:
-            old.unlink(missing_ok=True)
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(f"cannot delete {old}: {error}")
         return path
 
     def best(self) -> list[Path]:

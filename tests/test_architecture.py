@@ -109,6 +109,19 @@ def test_each_outside_thing_has_its_module():
             assert not names or where in owners, f"{where} imports {names}"
 
 
+def test_nothing_unpickles():
+    forbidden = {"pickle", "cPickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}
+    forbidden |= {"yaml", "torch.hub"}
+    for path in sources("samfn", "recipes", "bench"):
+        assert not imported(path) & forbidden, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                assert called not in {"torch.load", "numpy.load", "np.load"}, path
+            if isinstance(node, ast.Name):
+                assert node.id not in {"eval", "exec", "__import__"}, path
+
+
 def test_the_public_names_exist():
     assert all(hasattr(samfn, name) for name in samfn.__all__)
 

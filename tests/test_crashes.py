@@ -16,7 +16,9 @@ from bench.faults.trial import RECIPE, again, finish, recipe, result, start
 from recipes import training
 from recipes.cifar_wrn import main
 from recipes.console import plain
+from recipes.data import load
 from recipes.rundir import RunDirectory
+from tests.test_data import make_folder
 from tests.test_recipe import SMALL, checkpoint, equal, rows, tensors, train
 
 ROOT = Path(__file__).parent.parent
@@ -341,6 +343,8 @@ def test_a_hundred_random_configs_and_rows_run_no_code(tmp_path):
         assert train(run, "--epochs", "1") == 0
         assert main(["--resume", str(run)]) == 0
         assert main(["--resume", str(run), "--eval-only"]) == 0
+        images = make_folder(tmp_path / "images")
+        assert len(load("folder", images).classes) == len(load("folder", images).classes)
         config = (run / "config.toml").read_bytes()
         for _ in range(100):
             content = bytearray(config)

@@ -11,7 +11,7 @@ import pickletools
 import tarfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,14 @@ def is_there(source: str, root: Path) -> bool:
     """Return whether `root` holds the archive, or what torchvision made of its own."""
     form = FORMS[source]
     return (root / form.archive).is_file() or (root / form.pickles).is_dir()
+
+
+def stamp(source: str, root: Path) -> list[list[Any]]:
+    """Return names, sizes and times of the files that `read` may read."""
+    form = FORMS[source]
+    paths = [root / form.archive, *sorted((root / form.pickles).glob("*"))]
+    found = [(path, path.stat()) for path in paths if path.exists()]
+    return [[path.name, status.st_size, status.st_mtime_ns] for path, status in found]
 
 
 def fetch(source: str, root: Path) -> None:
@@ -233,6 +241,7 @@ class _Taken(NamedTuple):
 
 
 LABELS, NAMES = {"labels", "fine_labels"}, {"label_names", "fine_label_names"}
+INTEGERS = {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4"}
 OTHERS = {"data", "filenames", "batch_label", "coarse_labels", "coarse_label_names"}
 
 
@@ -243,7 +252,7 @@ def _take_apart(path: Path, taken: _Taken) -> None:
         with path.open("rb") as file:
             for opcode, value, _ in pickletools.genops(file):
                 if isinstance(value, int):
-                    if key in LABELS and opcode.name.startswith(("BININT", "INT", "LONG")):
+                    if key in LABELS and opcode.name in INTEGERS:
                         taken.labels.append(value)
                     continue
                 text = value.decode("latin-1") if isinstance(value, bytes) else value

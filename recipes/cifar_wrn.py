@@ -25,7 +25,7 @@ import samfn
 from recipes import plots
 from recipes.compiling import keep_compiled
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse, run_of
-from recipes.console import Display
+from recipes.console import Display, open_standard_streams
 from recipes.data import DataError, Source, load
 from recipes.rundir import RunDirectory
 from recipes.signals import Signals, Stopped, watched
@@ -49,6 +49,7 @@ WRONG_INPUT, DIVERGED, OUT_OF_MEMORY, NOT_WRITTEN = 2, 3, 4, 5
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the recipe; return its exit code."""
+    open_standard_streams()
     display = Display()
     keep_compiled()
     try:
@@ -91,6 +92,9 @@ def run(config: Config, display: Display, signals: Signals) -> int:
         if config.eval_only:
             return evaluate_best(task, state, display)
         return train_and_report(task, state, display, signals)
+    except samfn.ExportError as error:
+        display.fail(str(error))
+        return NOT_WRITTEN
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
@@ -111,13 +115,15 @@ def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
 
 
 def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
-    """Evaluate the best checkpoint of the run that --resume names."""
+    """Evaluate the best checkpoint of the run, or the checkpoint, that --resume names."""
     assert task.config.resume is not None  # `validate` saw to it.
     directory = RunDirectory(run_of(task.config.resume))
-    state, progress = restore_best(task, directory, state)
+    path = task.config.resume
+    state, progress = restore_best(task, path, directory, state, display)
     loss, accuracy = evaluate(task, state, task.test)
+    what = f"{path.name}, after" if path.is_file() else "best"
     display.say(
-        f"best epoch {progress.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
+        f"{what} epoch {progress.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
     )
     return 0
 
@@ -126,19 +132,19 @@ def train_and_report(
     task: Task, state: samfn.TrainState, display: Display, signals: Signals
 ) -> int:
     """Train, from the start or from where a run stopped, and leave a run behind."""
-    with _opened(task, state, display) as (directory, start, progress):
+    with _opened(task, state, display) as (directory, start, progress), _writing():
         started = time.perf_counter()
         keeper = Keeper(task, directory.checkpoints(display.warn), display.warn)
         finished = train(task, start, progress, directory, keeper, display, signals)
         seconds = time.perf_counter() - started
         where = shlex.quote(str(directory.path))
         _draw(task, directory, display)
+        if keeper.missing is not None:
+            raise keeper.missing
         if not finished:
             display.say(f"stopped; {PROGRAM} --resume {where} goes on where this ended")
             return 128 + (signals.stop or signal.SIGINT)
-        if keeper.missing is not None:
-            raise keeper.missing
-        _export(task, directory, state)
+        _export(task, directory, state, display)
         display.facts("done", summarise(task, directory, seconds))
     return 0
 
@@ -157,10 +163,22 @@ def _opened(
     directory = RunDirectory(run_of(config.resume))
     with directory.held():
         state, progress = resume(task, config.resume, directory, state, display)
-        directory.rewind(progress.epoch)
-        directory.write_config(config)
+        with _writing():
+            directory.rewind(progress.epoch)
+            directory.write_config(config)
         display.say(f"resuming after {progress.epoch} epochs and {progress.batch} steps")
         yield directory, state, progress
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Turn what the system says into the error that ends a run with `NOT_WRITTEN`."""
+    try:
+        yield
+    except samfn.CheckpointWriteError:
+        raise
+    except OSError as error:
+        raise samfn.CheckpointWriteError(f"cannot write: {error}") from error
 
 
 def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
@@ -174,9 +192,11 @@ def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
         display.warn(f"cannot draw {directory.curves}: {error}")
 
 
-def _export(task: Task, directory: RunDirectory, like: samfn.TrainState) -> None:
+def _export(
+    task: Task, directory: RunDirectory, like: samfn.TrainState, display: Display
+) -> None:
     """Write the best epoch's model for those who have no samfn."""
-    state, _ = restore_best(task, directory, like)
+    state, _ = restore_best(task, directory.path, directory, like, display)
     trained = task.model, state.params, state.buffers
     samfn.export_weights(directory.weights, *trained)
     if task.config.export:
@@ -236,6 +256,8 @@ def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, 
     """Return what the closing summary says of a run."""
     rows, config = directory.rows(), task.config
     chosen_by = task.chosen_by.name
+    if not rows:  # Someone took the log of a finished run away.
+        return {"files": str(directory.path), "model": str(directory.weights)}
     best = max(rows, key=lambda row: row[f"{chosen_by}_accuracy"])
     other, compared = ("0", "plain SGD") if config.rho else ("0.05", "SAM")
     where = shlex.quote(str(directory.path))

@@ -294,7 +294,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     types = get_type_hints(Config)
     if unknown := sorted(values.keys() - (types.keys() - PER_CALL)):
@@ -332,11 +332,28 @@ def _resumed(asked: Config, run: Path, read: Callable[[dict[str, Any]], Config])
         if getattr(asked, name) != getattr(fresh, name):
             raise ConfigError(f"--{name}: a run is resumed with its own, drop it")
     values = read_toml(run_of(run) / CONFIG_FILE)
-    saved, config = Config(**values), read(values)
+    config = read(values)
+    require_same_settings(plain_values(Config(**values)), config)
+    validate(config)
+    return replace(config, device=str(choose_device(config.device)))
+
+
+def require_same_settings(before: dict[str, Any], config: Config) -> None:
+    """Raise unless a run may go on with other settings than it had.
+
+    Args:
+        before: those it had, as `plain_values` gives them.
+        config: those it is to go on with.
+
+    Raises:
+        ConfigError: lists what differs, of what may never differ, or else of what needs
+            `resume_override`.
+    """
+    now = plain_values(config)
     changed = {
-        name: f"{name} was {getattr(saved, name)!r}, is now {getattr(config, name)!r}"
-        for name in sorted(get_type_hints(Config).keys() - PER_CALL - FREE_ON_RESUME)
-        if getattr(config, name) != getattr(saved, name)
+        name: f"{name} was {before[name]!r}, is now {now[name]!r}"
+        for name in sorted(now.keys() & before.keys() - PER_CALL - FREE_ON_RESUME)
+        if now[name] != before[name]
     }
     if fixed := changed.keys() & FIXED:
         changes = "; ".join(changed[name] for name in sorted(fixed))
@@ -347,8 +364,6 @@ def _resumed(asked: Config, run: Path, read: Callable[[dict[str, Any]], Config])
             f"--resume: the run had other settings: {changes}; --resume-override goes on"
             " with these"
         )
-    validate(config)
-    return replace(config, device=str(choose_device(config.device)))
 
 
 def run_of(path: Path) -> Path:

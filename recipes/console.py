@@ -39,6 +39,15 @@ COLUMNS = (
 )
 
 
+def open_standard_streams() -> None:
+    """Let nothing else become standard input, output or error where one was closed."""
+    for handle in range(3):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # It takes the lowest number that is free.
+
+
 class QuietConsole(Console):
     """A console that falls silent when nobody reads it any more, or its disk is full."""
 

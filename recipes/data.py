@@ -131,7 +131,9 @@ def load(
             lambda: read_folder(root, image_size, track),
             warn,
         )
-    key = {"source": source, "modified": modified}
+    key: dict[str, Any] = {"source": source}
+    if modified:
+        key["files"] = cifar.stamp(source, root)
     return _cached(root, key, lambda: read_cifar(source, root, modified), warn)
 
 

@@ -41,7 +41,7 @@ class RunDirectory:
             raise ConfigError(f"--output: expected a directory, got the file {path}")
         with contextlib.ExitStack() as stack:
             try:
-                path.mkdir(parents=True, exist_ok=True)
+                files.make_directory(path)
                 stack.enter_context(samfn.held(path))
                 run._require_new()
                 run.write_config(config)
@@ -69,9 +69,11 @@ class RunDirectory:
     def write_config(self, config: Config) -> None:
         """Write the settings; those of before, if they differ, are kept beside."""
         path, text = self.path / CONFIG_FILE, to_toml(config)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.exists() and (before := path.read_text(encoding="utf-8")) != text:
             older = len(list(self.path.glob(f"{CONFIG_FILE}.*"))) + 1
-            path.rename(path.with_name(f"{CONFIG_FILE}.{older}"))
+            # A copy first, so that there are settings whenever the process is killed.
+            with files.replacing(path.with_name(f"{CONFIG_FILE}.{older}")) as temporary:
+                temporary.write_text(before, encoding="utf-8")
         with files.replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -82,28 +84,30 @@ class RunDirectory:
             OSError: it cannot be written; it will be with the next one.
         """
         self._unwritten.append(row)
-        lines = [f"{json.dumps(row)}\n" for row in self._unwritten]
-        with self.metrics.open("ab+") as file:
+        lines = "".join(f"{json.dumps(row)}\n" for row in self._unwritten)
+        with self.metrics.open("ab+", buffering=0) as file:
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)  # a line that was cut off
-            complete = file.tell()
+            complete = file.truncate(file.read().rfind(b"\n") + 1)  # no half line
             try:
-                file.write("".join(lines).encode())
-                file.flush()
+                left = memoryview(lines.encode())
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
             except OSError:
-                os.truncate(self.metrics, complete)
+                file.truncate(complete)
                 raise
         self._unwritten.clear()
 
     def rows(self) -> list[Row]:
-        """Return the epochs recorded so far; a line that was cut off is none."""
-        rows = []
-        text = self.metrics.read_text() if self.metrics.exists() else ""
+        """Return the epochs recorded so far; a line that is cut off or damaged is none."""
+        rows: list[Row] = []
+        exists = self.metrics.exists()
+        text = self.metrics.read_text(errors="replace") if exists else ""
         for line in text.splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+                    rows.append(row)
         return rows + self._unwritten
 
     def rewind(self, epochs: int) -> None:

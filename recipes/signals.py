@@ -52,6 +52,7 @@ class Signals:
             self._save = True
             return
         if not self._deferred:
+            self.stop = number  # Should something swallow what is raised.
             raise Stopped(number)
         now = time.monotonic()
         if self.stop is None:

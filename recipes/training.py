@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import samfn
 from recipes import augment
-from recipes.config import ConfigError, plain_values
+from recipes.config import ConfigError, plain_values, require_same_settings
 from recipes.console import Display, Live
 from recipes.rundir import Row, RunDirectory
 from recipes.signals import Signals
@@ -41,8 +41,6 @@ class Progress(NamedTuple):
     """`Meter.sums` over those batches."""
     seconds: float = 0.0
     """Time spent on those batches."""
-    best: float = -1.0
-    """Highest accuracy so far, on the split that chooses."""
 
 
 def step(
@@ -81,7 +79,7 @@ def prepare(
 ) -> None:
     """Compile the step, where it is to be, by a step whose result is dropped."""
     if task.config.compile == "yes" and progress.epoch < task.config.epochs:
-        _, batch = next(batches(task, progress.epoch, progress.batch))
+        _, batch = next(batches(task, progress.epoch))
         with display.waiting("compiling the training step"):
             step(task, state, 0, batch)
 
@@ -233,7 +231,7 @@ def train(
                 keeper.save(state, progress)
                 return False
             accuracy = row[f"{task.chosen_by.name}_accuracy"]
-            progress = Progress(epoch=progress.epoch + 1, best=max(progress.best, accuracy))
+            progress = Progress(epoch=progress.epoch + 1)
             _append(run, row, display)
             # In this order: a run that is killed between the two takes the epoch again.
             keeper.save(state, progress, accuracy)
@@ -264,14 +262,15 @@ def _train_epoch(
             seconds=time.perf_counter() - started,
         )
 
-    done = progress.batch
+    done, worst = progress.batch, state.skipped_in_a_row.clone()
     for index, batch in batches(task, progress.epoch, progress.batch):
         state, metrics = step(task, state, position + index, batch)
         meter.add(metrics, batch[1])
+        worst = torch.maximum(worst, state.skipped_in_a_row)
         done = index + 1
         last = done == task.steps_per_epoch
         if done % CHUNK == 0 or last:  # A GPU waits for it.
-            _require_finite(task, state, position + index, batch)
+            _require_finite(task, state, worst, position + index, batch)
         if live.due():
             rate = done * task.config.batch_size / (time.perf_counter() - started)
             live.step(progress.epoch, done, meter.read()[0]["loss"], rate)
@@ -291,14 +290,21 @@ def _train_epoch(
 
 
 def _require_finite(
-    task: Task, state: samfn.TrainState, position: int, batch: tuple[Tensor, Tensor]
+    task: Task,
+    state: samfn.TrainState,
+    worst: Tensor,
+    position: int,
+    batch: tuple[Tensor, Tensor],
 ) -> None:
+    """Raise if more steps in a row than allowed were skipped, `worst` at most."""
+    allowed = task.config.max_skipped
     try:
-        samfn.require_finite(state, in_a_row=task.config.max_skipped + 1)
+        samfn.require_finite(state._replace(skipped_in_a_row=worst), in_a_row=allowed + 1)
     except samfn.NonFiniteError as error:
         torch.manual_seed(seed(task.config.seed, "dropout", position))
         found = task.find_nonfinite(state, batch)
-        raise DivergedError(f"step {position + 1}, {found}: {error}") from error
+        where = f"step {position + 1}, {found}: " if found else ""
+        raise DivergedError(f"{where}{error}") from error
 
 
 def _append(run: RunDirectory, row: Row, display: Display) -> None:
@@ -369,17 +375,16 @@ def resume(
     """
     checkpoints = run.checkpoints(display.warn)
     try:
-        if path.is_file():
-            state, metadata = samfn.restore(path, like)
-            checkpoints.drop_after(int(state.step))
-        elif found := checkpoints.latest(like):
-            _, state, metadata = found
-        else:
-            display.say(f"{run.path} holds no checkpoint: starting from the beginning")
-            return like, Progress()
+        found = _named(path, like) or checkpoints.latest(like)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--resume: {error}") from error
-    progress = _require_fitting(task, run, metadata)
+    if found is None:
+        display.say(f"{run.path} holds no checkpoint: starting from the beginning")
+        return like, Progress()
+    _, state, metadata = found
+    progress = _require_fitting(task, found)
+    require_same_settings(metadata["config"], task.config)
+    checkpoints.drop_after(int(state.step))
     now = versions(task)
     for name, before in metadata["versions"].items():
         if now.get(name) != before:
@@ -389,29 +394,38 @@ def resume(
 
 
 def restore_best(
-    task: Task, run: RunDirectory, like: samfn.TrainState
+    task: Task, path: Path, run: RunDirectory, like: samfn.TrainState, display: Display
 ) -> tuple[samfn.TrainState, Progress]:
-    """Read the checkpoint of the best epoch.
+    """Read the checkpoint of the best epoch, or the one that `path` is.
 
     Raises:
-        ConfigError: there is none, it is damaged, or belongs to another network or to
+        ConfigError: there is none that is whole, or it belongs to another network or to
             other data.
     """
-    best = run.checkpoints().best()
-    if not best:
-        raise ConfigError(f"--resume: {run.path} holds no checkpoint of a whole epoch")
     try:
-        state, metadata = samfn.restore(best[0], like)
+        found = _named(path, like) or run.checkpoints(display.warn).best_whole(like)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--resume: {error}") from error
-    return state, _require_fitting(task, run, metadata)
+    if found is None:
+        raise ConfigError(f"--resume: {run.path} holds no checkpoint of a whole epoch")
+    return found.state, _require_fitting(task, found)
 
 
-def _require_fitting(task: Task, run: RunDirectory, metadata: dict[str, Any]) -> Progress:
-    if metadata["data"] != task.fingerprint:
-        raise ConfigError(f"--resume: {run.path} was trained on other images or labels")
-    values = metadata["progress"]
-    return Progress(**values | {"sums": tuple(values["sums"])})
+def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:
+    """Read a checkpoint, if `path` is one and no directory."""
+    return samfn.Found(path, *samfn.restore(path, like)) if path.is_file() else None
+
+
+def _require_fitting(task: Task, found: samfn.Found) -> Progress:
+    """Return where a run stands, if the checkpoint is one of this recipe and data."""
+    try:
+        data, values = found.metadata["data"], found.metadata["progress"]
+        progress = Progress(**values | {"sums": tuple(values["sums"])})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"--resume: {found.path} is none of this recipe's") from error
+    if data != task.fingerprint:
+        raise ConfigError(f"--resume: {found.path} was trained on other images or labels")
+    return progress
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from samfn.checkpoint import (
     CheckpointFormatError,
     Checkpoints,
     CheckpointWriteError,
+    Found,
     restore,
     save,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "CheckpointWriteError",
     "Checkpoints",
     "ExportError",
+    "Found",
     "InUseError",
     "Method",
     "Metrics",

@@ -6,9 +6,10 @@ A checkpoint is one safetensors file. Tensors are named by their place in the st
 """
 
 import json
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from samfn import border, files, tensorfile
 from samfn.update import NonFiniteError, TrainState
 
 FORMAT = "2"  # the newest, and the only one that was ever released
-FORMAT_KEY = "samfn.format"
+RESERVED = "samfn."
+FORMAT_KEY = f"{RESERVED}format"
 METADATA = "metadata"
 SCORE = "score"
 
@@ -56,9 +58,13 @@ def save(path: str | os.PathLike[str], state: TrainState, **metadata: Any) -> No
     Raises:
         CheckpointWriteError: the file cannot be written, as on a full disk; an OSError.
         TypeError: JSON does not hold the metadata.
+        ValueError: a name of the metadata begins with "samfn.", or there are more
+            tensors than `restore` takes.
     """
     tensors = _flatten(state)
     texts = {FORMAT_KEY: FORMAT}
+    if reserved := [key for key in metadata if key.startswith(RESERVED)]:
+        raise ValueError(f"metadata must not be called {RESERVED}*, got {reserved}")
     for key, value in metadata.items():
         if _holds_tensors(value):
             tensors |= _flatten(value, f"{METADATA}/{key}")
@@ -97,7 +103,10 @@ def restore(
         raise CheckpointFormatError(
             f"{path} has checkpoint format {found}, this samfn reads format {FORMAT}"
         )
-    metadata: dict[str, Any] = {key: json.loads(text) for key, text in texts.items()}
+    try:
+        metadata: dict[str, Any] = {key: json.loads(t) for key, t in texts.items()}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path} has damaged metadata: {error}") from error
     for name in [name for name in tensors if name.startswith(f"{METADATA}/")]:
         _, key, *rest = name.split("/", 2)
         if rest:
@@ -179,9 +188,14 @@ class Checkpoints:
 
     def best(self) -> list[Path]:
         """Return those with the highest scores, the best first; of equals, the older."""
-        scores = {path: _score(path) for path in self.paths()}
-        scored = {path: score for path, score in scores.items() if score is not None}
-        return sorted(scored, key=lambda path: -scored[path])[: self._keep_best]
+        return self._ranked()[: self._keep_best]
+
+    def best_whole(self, like: TrainState) -> Found | None:
+        """Read the best checkpoint that is whole, or None if none has a score.
+
+        Raises and warns as `latest`.
+        """
+        return self._first_whole(self._ranked(), like)
 
     def latest(self, like: TrainState) -> Found | None:
         """Read the newest checkpoint that is whole, or None if there is none.
@@ -192,7 +206,15 @@ class Checkpoints:
         Raises:
             CheckpointFormatError, ValueError: as `restore`; that is no damage.
         """
-        for path in reversed(self.paths()):
+        return self._first_whole(reversed(self.paths()), like)
+
+    def _ranked(self) -> list[Path]:
+        scores = {path: _score(path) for path in self.paths()}
+        scored = {path: score for path, score in scores.items() if score is not None}
+        return sorted(scored, key=lambda path: -scored[path])
+
+    def _first_whole(self, paths: Iterable[Path], like: TrainState) -> Found | None:
+        for path in paths:
             try:
                 return Found(path, *restore(path, like))
             except CheckpointCorruptError as error:
@@ -203,7 +225,7 @@ class Checkpoints:
 
     def _prepare(self) -> None:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.directory)
         except OSError as error:
             raise CheckpointWriteError(f"cannot make {self.directory}: {error}") from error
         files.sweep(self.directory)
@@ -224,10 +246,11 @@ def _require_finite(state: TrainState) -> None:
 
 def _score(path: Path) -> float | None:
     try:
-        text = tensorfile.read_texts(path).get(SCORE)
-        return None if text is None else float(json.loads(text))
-    except (OSError, ValueError):
+        score = json.loads(tensorfile.read_texts(path).get(SCORE, "null"))
+    except (OSError, ValueError, RecursionError):
         return None  # Whoever reads all of it is told.
+    number = isinstance(score, int | float) and math.isfinite(score)
+    return float(score) if number else None
 
 
 def _holds_tensors(value: Any) -> bool:

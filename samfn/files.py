@@ -33,7 +33,8 @@ def replacing(path: Path, need: int = 0) -> Iterator[Path]:
 
     Raises:
         OSError: less than `need` is free, or a call of the system failed. `path` is what
-            it was, and nothing is left beside it.
+            it was, or, if only its directory could not be synced, what it is to be; and
+            nothing is left beside it.
     """
     free = shutil.disk_usage(path.parent).free
     if free < need + MARGIN:
@@ -48,6 +49,14 @@ def replacing(path: Path, need: int = 0) -> Iterator[Path]:
         temporary.chmod(stat.S_IMODE(probe.stat().st_mode))
         os.replace(temporary, path)
         _sync(path.parent)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, to stay even if the power fails."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        _sync(folder.parent)
 
 
 def sweep(directory: Path) -> None:

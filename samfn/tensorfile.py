@@ -82,7 +82,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
             names, texts = list(file.keys()), dict(file.metadata() or {})
             loaded = dict(zip(names, pool.map(load, names), strict=True))
-    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
+    except (safetensors.SafetensorError, ValueError) as error:
         raise CorruptError(f"{path} is damaged: {error}") from error
     tensors = {name: tensor for name, (tensor, _) in loaded.items()}
     expected = texts.pop(DIGEST, None)

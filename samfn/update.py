@@ -173,7 +173,8 @@ def find_nonfinite(
         method: as for `sam_update`.
 
     Returns:
-        As "pass 2: the gradient of conv.weight", or None if all of it is finite.
+        As "pass 2: the gradient of conv.weight", or None if all of it is finite, as
+        with `loss_scaled`, which has lowered the scale since.
     """
     passes: list[Pass] = []
 

@@ -321,3 +321,38 @@ def test_too_many_tensors_for_any_reader_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"at most 10,000 tensors, got 10,00"):
         samfn.save(tmp_path / "file", state)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_that_the_file_needs_itself_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"must not be called samfn.*sha256"):
+    ):
+        samfn.save(tmp_path / "file", counted(1), **{"samfn.sha256": 1})
+
+
+def test_the_best_that_is_whole_is_read_and_scores_are_numbers(tmp_path):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path, keep_last=4, warn=said.append)
+    for step, score in enumerate((1.0, 3.0, 2.0, float("nan")), 1):
+        checkpoints.save(counted(step), score=score)
+    assert checkpoints.best_whole(counted(0)).state.step == 2
+    content = bytearray(checkpoints.paths()[1].read_bytes())
+    content[-1] ^= 1
+    checkpoints.paths()[1].write_bytes(content)
+    assert checkpoints.best_whole(counted(0)).state.step == 3
+    assert len(said) == 1
+    assert samfn.Checkpoints(tmp_path / "empty").best_whole(counted(0)) is None
+
+
+def test_a_lack_of_threads_is_no_damage(tmp_path, monkeypatch):
+    checkpoints = samfn.Checkpoints(tmp_path)
+    checkpoints.save(counted(1))
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", start)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            checkpoints.latest(counted(0))
+    assert checkpoints.latest(counted(0)).state.step == 1

@@ -126,10 +126,11 @@ def write_pickles(root, reader, protocol, bomb=None):
     def batch(name, count):
         pixels[name] = records(count, 1, 10)[:, 1:]
         content = {
+            # So many that what comes after is beyond the short opcodes of the memo.
+            "filenames": [f"{name}{i}.png" for i in range(600)],
             "batch_label": f"batch {name}",
             "labels": [i % 10 for i in range(count)],
             "data": pixels[name],
-            "filenames": [f"{i}.png" for i in range(count)],
         }
         return dump(name, content | ({"bomb": bomb} if bomb else {}))
 
@@ -174,6 +175,11 @@ def test_files_that_are_not_the_published_ones_need_a_flag(tmp_path, reader):
     with pytest.raises(data.DataError, match=r"test_batch is not the published .* MD5 000"):
         data.load("cifar10", tmp_path)
     assert len(data.load("cifar10", tmp_path, modified=True).test_labels) == 20
+    write_again = tmp_path / "cifar-10-batches-py" / "test_batch"
+    content = write_again.read_bytes()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(content)
+    again = data.load("cifar10", tmp_path, modified=True)  # No cache stands for it.
+    assert torch.equal(again.train_images[:20], again.test_images)
 
 
 def damaged(source, change):

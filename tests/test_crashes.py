@@ -208,13 +208,16 @@ def test_a_terminal_shows_names_and_does_not_obey_them(text, shown):
     assert plain(text) == shown
 
 
-def test_a_log_that_cannot_be_written_is_written_later(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("limit", [10, 200, 350])
+def test_a_log_that_cannot_be_written_is_written_later(
+    tmp_path, monkeypatch, capsys, limit
+):
     real, calls = RunDirectory.append, []
 
     def append(self, row):
         calls.append(row)
         if len(calls) == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10, -1))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
         try:
             real(self, row)
         finally:
@@ -232,6 +235,20 @@ def test_a_log_that_cannot_be_written_is_written_later(tmp_path, monkeypatch, ca
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2, 3]
     assert equal(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_damaged_log_loses_its_damaged_lines_alone(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "3") == 0
+    log = run / "metrics.jsonl"
+    first, second, third = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(first + second[:50] + b"\xff\n" + b'["x"]\n' + third)
+    assert [row["epoch"] for row in rows(run)] == [1, 3]
+    assert main(["--resume", str(run)]) == 0
+    assert [row["epoch"] for row in rows(run)] == [1, 3]
+    log.unlink()
+    assert main(["--resume", str(run)]) == 0
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_log_line_that_was_cut_off_is_replaced(tmp_path):
@@ -280,6 +297,65 @@ def test_what_changed_since_is_told_on_resuming(tmp_path, capsys):
     assert "epochs = 2" in (run / "config.toml").read_text()
 
 
+def test_a_checkpoint_knows_the_settings_it_was_made_with(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--save-steps", "5") == 0
+    older, config = RunDirectory(run).checkpoints().paths()[0], run / "config.toml"
+    config.write_text(config.read_text().replace("lr = 0.1", "lr = 0.2"))
+    for path in (run, older):
+        assert main(["--resume", str(path)]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "lr was 0.1, is now 0.2; --resume-override" in said
+    assert not list(run.rglob("*.superseded"))
+    assert main(["--resume", str(run), "--resume-override"]) == 0
+
+
+def test_a_checkpoint_that_is_named_is_the_one_that_is_evaluated(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "3") == 0
+    for path in RunDirectory(run).checkpoints().paths():
+        number = int(path.stem[5:]) // 22
+        assert main(["--resume", str(path), "--eval-only"]) == 0
+        accuracy = rows(run)[number - 1]["test_accuracy"]
+        said = f"{path.name}, after epoch {number}: test accuracy {accuracy:.2f} %"
+        assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_next(tmp_path, monkeypatch, capsys):
+    accuracies = iter([50.0, 70.0, 60.0, 40.0])
+    monkeypatch.setattr(training, "evaluate", lambda *args: (1.0, next(accuracies)))
+    run = tmp_path / "run"
+    assert train(run, "--epochs", "4") == 0
+    assert tensors(run, "best")["step"] == 2 * 22
+    damage(checkpoint(run, "best"))
+    assert main(["--resume", str(run)]) == 0
+    assert "step_000000044.safetensors is damaged" in capsys.readouterr().err
+    assert tensors(run, "best")["step"] == 3 * 22
+
+
+class FullAndStopped(FullAfter):
+    """A full disk, and one step later a signal."""
+
+    def __call__(self):
+        super().__call__()
+        real = training.step
+
+        def step(*args):
+            if self.taken == self.step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args)
+
+        training.step = step
+
+
+@pytest.mark.parametrize(("limit", "code"), [(10_000, 5), (2**30, 143)])
+def test_a_stop_that_could_not_save_does_not_pass_for_one_that_did(tmp_path, limit, code):
+    hook = FullAndStopped(7, limit)
+    found, said = run(tmp_path, "run", "--on-write-error", "warn", hook=hook)
+    assert found == code
+    assert ("goes on where this ended" in said) == (code == 143)
+
+
 def test_a_run_exports_its_best_model(tmp_path):
     from safetensors.torch import load_file
 
@@ -321,11 +397,38 @@ def test_a_step_that_is_not_finite_is_named_with_its_pass_and_tensor(
             yield index, (images * float("nan") if spoilt else images, labels)
 
     monkeypatch.setattr(training, "batches", batches)
-    assert train(tmp_path / "run", "--max-skipped", "0") == 3
+    assert train(tmp_path / "run", "--max-skipped", "7") == 3
     said = " ".join(capsys.readouterr().err.split())
     assert "step 38, pass 1: the loss is nan: the last 8 of 38 steps" in said
     assert tensors(tmp_path / "run")["step"] == 22
     assert all(t.isfinite().all() for t in tensors(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(("allowed", "code"), [("2", 3), ("3", 0)])
+def test_bad_steps_in_a_row_count_wherever_they_are(
+    tmp_path, capsys, monkeypatch, allowed, code
+):
+    real = training.batches
+
+    def batches(task, epoch, start=0):
+        for index, (images, labels) in real(task, epoch, start):
+            spoilt = epoch == 1 and 3 <= index < 6
+            yield index, (images * float("nan") if spoilt else images, labels)
+
+    monkeypatch.setattr(training, "batches", batches)
+    assert train(tmp_path / "run", "--max-skipped", allowed) == code
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("the last 3 of 38 steps" in said) == (code == 3)
+
+
+def test_closed_streams_are_no_place_for_checkpoints(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "recipes.cifar_wrn", *SMALL, "--output", str(run)]
+    shell = f"{' '.join(command)} <&- >&- 2>&-"
+    assert subprocess.run(shell, shell=True, cwd=ROOT, check=False).returncode == 0
+    assert (run / ".samfn.lock").read_text().strip().isdigit()
+    assert train(tmp_path / "whole") == 0
+    assert equal(tensors(run), tensors(tmp_path / "whole"))
 
 
 def test_a_hundred_random_configs_and_rows_run_no_code(tmp_path):
@@ -352,8 +455,9 @@ def test_a_hundred_random_configs_and_rows_run_no_code(tmp_path):
                 content[chance.randrange(len(content))] = chance.randrange(256)
             (run / "config.toml").write_bytes(content)
             assert main(["--resume", str(run), "--eval-only"]) in (0, 2)
-        (run / "metrics.jsonl").write_text(json.dumps({"__reduce__": ["os.system", "x"]}))
-        assert RunDirectory(run).rows() == [{"__reduce__": ["os.system", "x"]}]
+        row = {"epoch": 1, "__reduce__": ["os.system", "x"]}
+        (run / "metrics.jsonl").write_text(json.dumps(row))
+        assert RunDirectory(run).rows() == [row]
     finally:
         active[0] = False
     assert not seen

@@ -54,7 +54,7 @@ def main(options: Options) -> int:
             outcome: Outcome = row.run(trials, Path(folder))
         seconds = time.perf_counter() - started
         problems = list(outcome.failures)
-        if outcome.landed != outcome.trials:
+        if outcome.landed != outcome.trials or not outcome.trials:
             problems.append(f"only {outcome.landed} of {outcome.trials} faults happened")
         failed |= bool(problems)
         lines.append(

@@ -15,6 +15,7 @@ import torch
 import samfn
 from bench.faults.trial import (
     Outcome,
+    Process,
     again,
     damaged,
     finish,
@@ -75,8 +76,7 @@ def soak(seconds: float, root: Path) -> Outcome:
             process = start(recipe, again(run), str(log))
             process.join(chance.uniform(0.0, 4.0))
             fault = chance.choice(FAULTS)
-            happened[fault] += process.is_alive() or fault == "rot"
-            _strike(fault, process.pid, run, chance)
+            happened[fault] += _strike(fault, process, run, chance)
             code = finish(process)
             allowed = {"kill": -9, "terminate": 143, "interrupt": 130, "disk full": 5}
             if code not in (0, allowed.get(fault, 0)):
@@ -109,8 +109,9 @@ def soak(seconds: float, root: Path) -> Outcome:
     return Outcome(total, total, tuple(failures), notes)
 
 
-def _strike(fault: str, pid: int, run: Path, chance: random.Random) -> None:
-    """Make a fault happen to a process, or to its files."""
+def _strike(fault: str, process: Process, run: Path, chance: random.Random) -> bool:
+    """Make a fault happen to a process, or to its files; return whether it did."""
+    alive = bool(process.is_alive())
     number = {
         "kill": signal.SIGKILL,
         "terminate": signal.SIGTERM,
@@ -119,15 +120,17 @@ def _strike(fault: str, pid: int, run: Path, chance: random.Random) -> None:
     }.get(fault)
     try:
         if number is not None:
-            os.kill(pid, number)
+            os.kill(process.pid, number)
         elif fault == "disk full":
             limit = chance.randrange(1, 2**20)
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     except ProcessLookupError:
-        return  # It ended just now.
+        return False  # It ended just now.
     if fault == "rot":
         paths = samfn.Checkpoints(run / "checkpoints").paths()
         if paths:
             content = bytearray(paths[-1].read_bytes())
             content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
             paths[-1].write_bytes(content)
+        return bool(paths)
+    return alive

@@ -324,9 +324,7 @@ def test_too_many_tensors_for_any_reader_are_not_written(tmp_path):
 
 
 def test_names_that_the_file_needs_itself_are_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"must not be called samfn.*sha256"):
-    ):
+    with pytest.raises(ValueError, match=r"must not be called samfn.*sha256"):
         samfn.save(tmp_path / "file", counted(1), **{"samfn.sha256": 1})
 
 

@@ -40,6 +40,7 @@ def _run_tests(selected: tuple[str, ...], trials: int, root: Path) -> Outcome:
         report = root / f"{number}.xml"
         command = [sys.executable, "-m", "pytest", "-n0", "-q", f"tests/{file}"]
         command += ["-k", names] if names else []
+        command += ["-o", "junit_family=xunit1"]  # the one with properties
         done = subprocess.run(
             [*command, f"--junitxml={report}"], cwd=ROOT, capture_output=True, text=True
         )

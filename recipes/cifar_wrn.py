@@ -27,18 +27,15 @@ from recipes.compiling import keep_compiled
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse, run_of
 from recipes.console import Display, open_standard_streams
 from recipes.data import DataError, Source, load
+from recipes.keeping import Keeper, Progress, restore_best, resume
 from recipes.rundir import RunDirectory
 from recipes.signals import Signals, Stopped, watched
 from recipes.task import Task, assemble
 from recipes.training import (
     DivergedError,
-    Keeper,
-    Progress,
     batches,
     evaluate,
     prepare,
-    restore_best,
-    resume,
     step,
     train,
 )
@@ -61,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, OSError) as error:
         display.fail(str(error))
         return WRONG_INPUT
-    except DivergedError as error:
+    except (DivergedError, samfn.NonFiniteError) as error:
         display.fail(str(error))
         return DIVERGED
     except Stopped as error:

@@ -4,20 +4,17 @@ All randomness is a function of the seed and the position, so that a run that st
 anywhere goes on exactly as if it had not.
 """
 
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import samfn
 from recipes import augment
-from recipes.config import ConfigError, plain_values, require_same_settings
 from recipes.console import Display, Live
+from recipes.keeping import Keeper, Progress
 from recipes.rundir import Row, RunDirectory
 from recipes.signals import Signals
 from recipes.task import Split, Task, generator, seed
@@ -27,20 +24,7 @@ CHUNK = 16  # batches that are augmented at once, since each call costs as much 
 
 
 class DivergedError(Exception):
-    """Losses, gradients or weights were not finite, and will not become so."""
-
-
-class Progress(NamedTuple):
-    """Where a run stands; goes into every checkpoint."""
-
-    epoch: int = 0
-    """Epochs that are finished."""
-    batch: int = 0
-    """Batches of the next epoch that are finished."""
-    sums: tuple[float, ...] = ()
-    """`Meter.sums` over those batches."""
-    seconds: float = 0.0
-    """Time spent on those batches."""
+    """Too many steps had a loss or gradient that was not finite."""
 
 
 def step(
@@ -155,47 +139,6 @@ class Meter:
         return dict(zip(self.NAMES, means, strict=True)), int(steps)
 
 
-class Keeper:
-    """Writes the checkpoints of a run, and remembers whether the last one is missing."""
-
-    def __init__(
-        self, task: Task, checkpoints: samfn.Checkpoints, warn: Callable[[str], None]
-    ) -> None:
-        self.missing: samfn.CheckpointWriteError | None = None
-        self._task, self._checkpoints, self._warn = task, checkpoints, warn
-
-    def save(
-        self, state: samfn.TrainState, progress: Progress, score: float | None = None
-    ) -> None:
-        """Write a checkpoint, if a step was taken.
-
-        Raises:
-            CheckpointWriteError: it cannot be written, and the run is to end then.
-            DivergedError: the weights are not finite.
-        """
-        if not int(state.step):
-            return
-        task = self._task
-        try:
-            self._checkpoints.save(
-                state,
-                score=score,
-                progress=progress._asdict(),
-                config=plain_values(task.config),
-                normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
-                data=task.fingerprint,
-                versions=versions(task),
-            )
-            self.missing = None
-        except samfn.CheckpointWriteError as error:
-            if task.config.on_write_error == "stop":
-                raise
-            self.missing = error
-            self._warn(str(error))
-        except samfn.NonFiniteError as error:
-            raise DivergedError(f"{error}: try a lower --lr or --rho") from error
-
-
 def train(
     task: Task,
     state: samfn.TrainState,
@@ -213,8 +156,9 @@ def train(
 
     Raises:
         CheckpointWriteError: a checkpoint cannot be written. The one before is whole.
-        DivergedError: no step of an epoch was finite, more steps in a row than allowed
-            were not, or weights are not. The last checkpoint is older.
+        DivergedError: no step of an epoch was finite, or more steps in a row than allowed
+            were not. The last checkpoint is older.
+        NonFiniteError: the weights are not finite. The last checkpoint is older.
     """
     config = task.config
     prepare(task, state, progress, display)
@@ -342,90 +286,6 @@ def _record(
         task.steps_per_epoch * task.config.batch_size / progress.seconds
     )
     return row
-
-
-def versions(task: Task) -> dict[str, str]:
-    """Return what a run's bits depend on beside its settings."""
-    cuda = task.device.type == "cuda"
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(task.device) if cuda else task.device.type,
-        "processor": platform.machine(),
-        "threads": "" if cuda else str(torch.get_num_threads()),
-    }
-
-
-def resume(
-    task: Task, path: Path, run: RunDirectory, like: samfn.TrainState, display: Display
-) -> tuple[samfn.TrainState, Progress]:
-    """Read the checkpoint that a run goes on from.
-
-    Args:
-        task: what the run trains.
-        path: the run's directory, whose newest checkpoint counts, and from its start if
-            there is none; or one checkpoint, which then must be whole.
-        run: the run; held.
-        like: a state of the run.
-        display: is told of damaged checkpoints and of other versions.
-
-    Raises:
-        ConfigError: the checkpoint is damaged, or belongs to another network or to other
-            data.
-    """
-    checkpoints = run.checkpoints(display.warn)
-    try:
-        found = _named(path, like) or checkpoints.latest(like)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"--resume: {error}") from error
-    if found is None:
-        display.say(f"{run.path} holds no checkpoint: starting from the beginning")
-        return like, Progress()
-    _, state, metadata = found
-    progress = _require_fitting(task, found)
-    require_same_settings(metadata["config"], task.config)
-    checkpoints.drop_after(int(state.step))
-    now = versions(task)
-    for name, before in metadata["versions"].items():
-        if now.get(name) != before:
-            text = f"{name} was {before}, is now {now.get(name)}"
-            display.warn(f"{text}: going on, but not bit for bit")
-    return state, progress
-
-
-def restore_best(
-    task: Task, path: Path, run: RunDirectory, like: samfn.TrainState, display: Display
-) -> tuple[samfn.TrainState, Progress]:
-    """Read the checkpoint of the best epoch, or the one that `path` is.
-
-    Raises:
-        ConfigError: there is none that is whole, or it belongs to another network or to
-            other data.
-    """
-    try:
-        found = _named(path, like) or run.checkpoints(display.warn).best_whole(like)
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"--resume: {error}") from error
-    if found is None:
-        raise ConfigError(f"--resume: {run.path} holds no checkpoint of a whole epoch")
-    return found.state, _require_fitting(task, found)
-
-
-def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:
-    """Read a checkpoint, if `path` is one and no directory."""
-    return samfn.Found(path, *samfn.restore(path, like)) if path.is_file() else None
-
-
-def _require_fitting(task: Task, found: samfn.Found) -> Progress:
-    """Return where a run stands, if the checkpoint is one of this recipe and data."""
-    try:
-        data, values = found.metadata["data"], found.metadata["progress"]
-        progress = Progress(**values | {"sums": tuple(values["sums"])})
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"--resume: {found.path} is none of this recipe's") from error
-    if data != task.fingerprint:
-        raise ConfigError(f"--resume: {found.path} was trained on other images or labels")
-    return progress
 
 
 @contextmanager

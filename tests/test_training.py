@@ -12,6 +12,7 @@ import samfn
 from recipes import augment, methods, training
 from recipes.config import parse
 from recipes.data import load
+from recipes.keeping import Progress
 from recipes.signals import Signals
 from recipes.task import Split, assemble
 from samfn.compiled import CompiledUpdate
@@ -235,6 +236,6 @@ def test_skipped_steps_are_counted_in_the_row(monkeypatch):
     task, state = task_of()
     meter = training.Meter(torch.device("cpu"), ())
     meter.add(metrics(1.0), torch.tensor([0, 0]))
-    progress = training.Progress(batch=task.steps_per_epoch, seconds=1.0)
+    progress = Progress(batch=task.steps_per_epoch, seconds=1.0)
     row = training._record(task, state, progress, meter, Signals())
     assert row["skipped_steps"] == task.steps_per_epoch - 1

@@ -27,6 +27,7 @@ from bench.faults.trial import (
 
 FAULTS = ("kill", "terminate", "interrupt", "save", "disk full", "rot", "nothing")
 WARM_UP = 0.2  # share of the time after which memory may grow no more
+SAMPLES = 500
 
 
 def keep_saving(directory: str, seconds: float) -> None:
@@ -36,6 +37,7 @@ def keep_saving(directory: str, seconds: float) -> None:
     state = samfn.init({"w": torch.randn(2**16)}, {}, optimizer=optimizer)
     checkpoints = samfn.Checkpoints(directory)
     samples: list[tuple[float, int, int]] = []
+    saves = 0
     started = time.monotonic()
     while (now := time.monotonic() - started) < seconds:
         for _ in range(20):
@@ -50,10 +52,13 @@ def keep_saving(directory: str, seconds: float) -> None:
         found = checkpoints.latest(state)
         assert found is not None
         assert torch.equal(found.state.params["w"], state.params["w"])
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        samples.append((now, pages, len(os.listdir("/proc/self/fd"))))
+        saves += 1
+        # Seldom, since what is kept of the samples is memory as well.
+        if now > seconds * (len(samples) + 1) / SAMPLES:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            samples.append((now, pages, len(os.listdir("/proc/self/fd"))))
         time.sleep(0.05)
-    Path(directory, "samples.json").write_text(json.dumps(samples))
+    Path(directory, "samples.json").write_text(json.dumps([saves, samples]))
 
 
 def _loss(params: samfn.tree.Params, buffers: samfn.tree.Params, batch: Any) -> Any:
@@ -71,28 +76,32 @@ def soak(seconds: float, root: Path) -> Outcome:
     while time.monotonic() < deadline:
         run, log = root / f"run{runs}", root / f"run{runs}.log"
         runs += 1
-        code = -1
+        code, rotten = -1, set[str]()
         while code != 0:
             process = start(recipe, again(run), str(log))
             process.join(chance.uniform(0.0, 4.0))
             fault = chance.choice(FAULTS)
-            happened[fault] += _strike(fault, process, run, chance)
+            struck = _strike(fault, process, run, chance, rotten)
+            happened[fault] += struck
             code = finish(process)
             allowed = {"kill": -9, "terminate": 143, "interrupt": 130, "disk full": 5}
             if code not in (0, allowed.get(fault, 0)):
                 failures.append(f"{fault}: exit code {code}: {log.read_text()[-300:]}")
                 break
-            if fault == "rot":
-                code = -1  # The next process is to put aside what rots.
-            elif found := damaged(run / "checkpoints"):
-                failures.append(f"{fault}: {found}")
+            if fault == "rot" and struck:
+                code = -1  # A further process is to put aside what rots.
+            # What rotted stays until a process looks at it.
+            found = set(damaged(run / "checkpoints"))
+            if found - rotten:
+                failures.append(f"{fault}: {found - rotten}")
+            rotten &= found
         if code == 0 and result(run) != expected:
             failures.append(f"run {runs}: ended elsewhere")
         shutil.rmtree(run, ignore_errors=True)
         log.unlink()
     if code := finish(saver, 60):
         failures.append(f"the process that saves ended with {code}")
-    samples = json.loads((root / "saver" / "samples.json").read_text())
+    saves, samples = json.loads((root / "saver" / "samples.json").read_text())
     warm = [sample for sample in samples if sample[0] > WARM_UP * seconds]
     tenth = max(1, len(warm) // 10)
     parts = warm[:tenth], warm[-tenth:]
@@ -102,14 +111,16 @@ def soak(seconds: float, root: Path) -> Outcome:
         failures.append(f"memory grew by {growth:.2%}, file descriptors {handles}")
     counts = ", ".join(f"{count} {fault}" for fault, count in happened.items())
     notes = (
-        f"{seconds / 60:.0f} min, {runs} runs: {counts}; {len(samples)} saves in one"
+        f"{seconds / 60:.0f} min, {runs} runs: {counts}; {saves:,} saves in one"
         f" process, memory {growth:+.2%} after warm-up, {max(handles)} file descriptors"
     )
     total = sum(happened.values())
     return Outcome(total, total, tuple(failures), notes)
 
 
-def _strike(fault: str, process: Process, run: Path, chance: random.Random) -> bool:
+def _strike(
+    fault: str, process: Process, run: Path, chance: random.Random, rotten: set[str]
+) -> bool:
     """Make a fault happen to a process, or to its files; return whether it did."""
     alive = bool(process.is_alive())
     number = {
@@ -132,5 +143,6 @@ def _strike(fault: str, process: Process, run: Path, chance: random.Random) -> b
             content = bytearray(paths[-1].read_bytes())
             content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
             paths[-1].write_bytes(content)
+            rotten.add(paths[-1].name)
         return bool(paths)
     return alive

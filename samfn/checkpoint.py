@@ -269,9 +269,9 @@ def _flatten(node: Any, place: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def _rebuild(like: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
+def _rebuild(like: Any, tensors: dict[str, Tensor], place: str) -> Any:
     if isinstance(like, Tensor):
-        found = tensors[place]
+        found = tensors.pop(place)  # So that memory is free for the next.
         if found.device == like.device and found.stride() == like.stride():
             return found
         return torch.empty_like(like).copy_(found)

@@ -42,13 +42,13 @@ def replacing(path: Path, need: int = 0) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
         temporary = Path(folder, "file")
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         # A new file shows the umask, which cannot be asked for without changing it.
         probe = Path(folder, "mode")
         probe.touch()
         temporary.chmod(stat.S_IMODE(probe.stat().st_mode))
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def make_directory(path: Path) -> None:
@@ -56,7 +56,7 @@ def make_directory(path: Path) -> None:
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in made:
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 def sweep(directory: Path) -> None:
@@ -94,7 +94,8 @@ def held(directory: str | os.PathLike[str], *, wait: bool = False) -> Iterator[N
         lock.release()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the disk has what a file, or the entries of a directory, hold."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no directories, and writes their entries through.
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -55,6 +55,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
         ):
             hashes = pool.map(sha256, plain.values())
             save_file(plain, temporary, {**texts, DIGEST: UNKNOWN})
+            files.sync(temporary)  # The disk works while the last hashes are made.
             _fill_in(temporary, _digest(plain, hashes, texts))
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"cannot write {path}, {size:,} bytes: {error}") from error
@@ -71,24 +72,16 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     read_texts(path)  # refuses headers that the library would take
     try:
         # Not mapped into memory: a mapped file that shrinks kills the process.
-        with (
-            safetensors.safe_open(path, framework="pt", backend="pread") as file,
-            ThreadPoolExecutor(THREADS) as pool,
-        ):
-
-            def load(name: str) -> tuple[Tensor, str]:
-                tensor = file.get_tensor(name)
-                return tensor, sha256(tensor)
-
-            names, texts = list(file.keys()), dict(file.metadata() or {})
-            loaded = dict(zip(names, pool.map(load, names), strict=True))
+        with safetensors.safe_open(path, framework="pt", backend="pread") as file:
+            tensors, texts = file.get_tensors(), dict(file.metadata() or {})
     except (safetensors.SafetensorError, ValueError) as error:
         raise CorruptError(f"{path} is damaged: {error}") from error
-    tensors = {name: tensor for name, (tensor, _) in loaded.items()}
     expected = texts.pop(DIGEST, None)
     if expected is None:
         raise CorruptError(f"{path} holds no {DIGEST}: it was not written by samfn")
-    if _digest(tensors, (found for _, found in loaded.values()), texts) != expected:
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = _digest(tensors, pool.map(sha256, tensors.values()), texts)
+    if found != expected:
         raise CorruptError(
             f"{path} is damaged: its content is not that of the SHA-256 in it"
         )

@@ -116,20 +116,20 @@ MUTANTS = {
     ),
     "a file is not synced": (
         "files.py",
-        "        _sync(temporary)\n",
+        "        sync(temporary)\n",
         "",
         "tests/test_files.py",
     ),
     "a directory is not synced": (
         "files.py",
-        "        _sync(path.parent)\n",
+        "        sync(path.parent)\n",
         "",
         "tests/test_files.py",
     ),
     "the digest is not looked at": (
         "tensorfile.py",
-        "texts) != expected:",
-        'texts) == "":',
+        "if found != expected:",
+        'if found == "":',
         "tests/test_tensorfile.py",
     ),
     "dtypes are not in the digest": (

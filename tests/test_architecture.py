@@ -34,7 +34,7 @@ OWNERS = {
     "safetensors": {"samfn/tensorfile.py", "bench/checkpoints.py"},
     "filelock": {"samfn/files.py"},
     "torch.export": {"samfn/export.py"},
-    "torchvision": {"recipes/data.py", "recipes/cifar.py", "bench/faults/processes.py"},
+    "torchvision": {"recipes/data.py", "recipes/cifar.py"},
     "sklearn": {"recipes/data.py"},
     "einops": {"recipes/models.py", "recipes/augment.py"},
     "tyro": {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.io import write_png
+from PIL import Image
 
 from bench.faults.trial import (
     RECIPE,
@@ -101,8 +101,8 @@ def one_data_set(trials: int, root: Path) -> Outcome:
             for name in ("cat", "dog"):
                 folder = images / split / name
                 folder.mkdir(parents=True)
-                pixels = torch.full((3, 8, 8), chance.randrange(256), dtype=torch.uint8)
-                write_png(pixels, str(folder / "0.png"))
+                colour = (chance.randrange(256), 0, 0)
+                Image.new("RGB", (8, 8), colour).save(folder / "0.png")
         args = str(images), str(log)
         codes = [finish(p) for p in [start(read_data, *args) for _ in range(PROCESSES)]]
         lines = log.read_text().splitlines()

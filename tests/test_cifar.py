@@ -250,7 +250,7 @@ def entry(name, kind=tarfile.REGTYPE, target="", size=0):
 BATCH = "cifar-10-batches-bin/data_batch_1.bin"
 HOSTILE = {
     "parent": [(entry("../escaped", size=1), b"x")],
-    "absolute": [(entry("/tmp/samfn-escaped", size=1), b"x")],
+    "absolute": [(entry("/samfn-escaped", size=1), b"x")],
     "symbolic link": [(entry(BATCH, tarfile.SYMTYPE, "/etc/passwd"), b"")],
     "hard link": [(entry(BATCH, tarfile.LNKTYPE, "../../etc/passwd"), b"")],
     "device": [(entry(BATCH, tarfile.CHRTYPE), b"")],

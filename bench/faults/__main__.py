@@ -1,6 +1,6 @@
 """Make every fault happen, many times, and report what came of it.
 
-    python -m bench.faults                       # all rows, with all trials; about an hour
+    python -m bench.faults                       # all rows, with all trials; 25 minutes
     python -m bench.faults --only F1 F2          # some
     python -m bench.faults --soak 3600           # F28 alone, for so many seconds
     python -m bench.faults --report bench/results/faults.md
@@ -43,6 +43,8 @@ def main(options: Options) -> int:
     torch.set_num_threads(1)
     lines: list[dict[str, str]] = []
     failed = False
+    if unknown := set(options.only) - {row.name for row in ROWS}:
+        raise SystemExit(f"--only: expected rows as F1, got {', '.join(sorted(unknown))}")
     if options.soak is not None:
         rows = [Row("F28", "anything, for a long time", soak, round(options.soak))]
     else:

@@ -51,7 +51,13 @@ def main(args: Sequence[str] | None = None) -> int:
     keep_compiled()
     try:
         with watched() as signals:
-            return run(parse(args, display.say), display, signals)
+            try:
+                return run(parse(args, display.say), display, signals)
+            except (ImportError, SystemError) as error:
+                if signals.stop is None:
+                    raise
+                # What a signal raises while C code starts up is turned into these.
+                raise Stopped(signals.stop) from error
     except samfn.CheckpointWriteError as error:
         display.fail(f"{error}; the checkpoint before is whole")
         return NOT_WRITTEN
@@ -193,7 +199,11 @@ def _export(
     task: Task, directory: RunDirectory, like: samfn.TrainState, display: Display
 ) -> None:
     """Write the best epoch's model for those who have no samfn."""
-    state, _ = restore_best(task, directory.path, directory, like, display)
+    try:
+        state, _ = restore_best(task, directory.path, directory, like, display)
+    except ConfigError as error:  # It was whole when it was written.
+        text = f"no best checkpoint is left to export: {error}; --resume trains it again"
+        raise samfn.CheckpointWriteError(text) from error
     trained = task.model, state.params, state.buffers
     samfn.export_weights(directory.weights, *trained)
     if task.config.export:

@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from samfn import files
@@ -69,11 +69,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CorruptError: it is damaged, or was not written by `write`.
         OSError: it cannot be read.
     """
-    read_texts(path)  # refuses headers that the library would take
     try:
-        # Not mapped into memory: a mapped file that shrinks kills the process.
-        with safetensors.safe_open(path, framework="pt", backend="pread") as file:
-            tensors, texts = file.get_tensors(), dict(file.metadata() or {})
+        # Read at once and not mapped: a mapped file that shrinks kills the process, and
+        # safe_open maps it for a moment whatever its backend.
+        content = path.read_bytes()
+        texts, tensors = _texts(path, content), load(content)
     except (safetensors.SafetensorError, ValueError) as error:
         raise CorruptError(f"{path} is damaged: {error}") from error
     expected = texts.pop(DIGEST, None)
@@ -99,12 +99,18 @@ def read_texts(path: Path) -> dict[str, str]:
     with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= MAX_HEADER:
-            raise CorruptError(
-                f"{path} is no safetensors file: expected a header of 2 to {MAX_HEADER:,}"
-                f" bytes, got {length:,}"
-            )
-        content = file.read(length)
+        return _texts(path, head + file.read(min(length, MAX_HEADER)))
+
+
+def _texts(path: Path, start: bytes) -> dict[str, str]:
+    """Return the texts of a file that begins so, if its header is one that is allowed."""
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    if not 2 <= length <= MAX_HEADER:
+        raise CorruptError(
+            f"{path} is no safetensors file: expected a header of 2 to {MAX_HEADER:,}"
+            f" bytes, got {length:,}"
+        )
+    content = start[8 : 8 + length]
     if content.count(b'"dtype"') > MAX_TENSORS:  # Before it takes memory and time.
         raise CorruptError(f"{path} names more than {MAX_TENSORS:,} tensors")
     try:

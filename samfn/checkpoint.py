@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from samfn import border, files, tensorfile
@@ -95,8 +94,9 @@ def restore(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    expected = _flatten(like)
     try:
-        tensors, texts = tensorfile.read(path)
+        tensors, texts = tensorfile.read(path, expected)
     except tensorfile.CorruptError as error:
         raise CheckpointCorruptError(str(error)) from error
     if (found := texts.pop(FORMAT_KEY, None)) != FORMAT:
@@ -113,7 +113,6 @@ def restore(
             metadata.setdefault(key, {})[rest[0]] = tensors.pop(name)
         else:
             metadata[key] = tensors.pop(name)
-    expected = _flatten(like)
     border.require_same_layout(expected, tensors, names=f"the state and {path}")
     return _rebuild(like, tensors, ""), metadata
 
@@ -271,10 +270,7 @@ def _flatten(node: Any, place: str = "") -> dict[str, Tensor]:
 
 def _rebuild(like: Any, tensors: dict[str, Tensor], place: str) -> Any:
     if isinstance(like, Tensor):
-        found = tensors.pop(place)  # So that memory is free for the next.
-        if found.device == like.device and found.stride() == like.stride():
-            return found
-        return torch.empty_like(like).copy_(found)
+        return tensors[place]
     children = {
         key: _rebuild(child, tensors, f"{place}/{key}" if place else key)
         for key, child in _children(like).items()

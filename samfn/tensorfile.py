@@ -9,23 +9,46 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from samfn import files
 
 DIGEST = "samfn.sha256"
 UNKNOWN = "0" * 64  # stands where the digest comes to stand
+METADATA = "__metadata__"  # the format's name for texts
 MAX_HEADER = 8 * 2**20  # bytes
 MAX_TENSORS = 10_000
 THREADS = min(4, os.cpu_count() or 1)  # beside the disk, hashing needs no more
+CHUNK = 2**20  # bytes, which a processor's cache holds
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
 
 
 class CorruptError(ValueError):
@@ -42,10 +65,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
 
     Raises:
         ValueError: more tensors than any reader takes.
+        TypeError: a dtype that safetensors does not hold.
         OSError: it could not be written; says what was needed and what was free.
     """
     if len(tensors) > MAX_TENSORS:
         raise ValueError(f"expected at most {MAX_TENSORS:,} tensors, got {len(tensors):,}")
+    if unknown := sorted(
+        {str(t.dtype) for t in tensors.values()} - {str(d) for d in DTYPES.values()}
+    ):
+        raise TypeError(f"expected dtypes that safetensors holds, got {unknown}")
     plain = _separate(tensors)
     size = sum(tensor.nbytes for tensor in plain.values())
     try:
@@ -61,26 +89,52 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
         raise OSError(f"cannot write {path}, {size:,} bytes: {error}") from error
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(
+    path: Path, like: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors, into memory of their own, and texts; both are what was written.
+
+    The file is read and not mapped, since a mapped file that shrinks kills the process:
+    in threads, and each piece is hashed while the processor's cache holds it.
+
+    Args:
+        path: a file that `write` wrote.
+        like: by name, gives strides and device of tensors of its dtype and shape; others
+            come contiguous, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
         CorruptError: it is damaged, or was not written by `write`.
         OSError: it cannot be read.
     """
-    try:
-        # Read at once and not mapped: a mapped file that shrinks kills the process, and
-        # safe_open maps it for a moment whatever its backend.
-        content = path.read_bytes()
-        texts, tensors = _texts(path, content), load(content)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise CorruptError(f"{path} is damaged: {error}") from error
-    expected = texts.pop(DIGEST, None)
-    if expected is None:
-        raise CorruptError(f"{path} holds no {DIGEST}: it was not written by samfn")
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = _digest(tensors, pool.map(sha256, tensors.values()), texts)
+    with path.open("rb") as file:
+        header, start = _header(path, file)
+        texts = _texts(path, header)
+        places = _places(path, header, start, os.fstat(file.fileno()).st_size)
+        expected = texts.pop(DIGEST, None)
+        if expected is None:
+            raise CorruptError(f"{path} holds no {DIGEST}: it was not written by samfn")
+        scratch = _Scratch(
+            max((place.layout.nbytes for place in places.values()), default=0)
+        )
+
+        def read_one(name: str) -> tuple[Tensor, str]:
+            layout, start = places[name]
+            wanted = (like or {}).get(name)
+            if wanted is not None and _kind(wanted) == _kind(layout):
+                made = torch.empty_like(wanted)
+            else:
+                made = torch.empty_like(layout, device="cpu")
+            if made.is_contiguous() and made.device.type == "cpu":
+                return made, _fill(made, file.fileno(), start, path)
+            plain = scratch.memory[: layout.nbytes].view(layout.dtype).view(layout.shape)
+            found = _fill(plain, file.fileno(), start, path)
+            return made.copy_(plain), found
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            read_all = dict(zip(places, pool.map(read_one, places), strict=True))
+    tensors = {name: tensor for name, (tensor, _) in read_all.items()}
+    found = _digest(tensors, (sha for _, sha in read_all.values()), texts)
     if found != expected:
         raise CorruptError(
             f"{path} is damaged: its content is not that of the SHA-256 in it"
@@ -97,30 +151,86 @@ def read_texts(path: Path) -> dict[str, str]:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        return _texts(path, head + file.read(min(length, MAX_HEADER)))
+        return _texts(path, _header(path, file)[0])
 
 
-def _texts(path: Path, start: bytes) -> dict[str, str]:
-    """Return the texts of a file that begins so, if its header is one that is allowed."""
-    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+class _Scratch(threading.local):
+    """Memory of each thread's own, for what is not laid out as in the file."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = torch.empty(size, dtype=torch.uint8)
+
+
+class _Place(NamedTuple):
+    layout: Tensor  # without memory
+    start: int  # in the file, in bytes
+
+
+def _header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Return the header of a file, not believed yet, and where the tensors begin."""
+    head = file.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if not 2 <= length <= MAX_HEADER:
         raise CorruptError(
             f"{path} is no safetensors file: expected a header of 2 to {MAX_HEADER:,}"
             f" bytes, got {length:,}"
         )
-    content = start[8 : 8 + length]
+    content = file.read(length)
     if content.count(b'"dtype"') > MAX_TENSORS:  # Before it takes memory and time.
         raise CorruptError(f"{path} names more than {MAX_TENSORS:,} tensors")
     try:
         header = json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path} has a damaged header: {error}") from error
-    texts = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(header, dict):
+        raise CorruptError(f"{path} has a header that safetensors does not allow")
+    return header, 8 + length
+
+
+def _texts(path: Path, header: Mapping[str, Any]) -> dict[str, str]:
+    texts = header.get(METADATA, {})
     if not isinstance(texts, dict) or not all(isinstance(t, str) for t in texts.values()):
         raise CorruptError(f"{path} has a header that safetensors does not allow")
-    return texts
+    return dict(texts)
+
+
+def _places(
+    path: Path, header: Mapping[str, Any], start: int, size: int
+) -> dict[str, _Place]:
+    """Return where each tensor is, if they fill the file, none over another."""
+    places, here = {}, 0
+    try:
+        spans = {name: header[name]["data_offsets"] for name in header.keys() - {METADATA}}
+        for name in sorted(spans, key=spans.__getitem__):
+            dtype, shape = DTYPES[header[name]["dtype"]], header[name]["shape"]
+            layout = torch.empty(shape, dtype=dtype, device="meta")
+            places[name] = _Place(layout, start + here)
+            if spans[name] != [here, here + layout.nbytes]:
+                raise ValueError(f"{name} is at {spans[name]}, not at {here}")
+            here += layout.nbytes
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CorruptError(f"{path} has a damaged header: {error!r}") from error
+    if size != start + here:
+        raise CorruptError(
+            f"{path} is damaged: expected {start + here:,} bytes, got {size:,}"
+        )
+    return places
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape
+
+
+def _fill(tensor: Tensor, file: int, start: int, path: Path) -> str:
+    """Read a contiguous tensor from a place in a file, and return its SHA-256."""
+    content, found = _bytes(tensor), hashlib.sha256()
+    while content:
+        count = os.preadv(file, [content[:CHUNK]], start)
+        if not count:
+            raise CorruptError(f"{path} is damaged: it ended while it was read")
+        found.update(content[:count])
+        content, start = content[count:], start + count
+    return found.hexdigest()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -145,8 +255,11 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def sha256(tensor: Tensor) -> str:
     """Return the SHA-256 of the bytes of a contiguous tensor on the CPU, as 64 digits."""
-    content = tensor.reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(content.data).hexdigest()
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(

@@ -9,19 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from samfn import tensorfile
-from samfn.tensorfile import CorruptError, read, write
-
-DTYPES = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.int64,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-)
+from samfn.tensorfile import DTYPES, CorruptError, read, write
 
 
 def same(left, right):
@@ -42,7 +30,9 @@ def bytes_of(tensor):
     st.dictionaries(
         st.text(st.characters(codec="utf-8"), max_size=8),
         st.tuples(
-            st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3), st.booleans()
+            st.sampled_from([*DTYPES.values()]),
+            st.lists(st.integers(0, 4), max_size=3),
+            st.booleans(),
         ),
         max_size=6,
     ).filter(lambda shapes: "__metadata__" not in shapes),
@@ -76,6 +66,51 @@ def test_tensors_that_share_memory_and_strides_are_no_matter(tmp_path):
     }
     write(tmp_path / "file", tensors, {})
     assert same(read(tmp_path / "file")[0], tensors)
+
+
+def test_tensors_come_as_those_that_are_alike(tmp_path):
+    tensors = {name: torch.rand(2, 3, 4, 4) for name in ("same", "shape", "dtype", "none")}
+    write(tmp_path / "file", tensors, {})
+    channels_last = torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    like = {
+        "same": channels_last,
+        "shape": channels_last[:1],
+        "dtype": channels_last.double(),
+        "other": channels_last,
+    }
+    found, _ = read(tmp_path / "file", like)
+    assert same(found, tensors)
+    strides = {name: found[name].stride() for name in tensors}
+    usual = tensors["none"].stride()
+    assert strides.pop("same") == channels_last.stride()
+    assert set(strides.values()) == {usual}
+
+
+def test_dtypes_are_called_as_safetensors_calls_them(tmp_path):
+    for name, dtype in DTYPES.items():
+        save_file({"w": torch.zeros(1).to(dtype)}, tmp_path / "file")
+        with (tmp_path / "file").open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            assert json.loads(file.read(length))["w"]["dtype"] == name
+
+
+def test_other_dtypes_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"safetensors holds, got .*complex128"):
+        write(tmp_path / "file", {"w": torch.ones(1, dtype=torch.complex128)}, {})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_that_ends_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "file"
+    write(path, {"w": torch.ones(9)}, {})
+
+    class Cuts(dict):
+        def get(self, name):
+            with path.open("rb+") as file:
+                file.truncate(path.stat().st_size - 1)
+
+    with pytest.raises(CorruptError, match="it ended while it was read"):
+        read(path, Cuts(w=None))
 
 
 def test_the_digest_is_the_sha256_of_the_manifest(tmp_path):

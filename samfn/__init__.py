@@ -1,6 +1,6 @@
 """Sharpness-aware training as pure functions over parameter dicts."""
 
-from samfn import schedules
+from samfn import schedules, sharpness
 from samfn.checkpoint import (
     CheckpointCorruptError,
     CheckpointError,
@@ -51,8 +51,10 @@ from samfn.methods import (
     vasso,
     wsam,
 )
+from samfn.objective import Objective
 from samfn.optimizer import SAM
 from samfn.perturb import (
+    adaptive_metric,
     everything,
     named_weight,
     perturb,
@@ -86,12 +88,14 @@ __all__ = [
     "Method",
     "Metrics",
     "NonFiniteError",
+    "Objective",
     "Optimizer",
     "TrainState",
     "accumulated",
     "adagrad",
     "adam",
     "adamw",
+    "adaptive_metric",
     "ae_sam",
     "asam",
     "clipped",
@@ -135,6 +139,7 @@ __all__ = [
     "schedules",
     "set_random_state",
     "sgd",
+    "sharpness",
     "split",
     "sub_batch_ascent",
     "supervised",

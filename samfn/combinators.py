@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from samfn import border, tree
+from samfn.batches import cut
 from samfn.gradient import Evaluate, Pass
-from samfn.method import Descent, Method, MethodState, Point, length_of, plain
+from samfn.method import Descent, Method, MethodState, Point, plain
 from samfn.perturb import Adapts
 from samfn.tree import Batch, Params
 
@@ -38,7 +39,7 @@ def accumulated(method: Method, size: int) -> Method:
     ) -> tuple[Descent, MethodState]:
         def evaluate_all(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
             total: Pass | None = None
-            for micro_batch, weight in _micro_batches(batch, size):
+            for micro_batch, weight in cut(batch, size):
                 part = evaluate(params, buffers, micro_batch, **how)
                 total = _add_pass(total, part, weight)
                 buffers = part.buffers
@@ -82,7 +83,7 @@ def per_micro_batch(
     ) -> tuple[Descent, MethodState]:
         total: Descent | None = None
         buffers, seen = point.buffers, []
-        for micro_batch, weight in _micro_batches(point.batch, size):
+        for micro_batch, weight in cut(point.batch, size):
             part, memory = method.descent(
                 evaluate, point._replace(batch=micro_batch, buffers=buffers), memory
             )
@@ -315,17 +316,6 @@ def _averaged(parts: list[tuple[Params, float]]) -> dict[str, Tensor]:
         else leaf
         for name, leaf in parts[-1][0].items()
     }
-
-
-def _micro_batches(batch: Batch, size: int) -> list[tuple[Batch, float]]:
-    """Cut every tensor of a batch along its first dimension; give each part's share."""
-    length = length_of(batch)
-    leaves, structure = pytree.tree_flatten(batch)
-    cut = [leaf.split(size) for leaf in leaves]
-    return [
-        (pytree.tree_unflatten(part, structure), len(part[0]) / length)
-        for part in map(list, zip(*cut, strict=True))
-    ]
 
 
 def _add_pass(total: Pass | None, part: Pass, weight: float) -> Pass:

@@ -5,14 +5,13 @@ what turns methods into others in `combinators`.
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from samfn import tree
+from samfn.batches import first_rows
 from samfn.gradient import Evaluate, Pass
 from samfn.perturb import Perturb, perturb
 from samfn.tree import Batch, Params
@@ -168,26 +167,3 @@ def is_number_zero(rho: float | Tensor) -> bool:
     What a tensor holds is not looked at: a graph has one shape for every rho.
     """
     return not isinstance(rho, Tensor) and rho == 0
-
-
-def first_rows(batch: Batch, share: float) -> Batch:
-    """Return the first rows of every tensor of a batch, that share of them, rounded up."""
-    size = max(1, ceil(share * length_of(batch)))
-    return pytree.tree_map(lambda leaf: leaf[:size], batch)
-
-
-def length_of(batch: Batch) -> int:
-    """Return how many rows every tensor of a batch has.
-
-    Raises:
-        ValueError: they have different lengths, or there are none.
-    """
-    leaves = pytree.tree_leaves(batch)
-    lengths = {leaf.shape[:1] if isinstance(leaf, Tensor) else None for leaf in leaves}
-    if len(lengths) != 1 or not (length := next(iter(lengths))) or not length[0]:
-        found = [tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in leaves]
-        raise ValueError(
-            "parts of a batch need a batch of tensors of one length, got shapes"
-            f" {', '.join(map(str, found))}"
-        )
-    return int(length[0])

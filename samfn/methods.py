@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from samfn import border, tree
+from samfn.batches import length_of
 from samfn.gradient import Evaluate, Pass
 from samfn.method import (
     Combined,
@@ -22,7 +23,6 @@ from samfn.method import (
     MethodState,
     Point,
     is_number_zero,
-    length_of,
     look,
     move,
     plain,

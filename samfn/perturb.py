@@ -78,13 +78,22 @@ def perturb_adaptive(
         eta = 0.01 from github.com/SamsungLabs/ASAM, asam.py.
     """
     _check(params, grads, rho)
+    return _perturb_in(adaptive_metric(params, eta, adapts=adapts), params, grads, rho)
+
+
+def adaptive_metric(
+    params: Params, eta: float = 0.01, *, adapts: Adapts | None = None
+) -> dict[str, Tensor]:
+    """Return T of adaptive SAM, the diagonal of a matrix, as `params`.
+
+    T = |w| + eta where `adapts` holds, else 1; see `perturb_adaptive`
+    """
     _require_eta(eta)
     adapts = adapts or named_weight
-    metric = {
+    return {
         name: w.abs() + eta if adapts(name, w) else torch.ones_like(w)
         for name, w in params.items()
     }
-    return _perturb_in(metric, params, grads, rho)
 
 
 def perturb_fisher(

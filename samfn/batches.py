@@ -1,0 +1,69 @@
+"""Batches: nested tensors with one row for each example, and what holds many of them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from math import ceil
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from samfn.tree import Batch
+
+
+def length_of(batch: Batch) -> int:
+    """Return how many rows every tensor of a batch has.
+
+    Raises:
+        ValueError: they have different lengths, or there are none.
+    """
+    leaves = pytree.tree_leaves(batch)
+    lengths = {leaf.shape[:1] if isinstance(leaf, Tensor) else None for leaf in leaves}
+    if len(lengths) != 1 or not (length := next(iter(lengths))) or not length[0]:
+        found = [tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in leaves]
+        raise ValueError(
+            "parts of a batch need a batch of tensors of one length, got shapes"
+            f" {', '.join(map(str, found))}"
+        )
+    return int(length[0])
+
+
+def first_rows(batch: Batch, share: float) -> Batch:
+    """Return the first rows of every tensor of a batch, that share of them, rounded up."""
+    size = max(1, ceil(share * length_of(batch)))
+    return pytree.tree_map(lambda leaf: leaf[:size], batch)
+
+
+def cut(batch: Batch, size: int) -> list[tuple[Batch, float]]:
+    """Cut every tensor of a batch along its first dimension; give each part's share.
+
+    Args:
+        batch: of any length.
+        size: rows of a part; the last one may have fewer.
+    """
+    length = length_of(batch)
+    leaves, structure = pytree.tree_flatten(batch)
+    parts = zip(*[leaf.split(size) for leaf in leaves], strict=True)
+    return [
+        (pytree.tree_unflatten(list(part), structure), len(part[0]) / length)
+        for part in parts
+    ]
+
+
+def repeatable(batches: Any) -> Iterable[Batch]:
+    """Return what can be gone through again and again.
+
+    Args:
+        batches: a list, a data loader or another such iterable of batches; or one batch,
+            a tuple, a mapping or a tensor.
+
+    Raises:
+        TypeError: it can be gone through only once, as a generator, or not at all.
+    """
+    if isinstance(batches, tuple | Mapping | Tensor):
+        return [batches]
+    if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches must be a batch, or an iterable of batches that can be gone through"
+            f" again, as a list or a data loader; got {type(batches).__name__}"
+        )
+    return batches

@@ -1,6 +1,7 @@
 """Sharpness-aware training as pure functions over parameter dicts."""
 
-from samfn import schedules, sharpness
+from samfn import callbacks, engine, schedules, sharpness
+from samfn.average import mean_of, moving_average
 from samfn.checkpoint import (
     CheckpointCorruptError,
     CheckpointError,
@@ -62,7 +63,7 @@ from samfn.perturb import (
     perturb_fisher,
 )
 from samfn.randomness import random_state, set_random_state
-from samfn.stateless import load, norm_parameters, split, supervised
+from samfn.stateless import load, norm_parameters, reestimated, split, supervised
 from samfn.tree import norm
 from samfn.update import (
     Metrics,
@@ -98,9 +99,11 @@ __all__ = [
     "adaptive_metric",
     "ae_sam",
     "asam",
+    "callbacks",
     "clipped",
     "compile_update",
     "descend",
+    "engine",
     "esam",
     "every",
     "everything",
@@ -117,7 +120,9 @@ __all__ = [
     "load",
     "looksam",
     "loss_scaled",
+    "mean_of",
     "momentum_sam",
+    "moving_average",
     "multi_step_sam",
     "nadam",
     "named_weight",
@@ -129,6 +134,7 @@ __all__ = [
     "perturb_adaptive",
     "perturb_fisher",
     "random_state",
+    "reestimated",
     "require_finite",
     "restore",
     "rmsprop",

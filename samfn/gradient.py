@@ -179,7 +179,7 @@ def hessian_product(
 
     product: dict[str, Tensor]
     with torch.no_grad():  # BatchNorm's second derivative leaves a graph behind.
-        _, backward = vjp(grad(loss), dict(params))
+        backward = vjp(grad(loss), dict(params))[1]
         (product,) = backward({name: direction[name] for name in params})
     return product
 

@@ -1,13 +1,14 @@
 """The border to torch.nn: the one module that knows nn.Module."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.swa_utils import update_bn
 
 from samfn import border
 from samfn.gradient import Aux
@@ -79,6 +80,29 @@ def trained(model: nn.Module, params: Params, buffers: Params) -> nn.Module:
     copied = copy.deepcopy(model)
     load(copied, params, buffers)
     return copied.eval()
+
+
+def reestimated(
+    model: nn.Module, params: Params, buffers: Params, inputs: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Return the buffers with the statistics of BatchNorm taken anew, as for averages.
+
+    The average of weights has not the average of statistics: mean and variance are those of
+    `inputs` at `params`, every batch counting alike.
+
+    Args:
+        model: as `split` took it; unchanged.
+        params: where.
+        buffers: the rest stays as it is in them.
+        inputs: batches of what the model takes, or (inputs, targets), of at least two
+            examples; those of some thousand examples suffice.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not those of `split(model)`.
+    """
+    copied = trained(model, params, buffers)
+    update_bn(inputs, copied)
+    return {name: tensor.detach() for name, tensor in _references(copied)[1].items()}
 
 
 def norm_parameters(model: nn.Module) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ LEVELS = {
     "border": 1,
     "tensorfile": 1,
     "gradient": 2,
+    "average": 2,
     "perturb": 2,
     "descend": 2,
     "stateless": 3,
@@ -27,8 +28,10 @@ LEVELS = {
     "combinators": 4,
     "update": 5,
     "checkpoint": 6,
+    "engine": 6,
+    "callbacks": 7,
     "compiled": 6,
-    "__init__": 7,
+    "__init__": 8,
 }
 # Outside thing -> the files that may know it.
 OWNERS = {
@@ -64,7 +67,7 @@ OWNERS = {
         "bench/networks.py",
         "bench/peers.py",
     },
-    "torch.optim": {"samfn/descend.py", "samfn/optimizer.py"},
+    "torch.optim": {"samfn/descend.py", "samfn/optimizer.py", "samfn/stateless.py"},
     "torch._dynamo": {"samfn/compiled.py"},
     "torch._inductor": {"samfn/compiled.py"},
 }

@@ -53,6 +53,7 @@ def compile_update(
     loss_fn: LossFn,
     optimizer: Optimizer,
     method: Method = sam(),
+    watch: bool = False,
     plan: Plan = "auto",
     cuda_graph: bool | None = None,
     options: Mapping[str, Any] | None = None,
@@ -73,6 +74,7 @@ def compile_update(
         loss_fn: (params, buffers, batch) -> loss or (loss, Aux), as `supervised` makes.
         optimizer: the one that the state was made with.
         method: the one that the state was made with.
+        watch: measure each parameter too, in the same graph, as `Metrics.layers`.
         plan: what is compiled. "whole": the step as one graph. "gradient": one pass,
             called twice, while the rest of the step runs as it is; half the time to
             compile. "auto" takes "gradient" on a CPU where a pass has more than 1e10
@@ -91,7 +93,7 @@ def compile_update(
         for batch in batches:
             state, metrics = step(state, batch, rho=0.05, lr=0.1)
     """
-    return CompiledUpdate(loss_fn, optimizer, method, plan, cuda_graph, options)
+    return CompiledUpdate(loss_fn, optimizer, method, watch, plan, cuda_graph, options)
 
 
 class CompiledUpdate:
@@ -102,12 +104,14 @@ class CompiledUpdate:
         loss_fn: LossFn,
         optimizer: Optimizer,
         method: Method,
+        watch: bool,
         plan: Plan,
         cuda_graph: bool | None,
         options: Mapping[str, Any] | None,
     ) -> None:
         self._loss_fn, self._optimizer, self._method = loss_fn, optimizer, method
-        self._wanted, self._cuda_graph, self._options = plan, cuda_graph, options
+        self._watch, self._wanted = watch, plan
+        self._cuda_graph, self._options = cuda_graph, options
         self._runs: dict[Hashable, Step] = {}
         self._passes: _Passes | None = None
         self._owned: _Owned | None = None
@@ -200,12 +204,14 @@ class CompiledUpdate:
     ) -> Step:
         evaluate = evaluate or partial(gradient.evaluate, self._loss_fn)
         optimizer, method = optimizer or self._optimizer, self._method
+        how: Any = {"kind": kind, "watch": self._watch}
 
         def step(
             state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
         ) -> tuple[TrainState, Metrics]:
-            dials: Any = {"rho": rho, "lr": lr}
-            return take_step(state, batch, evaluate, optimizer, method, kind=kind, **dials)
+            return take_step(
+                state, batch, evaluate, optimizer, method, rho=rho, lr=lr, **how
+            )
 
         return step
 

@@ -12,6 +12,7 @@ from samfn.descend import Optimizer, OptState
 from samfn.gradient import Evaluate, LossFn, Pass, evaluate
 from samfn.method import Method, MethodState, Point
 from samfn.methods import sam
+from samfn.monitor import Layers, layers
 from samfn.tree import Batch, Params
 
 
@@ -46,6 +47,9 @@ class Metrics(NamedTuple):
     """Norm of the gradient that descended."""
     finite: Tensor
     """Whether all losses and gradients were finite. If not, the step was skipped."""
+    layers: Layers | None = None
+    """Norms of each parameter's gradient, perturbation and update, where they were asked
+    for."""
 
 
 def init(
@@ -92,6 +96,7 @@ def sam_update(
     rho: float | Tensor = 0.05,
     lr: float | Tensor,
     method: Method = sam(),
+    watch: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Take one sharpness-aware step.
 
@@ -112,6 +117,7 @@ def sam_update(
         lr: learning rate. Both dials are numbers or 0-d tensors; inside of
             `torch.compile`, tensors change without recompiling.
         method: the one that `state` was made with; `samfn.sam()` by default.
+        watch: measure each parameter too, as `Metrics.layers`.
 
     Returns:
         The new state, which shares no memory that training changes with the old one,
@@ -130,7 +136,8 @@ def sam_update(
     # A method whose steps are alike spares a GPU the wait for the number of this one.
     kind = method.kind(int(state.step)) if method.kind else None
     run = partial(evaluate, loss_fn)
-    return take_step(state, batch, run, optimizer, method, rho=rho, lr=lr, kind=kind)
+    dials: Any = {"rho": rho, "lr": lr}
+    return take_step(state, batch, run, optimizer, method, kind=kind, watch=watch, **dials)
 
 
 class NonFiniteError(ArithmeticError):
@@ -176,17 +183,13 @@ def find_nonfinite(
         As "pass 2: the gradient of conv.weight", or None if all of it is finite, as
         with `loss_scaled`, which has lowered the scale since.
     """
-    passes: list[Pass] = []
-
-    def watched(*args: Any, **options: Any) -> Pass:
-        passes.append(evaluate(loss_fn, *args, **options))
-        return passes[-1]
-
+    passes: list[tuple[Params, Pass]] = []
+    watched = _recorded(partial(evaluate, loss_fn), passes)
     params, buffers, _, method_state, step, *_ = state
     kind = method.kind(int(step) - 1) if method.kind else None
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind)
     method.descent(watched, point, method_state)
-    for number, seen in enumerate(passes, 1):
+    for number, (_, seen) in enumerate(passes, 1):
         if not seen.loss.isfinite():
             return f"pass {number}: the loss is {seen.loss.item()}"
         for name, leaf in seen.grads.items():
@@ -218,6 +221,7 @@ def take_step(
     rho: float | Tensor,
     lr: float | Tensor,
     kind: Hashable = None,
+    watch: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Take the step of `sam_update`, with arguments that were checked.
 
@@ -230,7 +234,11 @@ def take_step(
         rho: as for `sam_update`.
         lr: as for `sam_update`.
         kind: which of the method's kinds of step this is.
+        watch: as for `sam_update`.
     """
+    passes: list[tuple[Params, Pass]] = []
+    if watch:
+        evaluate = _recorded(evaluate, passes)
     params, buffers, opt_state, method_state, step, skipped, in_a_row = state
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind)
     seen, new_method_state = method.descent(evaluate, point, method_state)
@@ -240,6 +248,7 @@ def take_step(
     if seen.beside is not None:
         new_params = tree.add_scaled(new_params, -lr, seen.beside)
         looked_at.append(tree.norm(seen.beside))
+    found = layers(params, passes, new_params) if watch else None
     finite = _all_finite(*looked_at)
     bad = finite.logical_not().to(step.dtype)
     new_state = TrainState(
@@ -259,7 +268,18 @@ def take_step(
         perturbed_loss=seen.perturbed_loss,
         descent_norm=descent_norm,
         finite=finite,
+        layers=found,
     )
+
+
+def _recorded(evaluate: Evaluate, passes: list[tuple[Params, Pass]]) -> Evaluate:
+    """Return the function that notes what it evaluates, and where."""
+
+    def recorded(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+        passes.append((params, evaluate(params, buffers, batch, **how)))
+        return passes[-1][1]
+
+    return recorded
 
 
 def _all_finite(*values: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ LEVELS = {
     "export": 4,
     "method": 3,
     "objective": 3,
+    "monitor": 3,
     "optimizer": 3,
     "methods": 4,
     "sharpness": 4,

@@ -27,7 +27,7 @@ from recipes.compiling import keep_compiled
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse, run_of
 from recipes.console import Display, open_standard_streams
 from recipes.data import DataError, Source, load
-from recipes.keeping import Keeper, Progress, restore_best, resume
+from recipes.keeping import Keeper, restore_best, resume
 from recipes.rundir import RunDirectory
 from recipes.signals import Signals, Stopped, watched
 from recipes.task import Task, assemble
@@ -39,7 +39,9 @@ from recipes.training import (
     step,
     train,
 )
+from samfn.engine import Training
 
+EXPECTED = (ConfigError, DataError, OSError, DivergedError, samfn.NonFiniteError, Stopped)
 # Exit codes beside 0, finished, and 128 + N, ended by signal N: 130, 143.
 WRONG_INPUT, DIVERGED, OUT_OF_MEMORY, NOT_WRITTEN = 2, 3, 4, 5
 
@@ -53,10 +55,12 @@ def main(args: Sequence[str] | None = None) -> int:
         with watched() as signals:
             try:
                 return run(parse(args, display.say), display, signals)
-            except (ImportError, SystemError) as error:
+            except EXPECTED:
+                raise
+            except Exception as error:
                 if signals.stop is None:
                     raise
-                # What a signal raises while C code starts up is turned into these.
+                # C code, as that of pictures, turns what a signal raises into anything.
                 raise Stopped(signals.stop) from error
     except samfn.CheckpointWriteError as error:
         display.fail(f"{error}; the checkpoint before is whole")
@@ -111,7 +115,7 @@ def run(config: Config, display: Display, signals: Signals) -> int:
 
 def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
     """Take one step."""
-    prepare(task, state, Progress(), display)
+    prepare(task, Training(state), display)
     _, metrics = step(task, state, 0, next(batches(task, 0))[1])
     display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, no run written")
     return 0
@@ -122,11 +126,11 @@ def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
     assert task.config.resume is not None  # `validate` saw to it.
     directory = RunDirectory(run_of(task.config.resume))
     path = task.config.resume
-    state, progress = restore_best(task, path, directory, state, display)
-    loss, accuracy = evaluate(task, state, task.test)
+    training = restore_best(task, path, directory, state, display)
+    loss, accuracy = evaluate(task, training.state, task.test)
     what = f"{path.name}, after" if path.is_file() else "best"
     display.say(
-        f"{what} epoch {progress.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
+        f"{what} epoch {training.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
     )
     return 0
 
@@ -135,10 +139,10 @@ def train_and_report(
     task: Task, state: samfn.TrainState, display: Display, signals: Signals
 ) -> int:
     """Train, from the start or from where a run stopped, and leave a run behind."""
-    with _opened(task, state, display) as (directory, start, progress), _writing():
+    with _opened(task, state, display) as (directory, training), _writing():
         started = time.perf_counter()
         keeper = Keeper(task, directory.checkpoints(display.warn), display.warn)
-        finished = train(task, start, progress, directory, keeper, display, signals)
+        finished = train(task, training, directory, keeper, display, signals)
         seconds = time.perf_counter() - started
         where = shlex.quote(str(directory.path))
         _draw(task, directory, display)
@@ -155,22 +159,22 @@ def train_and_report(
 @contextlib.contextmanager
 def _opened(
     task: Task, state: samfn.TrainState, display: Display
-) -> Iterator[tuple[RunDirectory, samfn.TrainState, Progress]]:
+) -> Iterator[tuple[RunDirectory, Training]]:
     """Hold the directory of a new run or of one that goes on; yield where it stands."""
     config = task.config
     if config.resume is None:
         path = config.output or new_name(config)
         with RunDirectory.create(path, config) as directory:
-            yield directory, state, Progress()
+            yield directory, Training(state)
         return
     directory = RunDirectory(run_of(config.resume))
     with directory.held():
-        state, progress = resume(task, config.resume, directory, state, display)
+        training = resume(task, config.resume, directory, state, display)
         with _writing():
-            directory.rewind(progress.epoch)
+            directory.rewind(training.epoch)
             directory.write_config(config)
-        display.say(f"resuming after {progress.epoch} epochs and {progress.batch} steps")
-        yield directory, state, progress
+        display.say(f"resuming after {training.epoch} epochs and {training.batch} steps")
+        yield directory, training
 
 
 @contextlib.contextmanager
@@ -200,7 +204,7 @@ def _export(
 ) -> None:
     """Write the best epoch's model for those who have no samfn."""
     try:
-        state, _ = restore_best(task, directory.path, directory, like, display)
+        state = restore_best(task, directory.path, directory, like, display).state
     except ConfigError as error:  # It was whole when it was written.
         text = f"no best checkpoint is left to export: {error}; --resume trains it again"
         raise samfn.CheckpointWriteError(text) from error

@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -12,19 +11,8 @@ from recipes.config import ConfigError, plain_values, require_same_settings
 from recipes.console import Display
 from recipes.rundir import RunDirectory
 from recipes.task import Task
-
-
-class Progress(NamedTuple):
-    """Where a run stands; goes into every checkpoint."""
-
-    epoch: int = 0
-    """Epochs that are finished."""
-    batch: int = 0
-    """Batches of the next epoch that are finished."""
-    sums: tuple[float, ...] = ()
-    """`Meter.sums` over those batches."""
-    seconds: float = 0.0
-    """Time spent on those batches."""
+from samfn import callbacks
+from samfn.engine import Training
 
 
 class Keeper:
@@ -36,23 +24,21 @@ class Keeper:
         self.missing: samfn.CheckpointWriteError | None = None
         self._task, self._checkpoints, self._warn = task, checkpoints, warn
 
-    def save(
-        self, state: samfn.TrainState, progress: Progress, score: float | None = None
-    ) -> None:
+    def save(self, training: Training, score: float | None = None) -> None:
         """Write a checkpoint, if a step was taken.
 
         Raises:
             CheckpointWriteError: it cannot be written, and the run is to end then.
             NonFiniteError: the weights are not finite.
         """
-        if not int(state.step):
+        if not training.step:
             return
         task = self._task
         try:
             self._checkpoints.save(
-                state,
+                training.state,
                 score=score,
-                progress=progress._asdict(),
+                **callbacks.to_metadata(training),
                 config=plain_values(task.config),
                 normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
                 data=task.fingerprint,
@@ -80,7 +66,7 @@ def versions(task: Task) -> dict[str, str]:
 
 def resume(
     task: Task, path: Path, run: RunDirectory, like: samfn.TrainState, display: Display
-) -> tuple[samfn.TrainState, Progress]:
+) -> Training:
     """Read the checkpoint that a run goes on from.
 
     Args:
@@ -102,22 +88,21 @@ def resume(
         raise ConfigError(f"--resume: {error}") from error
     if found is None:
         display.say(f"{run.path} holds no checkpoint: starting from the beginning")
-        return like, Progress()
-    _, state, metadata = found
-    progress = _require_fitting(task, found)
+        return Training(like)
+    training, metadata = _require_fitting(task, found), found.metadata
     require_same_settings(metadata["config"], task.config)
-    checkpoints.drop_after(int(state.step))
+    checkpoints.drop_after(training.step)
     now = versions(task)
     for name, before in metadata["versions"].items():
         if now.get(name) != before:
             text = f"{name} was {before}, is now {now.get(name)}"
             display.warn(f"{text}: going on, but not bit for bit")
-    return state, progress
+    return training
 
 
 def restore_best(
     task: Task, path: Path, run: RunDirectory, like: samfn.TrainState, display: Display
-) -> tuple[samfn.TrainState, Progress]:
+) -> Training:
     """Read the checkpoint of the best epoch, or the one that `path` is.
 
     Raises:
@@ -130,7 +115,7 @@ def restore_best(
         raise ConfigError(f"--resume: {error}") from error
     if found is None:
         raise ConfigError(f"--resume: {run.path} holds no checkpoint of a whole epoch")
-    return found.state, _require_fitting(task, found)
+    return _require_fitting(task, found)
 
 
 def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:
@@ -138,13 +123,13 @@ def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:
     return samfn.Found(path, *samfn.restore(path, like)) if path.is_file() else None
 
 
-def _require_fitting(task: Task, found: samfn.Found) -> Progress:
+def _require_fitting(task: Task, found: samfn.Found) -> Training:
     """Return where a run stands, if the checkpoint is one of this recipe and data."""
     try:
-        data, values = found.metadata["data"], found.metadata["progress"]
-        progress = Progress(**values | {"sums": tuple(values["sums"])})
+        data = found.metadata["data"]
+        training = callbacks.from_metadata(found.state, found.metadata)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {found.path} is none of this recipe's") from error
     if data != task.fingerprint:
         raise ConfigError(f"--resume: {found.path} was trained on other images or labels")
-    return progress
+    return training

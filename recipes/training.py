@@ -1,12 +1,13 @@
-"""The training loop of the recipe: batches in, steps taken, epochs recorded.
+"""Training as the recipe does it: what the engine goes through, and its callbacks.
 
 All randomness is a function of the seed and the position, so that a run that stopped
 anywhere goes on exactly as if it had not.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,15 @@ from torch import Tensor
 import samfn
 from recipes import augment
 from recipes.console import Display, Live
-from recipes.keeping import Keeper, Progress
+from recipes.keeping import Keeper
 from recipes.rundir import Row, RunDirectory
 from recipes.signals import Signals
 from recipes.task import Split, Task, generator, seed
+from samfn import engine
+from samfn.engine import Epoch, Event, Step, Training
 
 EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
+METER = "meter"  # what `Meter.kept` gave, in `Training.memory`
 CHUNK = 16  # batches that are augmented at once, since each call costs as much as one does
 
 
@@ -28,11 +32,19 @@ class DivergedError(Exception):
 
 
 def step(
-    task: Task, state: samfn.TrainState, position: int, batch: tuple[Tensor, Tensor]
+    task: Task,
+    state: samfn.TrainState,
+    position: int,
+    batch: tuple[Tensor, Tensor],
+    **dials: float,
 ) -> tuple[samfn.TrainState, samfn.Metrics]:
-    """Take one step; `position` counts the steps of the whole run."""
+    """Take one step, with `rho` and `lr` as given or else those of its position.
+
+    `position` counts the steps of the whole run.
+    """
     torch.manual_seed(seed(task.config.seed, "dropout", position))
-    return task.update(state, batch, rho=task.config.rho, lr=task.lr(position))
+    dials = dials or {"rho": task.config.rho, "lr": task.lr(position)}
+    return task.update(state, batch, **dials)
 
 
 def batches(
@@ -58,14 +70,12 @@ def batches(
                 yield index, batch
 
 
-def prepare(
-    task: Task, state: samfn.TrainState, progress: Progress, display: Display
-) -> None:
+def prepare(task: Task, training: Training, display: Display) -> None:
     """Compile the step, where it is to be, by a step whose result is dropped."""
-    if task.config.compile == "yes" and progress.epoch < task.config.epochs:
-        _, batch = next(batches(task, progress.epoch))
+    if task.config.compile == "yes" and training.epoch < task.config.epochs:
+        _, batch = next(batches(task, training.epoch))
         with display.waiting("compiling the training step"):
-            step(task, state, 0, batch)
+            step(task, training.state, 0, batch)
 
 
 def order(task: Task, epoch: int) -> Tensor:
@@ -80,7 +90,6 @@ class StopError(Exception):
     """An evaluation was asked to end early."""
 
 
-@torch.no_grad()
 def evaluate(
     task: Task,
     state: samfn.TrainState,
@@ -92,30 +101,42 @@ def evaluate(
     Raises:
         StopError: `stopping`, which is asked before each batch, said so.
     """
-    loss = torch.zeros((), device=task.device)
-    correct = torch.zeros((), device=task.device, dtype=torch.int64)
-    with _evaluating(task.model):
-        parts = (torch.split(tensor, EVAL_BATCH) for tensor in split[1:])
-        for images, labels in zip(*parts, strict=True):
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        tensors = (torch.split(tensor, EVAL_BATCH) for tensor in split[1:])
+        for images, labels in zip(*tensors, strict=True):
             if stopping():
                 raise StopError
             inputs = augment.normalise(images, task.mean, task.std)
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-            mean, aux = task.eval_fn(state.params, state.buffers, (inputs, labels))
-            loss += mean * len(labels)
-            correct += (aux.outputs.argmax(1) == labels).sum()
-    total = len(split.labels)
-    return loss.item() / total, 100 * correct.item() / total
+            yield inputs.contiguous(memory_format=torch.channels_last), labels
+
+    measures = {"accuracy": engine.accuracy}
+    with _evaluating(task.model):
+        found = engine.evaluate(
+            state.params, state.buffers, parts(), loss_fn=task.eval_fn, measures=measures
+        )
+    return found["loss"], found["accuracy"]
 
 
 class Meter:
-    """Sums over the steps of an epoch, kept on the device until they are read."""
+    """Sums over the steps of an epoch, kept on the device until they are read.
+
+    Args:
+        device: where the steps are taken.
+        kept: what `kept` gave where the epoch was interrupted.
+    """
 
     NAMES = ("loss", "accuracy", "grad_norm", "perturbation_norm", "sharpness")
 
-    def __init__(self, device: torch.device, sums: tuple[float, ...]) -> None:
-        start = sums or (0.0,) * (len(self.NAMES) + 1)
+    def __init__(self, device: torch.device, kept: Mapping[str, Any] | None = None) -> None:
+        start = (kept or {}).get("sums") or (0.0,) * (len(self.NAMES) + 1)
         self.sums = torch.tensor(start, device=device)
+        self._started: float = time.perf_counter() - (kept or {}).get("seconds", 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """The time that the epoch took so far."""
+        return time.perf_counter() - self._started
 
     def add(self, metrics: samfn.Metrics, labels: Tensor) -> None:
         """Add one step; one that was skipped counts for nothing."""
@@ -138,11 +159,14 @@ class Meter:
         means = [total / max(steps, 1) for total in sums]
         return dict(zip(self.NAMES, means, strict=True)), int(steps)
 
+    def kept(self) -> dict[str, Any]:
+        """Return what goes into a checkpoint. This waits for a GPU."""
+        return {"sums": self.sums.tolist(), "seconds": self.seconds}
+
 
 def train(
     task: Task,
-    state: samfn.TrainState,
-    progress: Progress,
+    training: Training,
     run: RunDirectory,
     keeper: Keeper,
     display: Display,
@@ -160,94 +184,138 @@ def train(
             were not. The last checkpoint is older.
         NonFiniteError: the weights are not finite. The last checkpoint is older.
     """
-    config = task.config
-    prepare(task, state, progress, display)
+    epochs = task.config.epochs
+    prepare(task, training, display)
     with (
         signals.deferred(),
-        display.training(config.epochs, task.steps_per_epoch, int(state.step)) as live,
+        display.training(epochs, task.steps_per_epoch, training.step) as live,
     ):
-        while progress.epoch < config.epochs:
-            state, progress, meter = _train_epoch(
-                task, state, progress, keeper, live, signals
+        watch = _Watch(task, run, keeper, display, live, signals)
+        try:
+            engine.run(
+                training,
+                batches=watch.batches,
+                update=lambda state, batch, **dials: step(
+                    task, state, training.step, batch, **dials
+                ),
+                rho=task.config.rho,
+                lr=lambda now: task.lr(now.step),
+                epochs=epochs,
+                evaluate=watch.evaluate,
+                callbacks=[watch],
             )
-            row = _record(task, state, progress, meter, signals)
-            if row is None:
-                keeper.save(state, progress)
-                return False
-            accuracy = row[f"{task.chosen_by.name}_accuracy"]
-            progress = Progress(epoch=progress.epoch + 1)
-            _append(run, row, display)
-            # In this order: a run that is killed between the two takes the epoch again.
-            keeper.save(state, progress, accuracy)
-            live.epoch(row)
-            if signals.stop is not None and progress.epoch < config.epochs:
-                return False
-    return True
+        except StopError:
+            training.stop = "signal"
+        if training.stop and training.batch:
+            watch.save()
+    return training.epoch >= epochs
 
 
-def _train_epoch(
-    task: Task,
-    state: samfn.TrainState,
-    progress: Progress,
-    keeper: Keeper,
-    live: Live,
-    signals: Signals,
-) -> tuple[samfn.TrainState, Progress, Meter]:
-    """Train to the end of an epoch, or until a signal asks to stop."""
-    started = time.perf_counter() - progress.seconds
-    meter = Meter(task.device, progress.sums)
-    position = progress.epoch * task.steps_per_epoch
-    every = task.config.save_steps
+class _Watch:
+    """What happens around the steps and epochs of a run."""
 
-    def here(done: int) -> Progress:
-        return progress._replace(
-            batch=done,
-            sums=tuple(meter.sums.tolist()),
-            seconds=time.perf_counter() - started,
-        )
+    def __init__(
+        self,
+        task: Task,
+        run: RunDirectory,
+        keeper: Keeper,
+        display: Display,
+        live: Live,
+        signals: Signals,
+    ) -> None:
+        self._task, self._run, self._keeper = task, run, keeper
+        self._display, self._live, self._signals = display, live, signals
 
-    done, worst = progress.batch, state.skipped_in_a_row.clone()
-    for index, batch in batches(task, progress.epoch, progress.batch):
-        state, metrics = step(task, state, position + index, batch)
-        meter.add(metrics, batch[1])
-        worst = torch.maximum(worst, state.skipped_in_a_row)
-        done = index + 1
+    def batches(self, training: Training) -> Iterator[tuple[Tensor, Tensor]]:
+        """Begin an epoch, or what is left of it."""
+        self._training = training
+        self._meter = Meter(self._task.device, training.memory.pop(METER, None))
+        self._worst = training.state.skipped_in_a_row.clone()
+        for _, batch in batches(self._task, training.epoch, training.batch):
+            yield batch
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Step(training, batch, metrics):
+                self._step(training, batch, metrics)
+            case Epoch(training):
+                self._epoch(training)
+
+    def save(self) -> None:
+        """Write a checkpoint in the middle of an epoch."""
+        memory = self._training.memory
+        memory[METER] = self._meter.kept()
+        self._keeper.save(self._training)
+        del memory[METER]  # The next epoch begins with nothing.
+
+    def evaluate(self, training: Training) -> Row:
+        """Gather what is known of an epoch at its end."""
+        task, signals = self._task, self._signals
+        means, steps = self._meter.read()
+        seconds = self._meter.seconds
+        row: Row = {"lr": task.lr(training.step - 1), "rho": task.config.rho}
+        row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
+        row |= means
+        for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
+            found = evaluate(task, training.state, split, lambda: signals.stop is not None)
+            row |= {f"{split.name}_loss": found[0], f"{split.name}_accuracy": found[1]}
+        row["skipped_steps"] = task.steps_per_epoch - steps
+        row["seconds"] = seconds
+        images = task.steps_per_epoch * task.config.batch_size
+        row["images_per_second"] = images / seconds
+        return row
+
+    def _step(
+        self, training: Training, batch: tuple[Tensor, Tensor], metrics: samfn.Metrics
+    ) -> None:
+        task, done = self._task, training.batch
+        self._meter.add(metrics, batch[1])
+        self._worst = torch.maximum(self._worst, training.state.skipped_in_a_row)
         last = done == task.steps_per_epoch
         if done % CHUNK == 0 or last:  # A GPU waits for it.
-            _require_finite(task, state, worst, position + index, batch)
-        if live.due():
-            rate = done * task.config.batch_size / (time.perf_counter() - started)
-            live.step(progress.epoch, done, meter.read()[0]["loss"], rate)
+            _require_finite(task, training, self._worst, batch)
+        if last:
+            self._require_some_finite(training)
+        if self._live.due():
+            rate = done * task.config.batch_size / self._meter.seconds
+            loss = self._meter.read()[0]["loss"]
+            self._live.step(training.epoch, done, loss, rate)
         # Where an epoch ends, the checkpoint comes after its evaluation.
-        due = every is not None and (position + done) % every == 0 and not last
-        if signals.take_save() or due:
-            keeper.save(state, here(done))
-        if signals.stop is not None:
-            break
-    _, finite = meter.read()
-    if not finite and done == task.steps_per_epoch:
-        raise DivergedError(
-            f"none of the {done} steps of epoch {progress.epoch + 1} had a finite loss and"
-            " gradient: try a lower --lr or --rho, or --warmup-epochs"
-        )
-    return state, here(done), meter
+        every = task.config.save_steps
+        due = every is not None and training.step % every == 0 and not last
+        if self._signals.take_save() or due:
+            self.save()
+        if self._signals.stop is not None:
+            training.stop = "signal"
+
+    def _epoch(self, training: Training) -> None:
+        row = training.row
+        _append(self._run, row, self._display)
+        # In this order: a run that is killed between the two takes the epoch again.
+        self._keeper.save(training, row[f"{self._task.chosen_by.name}_accuracy"])
+        self._live.epoch(row)
+        if self._signals.stop is not None:
+            training.stop = "signal"
+
+    def _require_some_finite(self, training: Training) -> None:
+        if not self._meter.read()[1]:
+            raise DivergedError(
+                f"none of the {training.batch} steps of epoch {training.epoch + 1} had a"
+                " finite loss and gradient: try a lower --lr or --rho, or --warmup-epochs"
+            )
 
 
 def _require_finite(
-    task: Task,
-    state: samfn.TrainState,
-    worst: Tensor,
-    position: int,
-    batch: tuple[Tensor, Tensor],
+    task: Task, training: Training, worst: Tensor, batch: tuple[Tensor, Tensor]
 ) -> None:
     """Raise if more steps in a row than allowed were skipped, `worst` at most."""
-    allowed = task.config.max_skipped
+    allowed, state = task.config.max_skipped, training.state
     try:
         samfn.require_finite(state._replace(skipped_in_a_row=worst), in_a_row=allowed + 1)
     except samfn.NonFiniteError as error:
-        torch.manual_seed(seed(task.config.seed, "dropout", position))
+        torch.manual_seed(seed(task.config.seed, "dropout", training.step - 1))
         found = task.find_nonfinite(state, batch)
-        where = f"step {position + 1}, {found}: " if found else ""
+        where = f"step {training.step}, {found}: " if found else ""
         raise DivergedError(f"{where}{error}") from error
 
 
@@ -257,35 +325,6 @@ def _append(run: RunDirectory, row: Row, display: Display) -> None:
         run.append(row)
     except OSError as error:
         display.warn(f"{run.metrics} lacks epoch {row['epoch']} for now: {error}")
-
-
-def _record(
-    task: Task,
-    state: samfn.TrainState,
-    progress: Progress,
-    meter: Meter,
-    signals: Signals,
-) -> Row | None:
-    """Evaluate, and gather what is known of an epoch; None if it is not at its end."""
-    means, steps = meter.read()
-    row: Row = {"epoch": progress.epoch + 1, "step": int(state.step)}
-    row |= {"lr": task.lr(int(state.step) - 1), "rho": task.config.rho}
-    row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
-    row |= means
-    if progress.batch < task.steps_per_epoch:
-        return None
-    for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
-        try:
-            found = evaluate(task, state, split, lambda: signals.stop is not None)
-        except StopError:
-            return None
-        row |= {f"{split.name}_loss": found[0], f"{split.name}_accuracy": found[1]}
-    row["skipped_steps"] = task.steps_per_epoch - steps
-    row["seconds"] = progress.seconds
-    row["images_per_second"] = (
-        task.steps_per_epoch * task.config.batch_size / progress.seconds
-    )
-    return row
 
 
 @contextmanager

@@ -11,11 +11,14 @@ from torch.testing import assert_close
 import samfn
 from recipes import augment, methods, training
 from recipes.config import parse
+from recipes.console import Display
 from recipes.data import load
-from recipes.keeping import Progress
-from recipes.signals import Signals
+from recipes.keeping import Keeper
+from recipes.rundir import RunDirectory
+from recipes.signals import watched
 from recipes.task import Split, assemble
 from samfn.compiled import CompiledUpdate
+from samfn.engine import Training
 
 DIGITS = load("digits")
 BASE = ["--data", "digits", "--preset", "none", "--model", "wrn-10-1", "--epochs", "2"]
@@ -219,7 +222,7 @@ def metrics(loss, finite=True):
 
 
 def test_a_meter_averages_the_steps_that_were_taken():
-    meter, labels = training.Meter(torch.device("cpu"), ()), torch.tensor([0, 0])
+    meter, labels = training.Meter(torch.device("cpu")), torch.tensor([0, 0])
     meter.add(metrics(1.0), labels)
     meter.add(metrics(float("nan"), finite=False), labels)
     meter.add(metrics(4.0), labels)
@@ -228,14 +231,28 @@ def test_a_meter_averages_the_steps_that_were_taken():
     assert means["loss"] == 2.5
     assert means["accuracy"] == 50
     assert means["sharpness"] == 1
-    again = training.Meter(torch.device("cpu"), tuple(meter.sums.tolist()))
+    kept = meter.kept()
+    again = training.Meter(torch.device("cpu"), kept)
     assert_close(again.sums, meter.sums)
+    assert again.seconds > kept["seconds"] > 0
 
 
-def test_skipped_steps_are_counted_in_the_row(monkeypatch):
-    task, state = task_of()
-    meter = training.Meter(torch.device("cpu"), ())
-    meter.add(metrics(1.0), torch.tensor([0, 0]))
-    progress = Progress(batch=task.steps_per_epoch, seconds=1.0)
-    row = training._record(task, state, progress, meter, Signals())
-    assert row["skipped_steps"] == task.steps_per_epoch - 1
+def test_skipped_steps_are_counted_in_the_row(tmp_path):
+    task, state = task_of("--epochs", "1")
+    taken = []
+
+    def update(state, batch, **dials):
+        taken.append(None)
+        poison = float("nan") if len(taken) == 3 else 1.0
+        return task.update(state, (poison * batch[0], batch[1]), **dials)
+
+    with RunDirectory.create(tmp_path / "run", task.config) as run:
+        display, start = Display(), Training(state)
+        keeper = Keeper(task, run.checkpoints(), display.warn)
+        with watched() as signals:
+            poisoned = task._replace(update=update)
+            assert training.train(poisoned, start, run, keeper, display, signals)
+        (row,) = run.rows()
+    assert row["skipped_steps"] == 1
+    assert row["train_loss"] > 0
+    assert row["step"] == task.steps_per_epoch

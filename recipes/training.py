@@ -36,15 +36,10 @@ def step(
     state: samfn.TrainState,
     position: int,
     batch: tuple[Tensor, Tensor],
-    **dials: float,
 ) -> tuple[samfn.TrainState, samfn.Metrics]:
-    """Take one step, with `rho` and `lr` as given or else those of its position.
-
-    `position` counts the steps of the whole run.
-    """
+    """Take one step; `position` counts the steps of the whole run."""
     torch.manual_seed(seed(task.config.seed, "dropout", position))
-    dials = dials or {"rho": task.config.rho, "lr": task.lr(position)}
-    return task.update(state, batch, **dials)
+    return task.update(state, batch, rho=task.config.rho, lr=task.lr(position))
 
 
 def batches(
@@ -195,11 +190,7 @@ def train(
             engine.run(
                 training,
                 batches=watch.batches,
-                update=lambda state, batch, **dials: step(
-                    task, state, training.step, batch, **dials
-                ),
-                rho=task.config.rho,
-                lr=lambda now: task.lr(now.step),
+                update=lambda state, batch: step(task, state, training.step, batch),
                 epochs=epochs,
                 evaluate=watch.evaluate,
                 callbacks=[watch],

@@ -69,8 +69,8 @@ def run(
     *,
     batches: Callable[[Training], Iterable[Batch]],
     update: Update,
-    rho: Dial,
-    lr: Dial,
+    rho: Dial | None = None,
+    lr: Dial | None = None,
     epochs: int | None = None,
     steps: int | None = None,
     evaluate: Callable[[Training], Mapping[str, Any]] = lambda training: {},
@@ -87,7 +87,7 @@ def run(
             time it is asked at one point, or runs that go on differ from those that did
             not stop.
         update: takes a step.
-        rho: radius of the perturbation.
+        rho: radius of the perturbation. None leaves it to `update`, and so does lr.
         lr: learning rate.
         epochs: budget, counted from the start of the run.
         steps: budget in updates, counted likewise. With both, what is spent first ends it.
@@ -128,8 +128,8 @@ def train_epoch(
     batches: Iterable[Batch],
     *,
     update: Update,
-    rho: Dial,
-    lr: Dial,
+    rho: Dial | None = None,
+    lr: Dial | None = None,
     steps: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Training:
@@ -139,7 +139,7 @@ def train_epoch(
         training: where the run stands; changed.
         batches: of the epoch, those that are left of it.
         update: takes a step.
-        rho: radius of the perturbation.
+        rho: radius of the perturbation. None leaves it to `update`, and so does lr.
         lr: learning rate.
         steps: budget in updates, counted from the start of the run.
         callbacks: are told of every step, in their order.
@@ -147,10 +147,11 @@ def train_epoch(
     Returns:
         `training`.
     """
+    both = {"rho": rho, "lr": lr}
+    given = {name: dial for name, dial in both.items() if dial is not None}
     for batch in batches:
-        training.state, metrics = update(
-            training.state, batch, rho=_at(rho, training), lr=_at(lr, training)
-        )
+        dials = {name: _at(dial, training) for name, dial in given.items()}
+        training.state, metrics = update(training.state, batch, **dials)
         training.step += 1
         training.batch += 1
         tell(callbacks, Step(training, batch, metrics))

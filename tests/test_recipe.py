@@ -138,11 +138,11 @@ def stop_after(steps, run, monkeypatch, *flags):
     """Start a run that is stopped, by the signal, after so many steps."""
     taken, real = [], training.step
 
-    def step(*args, **dials):
+    def step(*args):
         taken.append(None)
         if len(taken) == steps:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(*args, **dials)
+        return real(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "step", step)

@@ -1,8 +1,12 @@
-"""Augmentation of whole batches on the device: crop, flip, cutout, normalisation.
+"""Augmentation of whole batches on the device: crops, policies, cutout, mixtures.
 
-Shapes: B images, C channels, H x W pixels. Every random choice comes from the generator
-that is passed in, so that a seed fixes the batch.
+Shapes: B images, C channels, H x W pixels, K classes. Every random choice comes from the
+generator or the seed that is passed in, so that a seed fixes the batch.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -42,6 +46,78 @@ def random_crop_flip(
         columns_BW[:, None, :],
     ]
     return rearrange(crops_BHWC, "b h w c -> b c h w")
+
+
+Policy = Literal["autoaugment", "trivialaugment"]
+
+
+def transform(images_BCHW: Tensor, seed: int, *, policy: Policy) -> Tensor:
+    """Transform each image by what a policy draws for it.
+
+    Args:
+        images_BCHW: uint8, of one channel or three.
+        seed: of all draws.
+        policy: "autoaugment" is the policy that was found on CIFAR-10, "trivialaugment"
+            one operation of any strength. Pixels from outside of the image are 0.
+
+    Returns:
+        Same shape, dtype and layout in memory.
+
+    Source:
+        Cubuk et al., 2019, arXiv:1805.09501; Mueller and Hutter, 2021, arXiv:2103.10158,
+        with its wide set of operations; both as in torchvision, which draws once a call.
+    """
+    from torchvision.transforms import v2
+
+    if policy == "autoaugment":
+        draw = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    else:
+        draw = v2.TrivialAugmentWide()
+    with _global_draws(seed), _one_thread():
+        images = [draw(image) for image in images_BCHW]
+    return torch.stack(images, out=torch.empty_like(images_BCHW))
+
+
+def mix(
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    seed: int,
+    *,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    classes: int,
+) -> tuple[Tensor, Tensor]:
+    """Mix each image of a batch, and its label, with the image before it.
+
+    mixup: r x_i + (1 - r) x_(i-1);  cutmix: x_i with a rectangle of x_(i-1) of the area
+    1 - r;  r from Beta(alpha, alpha), one for the batch
+
+    Args:
+        images_BCHW: float, in random order.
+        labels_B: int64.
+        seed: of all draws.
+        mixup_alpha: 0 is off.
+        cutmix_alpha: 0 is off. With both on, one of them is drawn for the batch.
+        classes: K.
+
+    Returns:
+        Images of the same shape, and the shares r and 1 - r of the labels, shape (B, K).
+        For cutmix, r is the share of x_i that is left, also where the image's edge cuts
+        the rectangle. With both off, what was given.
+
+    Source:
+        Zhang et al., 2018, arXiv:1710.09412; Yun et al., 2019, arXiv:1905.04899; both as
+        in torchvision.
+    """
+    if not (mixup_alpha or cutmix_alpha):
+        return images_BCHW, labels_B
+    from torchvision.transforms import v2
+
+    kinds = ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha))
+    mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+    with _global_draws(seed):
+        images, labels = v2.RandomChoice(mixes)(images_BCHW, labels_B)
+    return images, labels
 
 
 def cutout(
@@ -85,3 +161,26 @@ def _interval(
     start = start - size // 2
     pixels = torch.arange(length, device=device)
     return (pixels >= start) & (pixels < start + size)
+
+
+@contextmanager
+def _global_draws(seed: int) -> Iterator[None]:
+    """Fix what the global generator gives, and leave it afterwards as it was.
+
+    torchvision draws from the CPU's, wherever the images are. `torch.manual_seed` would
+    change those of the GPUs too, and forking them would wait for each.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: a second one takes longer to wake than an image takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -231,7 +231,12 @@ def _peak() -> str:
 
 def name(config: Config) -> str:
     """Return how the training algorithm is called in titles."""
-    return "SGD" if config.rho == 0 else f"{config.method}, rho {config.rho:g}"
+    if config.rho == 0:
+        return "SGD"
+    text = f"{config.method}, rho {config.rho:g}"
+    if config.rho_schedule != "constant":
+        text += f" to {config.rho_final:g} {config.rho_schedule}"
+    return text
 
 
 def new_name(config: Config) -> Path:

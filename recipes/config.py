@@ -5,6 +5,7 @@ import difflib
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -102,6 +103,15 @@ class Config:
     """Mirror half of the training images."""
     cutout: int = 0
     """Side of the square cut out of half of the training images, in pixels. 0 is off."""
+    policy: Literal["none", "autoaugment", "trivialaugment"] = "none"
+    """Transform each training image, after crop and flip, as AutoAugment found it for
+    CIFAR-10, or by one operation of TrivialAugment. Takes 0.2 ms an image."""
+    mixup_alpha: float = 0.0
+    """Blend each training image and its label with another's, the share drawn from
+    Beta(alpha, alpha). 0 is off."""
+    cutmix_alpha: float = 0.0
+    """Paste a rectangle of another image into each training image, and mix the labels by
+    area; alpha as for mixup. 0 is off. With both on, each batch has one of them."""
 
     model: str = "wrn-16-8"
     """Network, as wrn-<depth>-<width>."""
@@ -115,6 +125,11 @@ class Config:
     method: Annotated[str, tyro.conf.arg(help=METHOD_HELP)] = "sam"
     rho: float = 0.05
     """Radius of the perturbation. 0 is plain SGD, with one pass a step."""
+    rho_schedule: Literal["constant", "linear", "proportional"] = "constant"
+    """Radius over time: linear goes from rho to rho-final at the end, proportional from rho
+    where the learning rate is lr to rho-final where it is 0. A rho of 0 stays 0."""
+    rho_final: float = 0.0
+    """Radius that a linear or proportional schedule leads to."""
     same_dropout: bool = False
     """Use one dropout mask for both passes of a step."""
 
@@ -136,8 +151,12 @@ class Config:
     """Largest norm of the final gradient. None is off."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, 0 to below 1; in training only."""
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """Learning rate over time: cosine to 0, or times 0.2 at 30, 60 and 80 % of it."""
+    schedule: Literal["cosine", "polynomial", "one-cycle", "step", "constant"] = "cosine"
+    """Learning rate over time: cosine or polynomial, with power 0.9, to 0; one-cycle, from
+    lr / 25 up to lr and down to almost 0; step, times 0.2 at each of the milestones."""
+    milestones: tuple[int, ...] | None = None
+    """Epochs after which the step schedule multiplies the learning rate by 0.2. None is
+    30, 60 and 80 % of all."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises linearly from 0."""
 
@@ -246,6 +265,7 @@ def validate(config: Config) -> None:
     """
     finite = float("inf")
     clip, side, every = config.clip_norm, config.image_size, config.save_steps
+    marks = (0, *(config.milestones or ()), config.epochs)
     for name, holds, expected in (
         ("label_noise", 0 <= config.label_noise <= 1, "0 to 1"),
         ("validation", 0 <= config.validation < 1, "0 to below 1"),
@@ -254,11 +274,27 @@ def validate(config: Config) -> None:
         ("momentum", 0 <= config.momentum < 1, "0 to below 1"),
         ("nesterov", config.momentum > 0 or not config.nesterov, "momentum with it"),
         ("rho", 0 <= config.rho < finite, "a finite number of at least 0"),
+        (
+            "rho_final",
+            0 <= config.rho_final < finite,
+            "a finite number of at least 0",
+        ),
+        (
+            "rho_final",
+            config.rho_final == 0 or config.rho_schedule != "constant",
+            "--rho-schedule linear or proportional with it",
+        ),
         ("lr", 0 < config.lr < finite, "a finite number above 0"),
         ("weight_decay", 0 <= config.weight_decay < finite, "a number of at least 0"),
         ("clip_norm", clip is None or clip > 0, "a number above 0, or None"),
         ("crop_padding", config.crop_padding >= 0, "at least 0 pixels"),
         ("cutout", config.cutout >= 0, "at least 0 pixels"),
+        ("mixup_alpha", 0 <= config.mixup_alpha < finite, "a finite number of at least 0"),
+        (
+            "cutmix_alpha",
+            0 <= config.cutmix_alpha < finite,
+            "a finite number of at least 0",
+        ),
         ("epochs", config.epochs >= 1, "at least 1"),
         ("save_steps", every is None or every >= 1, "at least 1, or None"),
         ("max_skipped", config.max_skipped >= 0, "at least 0"),
@@ -268,6 +304,16 @@ def validate(config: Config) -> None:
             "warmup_epochs",
             0 <= config.warmup_epochs <= config.epochs,
             "0 to all epochs",
+        ),
+        (
+            "milestones",
+            all(one < next_one for one, next_one in pairwise(marks)),
+            "rising epochs from 1 on, below --epochs, or None",
+        ),
+        (
+            "milestones",
+            config.milestones is None or config.schedule == "step",
+            "--schedule step with it",
         ),
         ("eval_only", bool(config.resume) or not config.eval_only, "--resume with it"),
     ):
@@ -318,11 +364,14 @@ def to_toml(config: Config) -> str:
 
 
 def plain_values(config: Config) -> dict[str, Any]:
-    """Return all settings by name, paths as text, so that JSON and TOML hold them."""
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
+    """Return all settings by name, as JSON and TOML hold them: no paths, no tuples."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return list(value)
+        return str(value) if isinstance(value, Path) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
 def _resumed(asked: Config, run: Path, read: Callable[[dict[str, Any]], Config]) -> Config:
@@ -413,11 +462,15 @@ def _typed(path: Path, key: str, value: Any, expected: Any) -> Any:
     else:
         if Path in kinds and isinstance(value, str):
             return Path(value)
+        whole = isinstance(value, list) and all(type(item) is int for item in value)
+        if tuple[int, ...] in kinds and whole:
+            return tuple(value)
         # Whole numbers will do for floats, but true is no number.
-        allowed = (*kinds, int) if float in kinds else kinds
+        allowed = tuple(kind for kind in kinds if isinstance(kind, type))
+        allowed += (int,) if float in kinds else ()
         fits = isinstance(value, allowed) and isinstance(value, bool) == (bool in kinds)
     if not fits:
-        names = [getattr(option, "__name__", repr(option)) for option in kinds]
+        names = [k.__name__ if isinstance(k, type) else repr(k) for k in kinds]
         raise ConfigError(
             f"{path}: {key} cannot be {value!r}, expected {' or '.join(names)}"
         )

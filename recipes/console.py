@@ -33,7 +33,7 @@ COLUMNS = (
     ("train %", 8),
     ("test %", 8),
     ("lr", 9),
-    ("rho", 7),
+    ("rho", 9),
     ("‖grad‖", 8),
     ("seconds", 8),
 )
@@ -204,7 +204,7 @@ class Live:
             f"{row['train_accuracy']:.2f}",
             f"{row['test_accuracy']:.2f}",
             f"{row['lr']:.2e}",
-            f"{row['rho']:g}",
+            f"{row['rho']:.3g}",
             f"{row['grad_norm']:.3f}",
             f"{row['seconds']:.1f}",
         )

@@ -16,6 +16,7 @@ from recipes.compiling import decide
 from recipes.config import Config, ConfigError, choose_device
 from recipes.data import Dataset, corrupt_labels, fingerprint, hold_out, statistics
 from recipes.models import WideResNet, parse_name
+from samfn import schedules
 from samfn.compiled import operations
 from samfn.gradient import LossFn
 from samfn.stateless import Supervised
@@ -51,7 +52,9 @@ class Task(NamedTuple):
     """(state, batch) of a step that was skipped -> what of it was not finite."""
     compiling: str
     """Whether `update` is compiled, and why."""
-    lr: samfn.schedules.Schedule
+    lr: schedules.Schedule
+    rho: schedules.Schedule
+    classes: int
     steps_per_epoch: int
     fingerprint: str
     """Of the data, before labels were corrupted or images held out."""
@@ -98,6 +101,13 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
     images = dataset.train_images[: config.batch_size].to(device).float()
     batch = images, dataset.train_labels[: config.batch_size].to(device)
+    lr = _lr(config, steps_per_epoch)
+    rho = _rho(config, lr, steps)
+
+    def find_nonfinite(state: samfn.TrainState, batch: Any) -> str | None:
+        common: dict[str, Any] = {"loss_fn": loss_fn, "method": method}
+        return samfn.find_nonfinite(state, batch, **common, rho=rho(int(state.step) - 1))
+
     compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # Every batch has the same shape.
@@ -116,11 +126,11 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         update=samfn.compile_update(**make)
         if compiles
         else partial(samfn.sam_update, **make),
-        find_nonfinite=partial(
-            samfn.find_nonfinite, loss_fn=loss_fn, method=method, rho=config.rho
-        ),
+        find_nonfinite=find_nonfinite,
         compiling=why,
-        lr=_schedule(config, steps_per_epoch),
+        lr=lr,
+        rho=rho,
+        classes=len(dataset.classes),
         steps_per_epoch=steps_per_epoch,
         fingerprint=digest,
     )
@@ -168,14 +178,33 @@ def _method(config: Config, model: WideResNet, steps: int) -> samfn.Method:
     return samfn.loss_scaled(method) if config.precision == "fp16" else method
 
 
-def _schedule(config: Config, steps_per_epoch: int) -> samfn.schedules.Schedule:
-    steps = config.epochs * steps_per_epoch
-    schedule = {
-        "cosine": lambda: samfn.schedules.cosine(config.lr, steps),
-        "step": lambda: samfn.schedules.step_decay(config.lr, steps),
-        "constant": lambda: samfn.schedules.constant(config.lr),
-    }[config.schedule]()
-    return samfn.schedules.warmup(schedule, round(config.warmup_epochs * steps_per_epoch))
+def _lr(config: Config, steps_per_epoch: int) -> schedules.Schedule:
+    lr, steps = config.lr, config.epochs * steps_per_epoch
+    match config.schedule:
+        case "cosine":
+            schedule = schedules.cosine(lr, steps)
+        case "polynomial":
+            schedule = schedules.polynomial(lr, steps)
+        case "one-cycle":
+            schedule = schedules.one_cycle(lr, steps)
+        case "step" if config.milestones is not None:
+            milestones = [epoch * steps_per_epoch for epoch in config.milestones]
+            schedule = schedules.multi_step(lr, milestones)
+        case "step":
+            schedule = schedules.step_decay(lr, steps)
+        case "constant":
+            schedule = schedules.constant(lr)
+    return schedules.warmup(schedule, round(config.warmup_epochs * steps_per_epoch))
+
+
+def _rho(config: Config, lr: schedules.Schedule, steps: int) -> schedules.Schedule:
+    """Return the radius over time; where --rho is 0, the number 0 and one pass a step."""
+    rho, final = config.rho, config.rho_final
+    if rho == 0 or config.rho_schedule == "constant":
+        return schedules.constant(rho)
+    if config.rho_schedule == "linear":
+        return schedules.linear(rho, final, steps)
+    return schedules.proportional(lr, lr_max=config.lr, peak=rho, final=final)
 
 
 def _to(split: Split, device: torch.device) -> Split:

@@ -7,6 +7,7 @@ anywhere goes on exactly as if it had not.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def step(
 ) -> tuple[samfn.TrainState, samfn.Metrics]:
     """Take one step; `position` counts the steps of the whole run."""
     torch.manual_seed(seed(task.config.seed, "dropout", position))
-    return task.update(state, batch, rho=task.config.rho, lr=task.lr(position))
+    return task.update(state, batch, rho=task.rho(position), lr=task.lr(position))
 
 
 def batches(
@@ -47,6 +48,12 @@ def batches(
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """Yield the epoch's batches from number `start` on: number, (images, labels)."""
     config, rows = task.config, order(task, epoch)
+    mix = partial(
+        augment.mix,
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+        classes=task.classes,
+    )
     for first in range(start - start % CHUNK, len(rows), CHUNK):
         chunk = rows[first : first + CHUNK]
         source = generator(config.seed, "augmentation", epoch, first, device=task.device)
@@ -56,13 +63,17 @@ def batches(
             padding=config.crop_padding,
             flip=config.flip,
         )
+        if config.policy != "none":
+            draws = seed(config.seed, "policy", epoch, first)
+            images = augment.transform(images, draws, policy=config.policy)
         images = augment.normalise(images, task.mean, task.std)
         if config.cutout:
             images = augment.cutout(images, source, size=config.cutout, probability=0.5)
         parts = torch.split(images, config.batch_size), task.train_labels[chunk]
-        for index, batch in enumerate(zip(*parts, strict=True), first):
+        for index, (images, labels) in enumerate(zip(*parts, strict=True), first):
             if index >= start:
-                yield index, batch
+                draws = seed(config.seed, "mix", epoch, index)
+                yield index, mix(images, labels, draws)
 
 
 def prepare(task: Task, training: Training, display: Display) -> None:
@@ -134,7 +145,12 @@ class Meter:
         return time.perf_counter() - self._started
 
     def add(self, metrics: samfn.Metrics, labels: Tensor) -> None:
-        """Add one step; one that was skipped counts for nothing."""
+        """Add one step; one that was skipped counts for nothing.
+
+        Of labels that are shares of several classes, the largest share is the right one.
+        """
+        if labels.ndim == 2:
+            labels = labels.argmax(1)
         found = metrics.outputs.argmax(1)  # Of a part of the batch, for some methods.
         accuracy = 100 * (found == labels[: len(found)]).float().mean()
         values = (
@@ -244,7 +260,8 @@ class _Watch:
         task, signals = self._task, self._signals
         means, steps = self._meter.read()
         seconds = self._meter.seconds
-        row: Row = {"lr": task.lr(training.step - 1), "rho": task.config.rho}
+        last = training.step - 1
+        row: Row = {"lr": task.lr(last), "rho": task.rho(last)}
         row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
         row |= means
         for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():

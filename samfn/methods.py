@@ -92,7 +92,7 @@ def gsam(alpha: float = 0.4, *, metric: Perturb = perturb) -> Method:
     g_p = grad L(w + e);  <- g_p - alpha g_v, where g_v = g - (g . g_p / ||g_p||^2) g_p
 
     g_v is the part of g that is orthogonal to g_p, over all parameters together. Two
-    gradients a step. The paper lets rho fall with lr, between two values of its own.
+    gradients a step. The paper lets rho fall with lr, as `schedules.proportional` does.
 
     Args:
         alpha: weight of the orthogonal part; 0 is SAM. 0.01 to 1 in the paper.

@@ -1,6 +1,7 @@
 """Schedules: pure functions from the index of a step to a value, for lr and for rho.
 
-A schedule takes the step as an int, counted from 0, and returns a float.
+A schedule takes the step as an int, counted from 0, and returns a float. One that ends
+stays at its last value.
 """
 
 import math
@@ -12,6 +13,45 @@ Schedule = Callable[[int], float]
 def constant(value: float) -> Schedule:
     """Return the schedule that always gives `value`."""
     return lambda step: value
+
+
+def linear(start: float, end: float, steps: int) -> Schedule:
+    """Return a straight line from `start` at step 0 to `end` at `steps`.
+
+    value(t) = end + (start - end) * (1 - t / steps)
+
+    Raises:
+        ValueError: `steps` is not positive.
+    """
+    return polynomial(start, steps, power=1.0, final=end)
+
+
+def polynomial(peak: float, steps: int, power: float = 0.9, final: float = 0.0) -> Schedule:
+    """Return a power of the steps that are left, from `peak` at step 0 to `final`.
+
+    value(t) = final + (peak - final) * (1 - t / steps) ** power
+
+    Args:
+        peak: value at step 0.
+        steps: where `final` is reached.
+        power: above 0. 1 is a straight line, below 1 the fall comes late.
+        final: value at `steps`.
+
+    Raises:
+        ValueError: `steps` or `power` is not positive.
+
+    Source:
+        The "poly" policy of Chen et al., 2017, arXiv:1706.05587, section 4.1, with its 0.9.
+    """
+    _require_positive(steps)
+    if not power > 0:
+        raise ValueError(f"power must be above 0, got {power}")
+
+    def value(step: int) -> float:
+        left = 1 - min(step, steps) / steps
+        return float(final + (peak - final) * left**power)
+
+    return value
 
 
 def cosine(peak: float, steps: int, final: float = 0.0) -> Schedule:
@@ -26,10 +66,72 @@ def cosine(peak: float, steps: int, final: float = 0.0) -> Schedule:
         Loshchilov and Hutter, 2017, arXiv:1608.03983, equation 5, without restarts.
     """
     _require_positive(steps)
+    return lambda step: _half_cosine(peak, final, min(step, steps) / steps)
+
+
+def one_cycle(
+    peak: float,
+    steps: int,
+    warm: float = 0.3,
+    start_factor: float = 25.0,
+    final_factor: float = 1e4,
+) -> Schedule:
+    """Return half a cosine up to `peak`, and half a cosine down to almost nothing.
+
+    From start = peak / start_factor at step 0 to peak at step warm * steps - 1, and from
+    there to start / final_factor at the last step, steps - 1.
+
+    Args:
+        peak: largest value.
+        steps: length of the whole schedule.
+        warm: share of the steps on the way up, in [0, 1).
+        start_factor: how far below the peak it starts; at least 1.
+        final_factor: how far below the start it ends; at least 1.
+
+    Raises:
+        ValueError: `steps` is not positive, or another argument out of its range.
+
+    Source:
+        Smith and Topin, 2017, arXiv:1708.07120; two half cosines and the default numbers
+        as in `torch.optim.lr_scheduler.OneCycleLR`, whose momentum cycles too.
+    """
+    _require_positive(steps)
+    if not 0 <= warm < 1:
+        raise ValueError(f"warm is a share in [0, 1), got {warm}")
+    if not min(start_factor, final_factor) >= 1:
+        raise ValueError(
+            "expected start_factor and final_factor of at least 1, got"
+            f" {start_factor} and {final_factor}"
+        )
+    start, top = peak / start_factor, warm * steps - 1
 
     def value(step: int) -> float:
-        progress = min(step, steps) / steps
-        return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+        if step < top:
+            return _half_cosine(start, peak, step / top)
+        fallen = (min(step, steps - 1) - top) / ((1 - warm) * steps)
+        return _half_cosine(peak, start / final_factor, fallen)
+
+    return value
+
+
+def multi_step(peak: float, milestones: Sequence[int], factor: float = 0.2) -> Schedule:
+    """Return `peak` times `factor` once for every milestone that has passed.
+
+    Args:
+        peak: value before the first milestone.
+        milestones: steps, each the first with the next value.
+        factor: what each milestone multiplies with; 0.2 as in `step_decay`.
+
+    Raises:
+        ValueError: a milestone is negative, or no whole number.
+    """
+    if wrong := [m for m in milestones if not isinstance(m, int) or m < 0]:
+        raise ValueError(f"milestones are whole numbers of steps, got {wrong}")
+    passed_at = tuple(milestones)
+
+    def value(step: int) -> float:
+        passed = sum(step >= milestone for milestone in passed_at)
+        return float(peak * factor**passed)
 
     return value
 
@@ -40,7 +142,7 @@ def step_decay(
     milestones: Sequence[float] = (0.3, 0.6, 0.8),
     factor: float = 0.2,
 ) -> Schedule:
-    """Return `peak` times `factor` once for every milestone that has passed.
+    """Return `multi_step` with milestones that are shares of the whole schedule.
 
     Args:
         peak: value before the first milestone.
@@ -58,12 +160,33 @@ def step_decay(
     _require_positive(steps)
     if outside := [m for m in milestones if not 0 <= m <= 1]:
         raise ValueError(f"milestones are fractions of the steps, got {outside}")
+    return multi_step(peak, [math.ceil(m * steps) for m in milestones], factor)
 
-    def value(step: int) -> float:
-        passed = sum(step >= milestone * steps for milestone in milestones)
-        return float(peak * factor**passed)
 
-    return value
+def proportional(
+    lr: Schedule, *, lr_max: float, lr_min: float = 0.0, peak: float, final: float
+) -> Schedule:
+    """Return the schedule of rho that goes with that of the learning rate.
+
+    value(t) = final + (peak - final) * (lr(t) - lr_min) / (lr_max - lr_min)
+
+    Args:
+        lr: the schedule to follow.
+        lr_max: learning rate where the value is `peak`.
+        lr_min: learning rate where the value is `final`.
+        peak: value at `lr_max`.
+        final: value at `lr_min`.
+
+    Raises:
+        ValueError: `lr_max` is not above `lr_min`.
+
+    Source:
+        Zhuang et al., 2022, arXiv:2203.08065; the ProportionScheduler of
+        github.com/juntang-zhuang/GSAM.
+    """
+    if not lr_max > lr_min:
+        raise ValueError(f"lr_max must be above lr_min, got {lr_max} and {lr_min}")
+    return lambda step: final + (peak - final) * ((lr(step) - lr_min) / (lr_max - lr_min))
 
 
 def warmup(schedule: Schedule, steps: int) -> Schedule:
@@ -78,6 +201,10 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     if steps == 0:
         return schedule
     return lambda step: schedule(step) * min(1.0, (step + 1) / steps)
+
+
+def _half_cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def _require_positive(steps: int) -> None:

@@ -41,7 +41,7 @@ OWNERS = {
     "safetensors": {"samfn/tensorfile.py", "bench/checkpoints.py"},
     "filelock": {"samfn/files.py"},
     "torch.export": {"samfn/export.py"},
-    "torchvision": {"recipes/data.py", "recipes/cifar.py"},
+    "torchvision": {"recipes/data.py", "recipes/cifar.py", "recipes/augment.py"},
     "sklearn": {"recipes/data.py"},
     "einops": {"recipes/models.py", "recipes/augment.py"},
     "tyro": {

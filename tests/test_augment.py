@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torchvision.transforms import v2
 
 from recipes import augment
 
@@ -106,3 +107,157 @@ def test_normalising_centres_and_scales_each_channel():
     assert result.dtype is torch.float32
     expected = (pixels - mean[:, None, None]) / std[:, None, None]
     assert_close(result.double(), expected, rtol=0, atol=1e-5)
+
+
+POLICIES = {
+    "autoaugment": lambda: v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10),
+    "trivialaugment": v2.TrivialAugmentWide,
+}
+
+
+def noise(count=16, channels=3, size=8):
+    """Return random images, as crops come."""
+    images = torch.randint(256, (count, channels, size, size), dtype=torch.uint8)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_policy_keeps_what_images_are(policy, channels):
+    images = noise(200, channels)
+    before = images.clone()
+    result = augment.transform(images, 1, policy=policy)
+    assert (result.shape, result.dtype) == (images.shape, torch.uint8)
+    assert result.stride() == images.stride()
+    assert torch.equal(images, before)
+    changed = (result != images).flatten(1).any(1).float().mean()
+    assert 0.5 < changed < 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_is_that_of_torchvision_and_draws_anew_for_each_image(policy):
+    images, theirs = noise(1).expand(20, -1, -1, -1), POLICIES[policy]()
+    torch.manual_seed(5)
+    expected = torch.stack([theirs(image) for image in images])
+    result = augment.transform(images, 5, policy=policy)
+    assert torch.equal(result, expected)
+    assert len(result.flatten(1).unique(dim=0)) > 10
+    assert not torch.equal(augment.transform(images, 6, policy=policy), expected)
+
+
+def mixed(images, labels, seed, mixup_alpha=0.0, cutmix_alpha=0.0):
+    return augment.mix(
+        images,
+        labels,
+        seed,
+        mixup_alpha=mixup_alpha,
+        cutmix_alpha=cutmix_alpha,
+        classes=len(labels),
+    )
+
+
+LABELS = torch.tensor([3, 0, 2, 1, 4])  # of five images, each of its own class
+
+
+@given(sizes, sizes, st.floats(0.05, 20), seeds)
+def test_mixup_blends_each_image_and_its_label_with_the_one_before(h, w, alpha, seed):
+    images = numbered(5, h, w)
+    result, shares = mixed(images, LABELS, seed, mixup_alpha=alpha)
+    kept = shares[0, LABELS[0]]
+    classes = F.one_hot(LABELS, 5)
+    assert_close(shares, kept * classes + (1 - kept) * classes[[4, 0, 1, 2, 3]])
+    assert_close(shares.sum(1), torch.ones(5))
+    assert_close(result, kept * images + (1 - kept) * images[[4, 0, 1, 2, 3]])
+
+
+@given(sizes, sizes, st.floats(0.05, 20), seeds)
+def test_cutmix_pastes_one_rectangle_and_mixes_labels_by_its_area(h, w, alpha, seed):
+    images = numbered(5, h, w)
+    result, shares = mixed(images, LABELS, seed, cutmix_alpha=alpha)
+    pasted = result != images
+    assert torch.equal(result[pasted], images[[4, 0, 1, 2, 3]][pasted])
+    hole = pasted[0, 0]
+    assert (pasted == hole).all()
+    assert hole.sum() == hole.any(1).sum() * hole.any(0).sum()
+    kept = 1 - hole.float().mean()
+    classes = F.one_hot(LABELS, 5)
+    assert_close(shares, kept * classes + (1 - kept) * classes[[4, 0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
+def test_shares_are_drawn_from_the_beta_distribution(alpha):
+    images = numbered(5, 1, 1)
+    draws = [mixed(images, LABELS, s, mixup_alpha=alpha)[1][0, 3] for s in range(500)]
+    kept = torch.stack(draws)
+    assert kept.mean().item() == pytest.approx(0.5, abs=0.05)
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert kept.var().item() == pytest.approx(variance, rel=0.15)
+
+
+def test_with_both_mixtures_on_each_batch_has_one_and_half_of_them_each():
+    images, pasted = numbered(5, 8, 8), []
+    for seed in range(300):
+        result, _ = mixed(images, LABELS, seed, mixup_alpha=1.0, cutmix_alpha=1.0)
+        whole = (result == images) | (result == images.roll(1, 0))
+        assert whole.all() or not whole.any()
+        pasted.append(whole.all())
+    assert 120 < sum(pasted) < 180
+
+
+def test_without_mixtures_a_batch_is_what_it_was():
+    images = numbered(5, 2, 2)
+    found = mixed(images, LABELS, 0)
+    assert found[0] is images
+    assert found[1] is LABELS
+
+
+@pytest.mark.parametrize("alphas", [{"mixup_alpha": 0.4}, {"cutmix_alpha": 0.4}])
+def test_mixtures_keep_the_layout_in_memory(alphas):
+    images = torch.randn(5, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert mixed(images, LABELS, 0, **alphas)[0].stride() == images.stride()
+
+
+@pytest.fixture
+def two_threads():
+    """Compute with two threads, however many this process was given."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+PIXELS, FLOATS = noise(5), numbered(5, 8, 8)
+DRAWS = {
+    "policy": lambda seed: augment.transform(PIXELS, seed, policy="trivialaugment"),
+    "mixup": lambda seed: mixed(FLOATS, LABELS, seed, mixup_alpha=1.0)[0],
+    "cutmix": lambda seed: mixed(FLOATS, LABELS, seed, cutmix_alpha=1.0)[0],
+}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_depend_on_the_seed_alone_and_leave_no_trace(name, monkeypatch):
+    def refuse(seed):
+        raise AssertionError("the generators of GPUs are none of its business")
+
+    draw = DRAWS[name]
+    torch.manual_seed(1)
+    first = draw(7)
+    assert not all(torch.equal(first, draw(seed)) for seed in (8, 9, 10))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "manual_seed_all", refuse)
+        assert torch.equal(draw(7), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_policy_that_fails_leaves_generator_and_threads_as_they_were():
+    images = noise(40, channels=2)
+    before = torch.get_rng_state()
+    with pytest.raises(TypeError, match="channel values are 1 or 3"):
+        augment.transform(images, 0, policy="autoaugment")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == 2

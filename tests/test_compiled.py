@@ -96,6 +96,21 @@ def test_the_number_zero_as_rho_is_one_pass_and_one_more_graph():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["whole", "gradient"])
+def test_a_schedule_of_rho_through_zero_makes_its_graphs_once(plan):
+    state, step, eager = task(tiny(), plan=plan)
+    rho, other, made = samfn.schedules.linear(0.1, 0.0, 2), state, []
+    counters.clear()
+    for batch, number in zip(batches(6), (0, 1, 2, 3, 1, 2), strict=True):
+        state, metrics = step(state, batch, rho=rho(number), lr=0.1)
+        other, expected = eager(other, batch, rho=rho(number), lr=0.1)
+        assert_close((state, metrics), (other, expected), rtol=1e-7, atol=1e-9)
+        assert (metrics.perturbation_norm == 0) == (number >= 2)
+        made.append(graphs())
+    assert made == ([1, 1, 2, 2, 2, 2] if plan == "whole" else [1] * 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["whole", "gradient"])
 def test_each_kind_of_step_has_its_graph_and_none_is_made_again(plan):
     method = samfn.looksam(2)
     state, step, eager = task(tiny(), method, plan=plan)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import tomllib
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from recipes.config import (
     ConfigError,
     choose_device,
     parse,
+    plain_values,
     read_toml,
+    require_same_settings,
     to_toml,
 )
 
@@ -34,12 +37,17 @@ FLAGS = {
     "crop_padding": ("2", 2),
     "flip": (None, False),
     "cutout": ("16", 16),
+    "policy": ("autoaugment", "autoaugment"),
+    "mixup_alpha": ("0.2", 0.2),
+    "cutmix_alpha": ("1", 1.0),
     "model": ("wrn-28-10", "wrn-28-10"),
     "layout": ("davda54", "davda54"),
     "zero_head": (None, True),
     "dropout": ("0.3", 0.3),
     "method": ("asam", "asam"),
     "rho": ("0.2", 0.2),
+    "rho_schedule": ("linear", "linear"),
+    "rho_final": ("0.01", 0.01),
     "same_dropout": (None, True),
     "epochs": ("7", 7),
     "batch_size": ("64", 64),
@@ -51,6 +59,7 @@ FLAGS = {
     "clip_norm": ("5", 5.0),
     "label_smoothing": ("0.1", 0.1),
     "schedule": ("step", "step"),
+    "milestones": ("60 120", (60, 120)),
     "warmup_epochs": ("2.5", 2.5),
     "precision": ("bf16", "bf16"),
     "max_skipped": ("3", 3),
@@ -65,6 +74,14 @@ FLAGS = {
     "export": (None, True),
     "eval_only": None,
     "dry_run": (None, True),
+}
+
+
+# What a flag would be refused without, or would change beside its field.
+NEEDS = {
+    "device": ["--precision", "float32"],
+    "rho_final": ["--rho-schedule", "linear"],
+    "milestones": ["--schedule", "step"],
 }
 
 
@@ -83,13 +100,12 @@ def test_images_that_are_too_small_are_refused(tmp_path):
 def test_every_flag_sets_its_field_and_no_other(name):
     text, expected = FLAGS[name]
     base = ["--preset", "none", *DIGITS]
-    if name == "device":  # which "auto" goes by
-        base += ["--precision", "float32"]
+    base += NEEDS.get(name, [])
     flag = name.replace("_", "-")
     if text is None:
         args = [f"--{flag}" if expected else f"--no-{flag}"]
     else:
-        args = [f"--{flag}", text]
+        args = [f"--{flag}", *text.split()]
     given, before = parse([*base, *args]), parse(base)
     assert getattr(given, name) == expected
     assert dataclasses.replace(given, **{name: getattr(before, name)}) == before
@@ -170,6 +186,7 @@ paths = st.text(
         seed=st.integers(-(2**63), 2**63 - 1),
         flip=st.booleans(),
         image_size=st.none() | st.integers(4, 999),
+        milestones=st.none() | st.lists(st.integers(1, 999)).map(tuple),
         method=st.sampled_from(["sam", "asam(eta=0.1)", "every(gsam, 5)"]),
     )
 )
@@ -178,6 +195,22 @@ def test_what_is_written_is_read_back(tmp_path_factory, config):
     path.write_text(to_toml(config))
     assert Config(**read_toml(path)) == dataclasses.replace(config, preset="none")
     tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def test_milestones_pass_through_files_checkpoints_and_flags(tmp_path):
+    flags = ["--schedule", "step", "--milestones", "1", "2", "--epochs", "3"]
+    config = parse([*DIGITS, *flags])
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    assert parse(["--config", str(path), "--milestones", "None"]).milestones is None
+    resumed = parse(["--resume", str(tmp_path)])
+    assert resumed.milestones == config.milestones == (1, 2)
+    # As a checkpoint's JSON gives them back.
+    before = json.loads(json.dumps(plain_values(resumed)))
+    require_same_settings(before, resumed)
+    other = dataclasses.replace(resumed, milestones=(1,))
+    with pytest.raises(ConfigError, match=r"milestones was \[1, 2\], is now \[1\]"):
+        require_same_settings(before, other)
 
 
 def test_settings_of_one_call_are_not_written(tmp_path):
@@ -231,6 +264,10 @@ def test_a_run_is_resumed_with_its_own_settings(run):
             "other settings: lr was 0.1, is now 0.3; rho was 0.05, is now 0.5; --resume-o",
         ),
         (
+            "--mixup-alpha 1 --policy autoaugment --rho-schedule linear",
+            "mixup_alpha was 0.0, is now 1.0; policy was 'none', .*; rho_schedule was",
+        ),
+        (
             "--batch-size 5 --seed 5 --lr 0.3 --resume-override",
             "no run can go on so: batch_size was 64, is now 5; seed was 0, is now 5$",
         ),
@@ -258,6 +295,10 @@ def test_what_does_not_change_the_steps_is_free_and_the_rest_is_overridden(run):
         ("epochs = true", "epochs cannot be True"),
         ("flip = 1", "flip cannot be 1, expected bool"),
         ("method = 3", "method cannot be 3, expected str"),
+        ('policy = "cutout"', "policy cannot be 'cutout', expected 'none' or 'autoa"),
+        ("milestones = [1.5]", r"cannot be \[1.5\], expected tuple\[int, ...\] or None"),
+        ("milestones = [true]", r"milestones cannot be \[True\]"),
+        ("milestones = 60", "milestones cannot be 60"),
         ("epochs = ", "is no TOML"),
         ('resume = "run"', "unknown settings: resume"),
         ("dry_run = true", "unknown settings: dry_run"),
@@ -294,6 +335,14 @@ def test_a_missing_file_is_named(tmp_path):
         ("--clip-norm 0", "--clip-norm: expected a number above 0, or None, got 0.0"),
         ("--crop-padding -1", "--crop-padding: expected at least 0 pixels"),
         ("--cutout -1", "--cutout: expected at least 0 pixels"),
+        ("--mixup-alpha -1", "--mixup-alpha: expected a finite number of at least 0"),
+        ("--cutmix-alpha inf", "--cutmix-alpha: expected a finite number of at least 0"),
+        ("--rho-final -1 --rho-schedule linear", "--rho-final: expected a finite number"),
+        ("--rho-final 0.1", "--rho-final: expected --rho-schedule linear or proportional"),
+        ("--milestones 2", "--milestones: expected --schedule step with it"),
+        ("--schedule step --milestones 2 2", r"rising epochs .* got \(2, 2\)"),
+        ("--schedule step --milestones 0 2", r"rising epochs .* got \(0, 2\)"),
+        ("--schedule step --milestones 80", r"below --epochs, .* got \(80,\)"),
         ("--image-size 9", "--image-size: only folders are resized, not digits"),
         ("--data-dir here", "--data-dir: digits come with scikit-learn"),
         ("--warmup-epochs 999", "--warmup-epochs: expected 0 to all epochs"),

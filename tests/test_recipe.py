@@ -130,6 +130,10 @@ VARIANTS = {
     "sam": ["--dropout", "0.2"],
     "sgd": ["--rho", "0", "--nesterov"],
     "asam": ["--method", "asam", "--rho", "0.5", "--precision", "bf16"],
+    "mixed": [
+        *("--policy", "trivialaugment", "--mixup-alpha", "0.2", "--cutmix-alpha", "1"),
+        *("--method", "gsam", "--rho-schedule", "proportional"),
+    ],
     "all": ["--same-dropout", "--dropout", "0.2", "--clip-norm", "1", "--decay-in-loss"],
 }
 
@@ -239,6 +243,27 @@ def test_an_epoch_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, mon
     RunDirectory(run).append({"epoch": 2, "step": -1})
     assert main(["--resume", str(run)]) == 0
     assert [(row["epoch"], row["step"]) for row in rows(run)] == [(1, 22), (2, 44)]
+
+
+OPTIONS = {
+    "--policy autoaugment --schedule polynomial": {"lr": 0.1 * (1 / 44) ** 0.9},
+    "--policy trivialaugment --schedule one-cycle": {"lr": 0.1 / 25 / 1e4},
+    "--mixup-alpha 0.2 --schedule step --milestones 1": {"lr": 0.02},
+    "--cutmix-alpha 1 --rho-schedule linear --rho-final 0.006": {"rho": 0.007},
+    "--mixup-alpha 0.2 --cutmix-alpha 1 --method esam --label-smoothing 0.1"
+    " --schedule step --rho-schedule proportional": {"rho": 0.05 * 0.2**3},
+}
+
+
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_every_schedule_and_augmentation_trains(tmp_path, capsys, flags):
+    assert train(tmp_path / "run", *flags.split()) == 0
+    first, last = rows(tmp_path / "run")
+    assert last["train_loss"] < first["train_loss"]
+    assert last["test_accuracy"] > 20
+    assert {name: last[name] for name in OPTIONS[flags]} == pytest.approx(OPTIONS[flags])
+    varies = re.search(r"rho 0.05 to [\d.]+ (linear|proportional)", capsys.readouterr().out)
+    assert bool(varies) == ("--rho-schedule" in flags)
 
 
 def test_label_noise_lowers_training_and_never_touches_the_test_set(tmp_path):

@@ -16,7 +16,7 @@ from recipes.data import load
 from recipes.keeping import Keeper
 from recipes.rundir import RunDirectory
 from recipes.signals import watched
-from recipes.task import Split, assemble
+from recipes.task import Split, assemble, generator, seed
 from samfn.compiled import CompiledUpdate
 from samfn.engine import Training
 
@@ -55,8 +55,13 @@ def differ(left, right):
         "--decay-in-loss",
         "--clip-norm 0.01",
         "--lr 0.2",
+        "--schedule polynomial",
+        "--schedule one-cycle",
         "--schedule step --epochs 1",
         "--schedule constant",
+        "--rho-schedule linear",
+        "--rho-schedule proportional",
+        "--rho-schedule linear --rho-final 0.1",
         "--warmup-epochs 1",
         "--label-smoothing 0.1",
         "--label-noise 0.4",
@@ -64,6 +69,10 @@ def differ(left, right):
         "--crop-padding 2",
         "--no-flip",
         "--cutout 4",
+        "--policy autoaugment",
+        "--policy trivialaugment",
+        "--mixup-alpha 0.2",
+        "--cutmix-alpha 1",
         "--dropout 0.3",
         "--zero-head",
         "--layout davda54",
@@ -124,8 +133,56 @@ def test_learning_rates_are_those_of_the_schedules():
     step, _ = task_of("--schedule", "step", "--lr", "1")
     values = {round(step.lr(t), 6) for t in range(2 * steps)}
     assert values == {1.0, 0.2, 0.04, 0.008}
+    at, _ = task_of("--schedule", "step", "--milestones", "1", "--lr", "1")
+    assert [at.lr(t) for t in (0, steps - 1, steps, 2 * steps)] == [1.0, 1.0, 0.2, 0.2]
     constant, _ = task_of("--schedule", "constant", "--lr", "0.3")
     assert {constant.lr(t) for t in range(2 * steps)} == {0.3}
+    for name, make in (("polynomial", "polynomial"), ("one-cycle", "one_cycle")):
+        task, _ = task_of("--schedule", name, "--lr", "0.4")
+        expected = getattr(samfn.schedules, make)(0.4, 2 * steps)
+        assert [task.lr(t) for t in range(50)] == [expected(t) for t in range(50)]
+
+
+def test_rho_is_that_of_its_schedule():
+    steps = 2 * (1437 // 128)
+    linear, _ = task_of("--rho", "0.2", "--rho-schedule", "linear", "--rho-final", "0.1")
+    expected = [0.2 - 0.1 * t / steps for t in range(steps)]
+    assert [linear.rho(t) for t in range(steps)] == pytest.approx(expected)
+    flags = ["--rho-schedule", "proportional", "--lr", "0.4", "--warmup-epochs", "1"]
+    task, _ = task_of("--rho", "0.2", *flags)
+    values = [task.rho(t) for t in range(steps)]
+    assert values == pytest.approx([task.lr(t) / 2 for t in range(steps)])
+    assert values[0] < max(values) > values[-1]
+
+
+RHO_SCHEDULES = ("constant", "linear", "proportional")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "one-cycle", "step"])
+@pytest.mark.parametrize("rho_schedule", RHO_SCHEDULES)
+def test_a_rho_above_zero_is_never_zero_in_a_run(schedule, rho_schedule):
+    # The number 0 would be another graph to compile, for the last step alone.
+    flags = ["--schedule", schedule, "--rho-schedule", rho_schedule]
+    task, _ = task_of(*flags, "--warmup-epochs", "1", "--rho", "1e-9")
+    assert min(task.rho(t) for t in range(22)) > 0
+
+
+@pytest.mark.parametrize("rho_schedule", RHO_SCHEDULES)
+def test_a_rho_of_zero_stays_the_number_zero(rho_schedule):
+    flags = ["--rho-schedule", rho_schedule]
+    flags += ["--rho-final", "0.1"] if rho_schedule != "constant" else []
+    task, _ = task_of("--rho", "0", *flags)
+    assert {task.rho(t) for t in range(22)} == {0.0}
+    plain, _ = after_two_steps("--rho", "0")
+    assert not differ(plain, after_two_steps("--rho", "0", *flags)[0])
+
+
+def test_a_step_that_was_not_finite_is_searched_with_its_own_rho(monkeypatch):
+    seen = []
+    monkeypatch.setattr(samfn, "find_nonfinite", lambda *_, **how: seen.append(how["rho"]))
+    task, state = task_of("--rho-schedule", "linear")
+    task.find_nonfinite(state._replace(step=torch.tensor(5)), None)
+    assert seen == [task.rho(4)] != [task.rho(5)]
 
 
 def test_a_batch_is_its_own_images_augmented_with_their_labels():
@@ -137,18 +194,77 @@ def test_a_batch_is_its_own_images_augmented_with_their_labels():
         assert torch.equal(labels, task.train_labels[picked])
 
 
-def test_batches_are_the_same_from_wherever_they_start():
+STRONG = "--policy trivialaugment --mixup-alpha 0.2 --cutmix-alpha 1"
+
+
+@pytest.mark.parametrize("flags", ["", STRONG])
+def test_batches_are_the_same_from_wherever_they_start(flags):
     # 22 batches are one chunk and a smaller one; each epoch is augmented differently.
-    task, _ = task_of("--batch-size", "64", "--cutout", "3")
+    task, _ = task_of("--batch-size", "64", "--cutout", "3", *flags.split())
     whole = dict(training.batches(task, 0))
     assert [*whole] == [*range(22)]
     assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
     for start in (1, 15, 16, 21):
+        torch.manual_seed(start)  # The global generator is no part of it.
         rest = dict(training.batches(task, 0, start))
         assert [*rest] == [*range(start, 22)]
-        assert all(torch.equal(rest[i][0], whole[i][0]) for i in rest)
+        for index, (images, labels) in rest.items():
+            assert torch.equal(images, whole[index][0])
+            assert torch.equal(labels, whole[index][1])
     again = training.batches(task, 1)
     assert not any(torch.equal(batch[0], whole[i][0]) for i, batch in again)
+
+
+def test_crops_come_before_a_policy_and_cutout_and_mixture_after():
+    common = ["--batch-size", "64", "--cutout", "3"]
+    task, _ = task_of(*common, *STRONG.split())
+    indices = training.order(task, 1)[16:]  # the second chunk
+    source = generator(0, "augmentation", 1, 16)
+    images = task.train_images[indices.flatten()]
+    images = augment.random_crop_flip(images, source, padding=1, flip=True)
+    draws = seed(0, "policy", 1, 16)
+    images = augment.transform(images, draws, policy="trivialaugment")
+    images = augment.normalise(images, task.mean, task.std)
+    images = augment.cutout(images, source, size=3, probability=0.5)
+    for index, (inputs, shares) in training.batches(task, 1, 16):
+        batch = images.split(64)[index - 16], task.train_labels[indices[index - 16]]
+        alphas = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+        expected = augment.mix(*batch, seed(0, "mix", 1, index), **alphas, classes=10)
+        assert torch.equal(inputs, expected[0])
+        assert torch.equal(shares, expected[1])
+
+
+def test_without_policy_and_mixture_nothing_else_is_drawn():
+    task, _ = task_of("--batch-size", "64")
+    _, (images, labels) = next(training.batches(task, 0))
+    source, indices = generator(0, "augmentation", 0, 0), training.order(task, 0)[:16]
+    chunk = task.train_images[indices.flatten()]
+    crops = augment.random_crop_flip(chunk, source, padding=1, flip=True)[:64]
+    assert torch.equal(images, augment.normalise(crops, task.mean, task.std))
+    assert torch.equal(labels, task.train_labels[indices[0]])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--label-smoothing 0.1",
+        "--label-smoothing 0.1 --method esam",
+        "--method per_micro_batch(sam,48)",
+        "--method sub_batch_ascent(sam)",
+        "--precision bf16",
+        "--precision fp16",
+    ],
+)
+def test_mixed_labels_go_through_loss_method_and_precision(flags):
+    task, state = task_of(*STRONG.split(), *flags.split())
+    _, batch = next(training.batches(task, 0))
+    _, metrics = training.step(task, state, 0, batch)
+    rows = len(metrics.outputs)
+    shares = batch[1][:rows] * (1 - task.config.label_smoothing)
+    shares += task.config.label_smoothing / 10
+    expected = -(shares * metrics.outputs.float().log_softmax(1)).sum(1).mean()
+    assert metrics.finite
+    assert_close(metrics.loss.float(), expected, rtol=0.01, atol=0)
 
 
 def test_a_step_has_the_dials_of_its_position():
@@ -161,6 +277,9 @@ def test_a_step_has_the_dials_of_its_position():
     task, state = task_of("--rho", "0.2", "--schedule", "cosine")
     training.step(task._replace(update=spying), state, 3, None)
     assert seen == [{"rho": 0.2, "lr": task.lr(3)}]
+    task, state = task_of("--rho", "0.2", "--rho-schedule", "linear")
+    training.step(task._replace(update=spying), state, 11, None)
+    assert seen[1]["rho"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -256,3 +375,11 @@ def test_skipped_steps_are_counted_in_the_row(tmp_path):
     assert row["skipped_steps"] == 1
     assert row["train_loss"] > 0
     assert row["step"] == task.steps_per_epoch
+
+
+def test_of_mixed_labels_the_larger_share_is_the_right_one():
+    meter = training.Meter(torch.device("cpu"))
+    meter.add(metrics(1.0), torch.tensor([[0.4, 0.6], [0.3, 0.7]]))
+    assert meter.read()[0]["accuracy"] == 50
+    meter.add(metrics(1.0), torch.tensor([[0.6, 0.4], [0.3, 0.7]]))
+    assert meter.read()[0]["accuracy"] == 75

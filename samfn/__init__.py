@@ -1,6 +1,6 @@
 """Sharpness-aware training as pure functions over parameter dicts."""
 
-from samfn import callbacks, engine, schedules, sharpness
+from samfn import callbacks, engine, per_example, sampling, schedules, sharpness
 from samfn.average import mean_of, moving_average
 from samfn.checkpoint import (
     CheckpointCorruptError,
@@ -129,6 +129,7 @@ __all__ = [
     "norm",
     "norm_parameters",
     "on_parameters",
+    "per_example",
     "per_micro_batch",
     "perturb",
     "perturb_adaptive",
@@ -141,6 +142,7 @@ __all__ = [
     "sam",
     "sam_update",
     "same_randomness",
+    "sampling",
     "save",
     "schedules",
     "set_random_state",

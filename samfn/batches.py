@@ -49,18 +49,28 @@ def cut(batch: Batch, size: int) -> list[tuple[Batch, float]]:
     ]
 
 
+def together(batches: Any) -> Iterable[Batch]:
+    """Return an iterable of batches as it is, and one batch as a list.
+
+    Args:
+        batches: a list, a data loader or another iterable of batches; or one batch, a
+            tuple, a mapping or a tensor.
+    """
+    one = isinstance(batches, tuple | Mapping | Tensor)
+    several: Iterable[Batch] = [batches] if one else batches
+    return several
+
+
 def repeatable(batches: Any) -> Iterable[Batch]:
     """Return what can be gone through again and again.
 
     Args:
-        batches: a list, a data loader or another such iterable of batches; or one batch,
-            a tuple, a mapping or a tensor.
+        batches: as for `together`.
 
     Raises:
         TypeError: it can be gone through only once, as a generator, or not at all.
     """
-    if isinstance(batches, tuple | Mapping | Tensor):
-        return [batches]
+    batches = together(batches)
     if isinstance(batches, Iterator) or not isinstance(batches, Iterable):
         raise TypeError(
             "batches must be a batch, or an iterable of batches that can be gone through"

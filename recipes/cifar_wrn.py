@@ -28,6 +28,7 @@ from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse, run
 from recipes.console import Display, open_standard_streams
 from recipes.data import DataError, Source, load
 from recipes.keeping import Keeper, restore_best, resume
+from recipes.loggers import logged
 from recipes.rundir import RunDirectory
 from recipes.signals import Signals, Stopped, watched
 from recipes.task import Task, assemble
@@ -142,7 +143,8 @@ def train_and_report(
     with _opened(task, state, display) as (directory, training), _writing():
         started = time.perf_counter()
         keeper = Keeper(task, directory.checkpoints(display.warn), display.warn)
-        finished = train(task, training, directory, keeper, display, signals)
+        with logged(directory, task.config, display.warn):
+            finished = train(task, training, directory, keeper, display, signals)
         seconds = time.perf_counter() - started
         where = shlex.quote(str(directory.path))
         _draw(task, directory, display)

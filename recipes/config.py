@@ -1,12 +1,15 @@
 """The configuration of the recipe, its presets, and how they are read and written."""
 
+import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
@@ -187,6 +190,9 @@ class Config:
     checkpoints."""
     resume_override: bool = False
     """Go on with settings that differ from the run's; without it they are listed."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Loggers beside metrics.jsonl, each into the run's directory, without account or
+    network. Each needs its package: pip install "samfn[wandb]"."""
     export: bool = False
     """At the end, write the best epoch's model as a program for torch.export.load, too."""
     eval_only: bool = False
@@ -201,7 +207,7 @@ PER_CALL |= {"eval_only", "dry_run"}
 # What a run may be resumed with that it was not started with. Another device rounds
 # differently and draws other random numbers; the data are checked by their content.
 FREE_ON_RESUME = {"preset", "device", "data_dir", "allow_modified_data"}
-FREE_ON_RESUME |= {"save_steps", "on_write_error", "max_skipped"}
+FREE_ON_RESUME |= {"save_steps", "on_write_error", "max_skipped", "log"}
 # What no run can go on with if it changes: the state would fit no more, or its place in
 # the data mean nothing.
 FIXED = {"data", "image_size", "label_noise", "validation", "batch_size", "seed"}
@@ -320,6 +326,10 @@ def validate(config: Config) -> None:
         if not holds:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag}: expected {expected}, got {getattr(config, name)!r}")
+    for name in () if config.eval_only else config.log:
+        if importlib.util.find_spec(name) is None:
+            missing = f'{name} is not installed: pip install "samfn[{name}]"'
+            raise ConfigError(f"--log: {missing}")
     try:
         models.parse_name(config.model)
     except ValueError as error:
@@ -456,22 +466,31 @@ def choose_device(name: str) -> torch.device:
 
 def _typed(path: Path, key: str, value: Any, expected: Any) -> Any:
     """Return the value of a TOML key as its field wants it."""
-    kinds = get_args(expected) or (expected,)
-    if get_origin(expected) is Literal:
-        fits = value in kinds
-    else:
-        if Path in kinds and isinstance(value, str):
-            return Path(value)
-        whole = isinstance(value, list) and all(type(item) is int for item in value)
-        if tuple[int, ...] in kinds and whole:
-            return tuple(value)
-        # Whole numbers will do for floats, but true is no number.
-        allowed = tuple(kind for kind in kinds if isinstance(kind, type))
-        allowed += (int,) if float in kinds else ()
-        fits = isinstance(value, allowed) and isinstance(value, bool) == (bool in kinds)
-    if not fits:
-        names = [k.__name__ if isinstance(k, type) else repr(k) for k in kinds]
-        raise ConfigError(
-            f"{path}: {key} cannot be {value!r}, expected {' or '.join(names)}"
-        )
+    union = get_origin(expected) is UnionType
+    kinds = [k for k in (get_args(expected) if union else (expected,)) if k is not NoneType]
+    for kind in kinds:
+        with contextlib.suppress(TypeError):
+            return _as(kind, value)
+    names = " or ".join(map(_named, kinds))
+    raise ConfigError(f"{path}: {key} cannot be {value!r}, expected {names}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """Return a TOML value as one of a kind, or raise TypeError."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_as(get_args(kind)[0], item) for item in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    # Whole numbers will do for floats, but true is no number.
+    fits = type(value) in ((int, float) if kind is float else (kind,))
+    if not fits and value not in (get_args(kind) if get_origin(kind) is Literal else ()):
+        raise TypeError
     return value
+
+
+def _named(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list of {_named(get_args(kind)[0])}"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    return str(kind.__name__)

@@ -25,6 +25,8 @@ class RunDirectory:
         self.curves = path / "curves.png"
         self.weights = path / "model.safetensors"
         self.program = path / "model.pt2"
+        self.log: Callable[[Row], None] = lambda row: None
+        """Is told of each epoch, beside the metrics."""
         self._unwritten: list[Row] = []
 
     @classmethod

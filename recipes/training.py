@@ -333,6 +333,7 @@ def _append(run: RunDirectory, row: Row, display: Display) -> None:
         run.append(row)
     except OSError as error:
         display.warn(f"{run.metrics} lacks epoch {row['epoch']} for now: {error}")
+    run.log(row)
 
 
 @contextmanager

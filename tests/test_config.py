@@ -71,6 +71,7 @@ FLAGS = {
     "output": ("out", Path("out")),
     "resume": None,
     "resume_override": (None, True),
+    "log": ("tensorboard", ("tensorboard",)),
     "export": (None, True),
     "eval_only": None,
     "dry_run": (None, True),
@@ -188,6 +189,7 @@ paths = st.text(
         image_size=st.none() | st.integers(4, 999),
         milestones=st.none() | st.lists(st.integers(1, 999)).map(tuple),
         method=st.sampled_from(["sam", "asam(eta=0.1)", "every(gsam, 5)"]),
+        log=st.sampled_from([(), ("wandb",), ("trackio", "tensorboard")]),
     )
 )
 def test_what_is_written_is_read_back(tmp_path_factory, config):
@@ -283,7 +285,8 @@ def test_a_run_is_not_resumed_with_other_settings(run, flags, message):
 
 def test_what_does_not_change_the_steps_is_free_and_the_rest_is_overridden(run):
     free = ["--save-steps", "3", "--max-skipped", "7", "--on-write-error", "warn"]
-    assert parse([*run, *free]).save_steps == 3
+    free += ["--log", "tensorboard"]
+    assert parse([*run, *free]).log == ("tensorboard",)
     assert parse([*run, "--lr", "0.3", "--resume-override"]).lr == 0.3
 
 
@@ -294,9 +297,11 @@ def test_what_does_not_change_the_steps_is_free_and_the_rest_is_overridden(run):
         ('epochs = "3"', r"epochs cannot be '3', expected int"),
         ("epochs = true", "epochs cannot be True"),
         ("flip = 1", "flip cannot be 1, expected bool"),
+        ('log = "wandb"', "log cannot be 'wandb', expected a list of 'ten"),
+        ('log = ["w"]', r"log cannot be \['w'\], expected a list of 'tensor"),
         ("method = 3", "method cannot be 3, expected str"),
         ('policy = "cutout"', "policy cannot be 'cutout', expected 'none' or 'autoa"),
-        ("milestones = [1.5]", r"cannot be \[1.5\], expected tuple\[int, ...\] or None"),
+        ("milestones = [1.5]", r"cannot be \[1.5\], expected a list of int$"),
         ("milestones = [true]", r"milestones cannot be \[True\]"),
         ("milestones = 60", "milestones cannot be 60"),
         ("epochs = ", "is no TOML"),

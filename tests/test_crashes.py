@@ -1,5 +1,6 @@
 """What the recipe does when its disk, memory, log or terminal fails it."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,11 +14,12 @@ import pytest
 import torch
 
 from bench.faults.trial import RECIPE, again, finish, recipe, result, start
-from recipes import training
+from recipes import plots, training
 from recipes.cifar_wrn import main
 from recipes.console import plain
 from recipes.data import load
 from recipes.rundir import RunDirectory
+from recipes.signals import Stopped
 from tests.test_data import make_folder
 from tests.test_recipe import SMALL, checkpoint, equal, rows, tensors, train
 
@@ -124,7 +126,7 @@ def test_an_older_checkpoint_may_be_named(tmp_path, capsys):
 
 LOSSES = """
 import sys, torch
-from recipes import training
+from recipes import plots, training
 from recipes.cifar_wrn import main
 torch.set_num_threads(1)
 real = training.step
@@ -461,3 +463,28 @@ def test_a_hundred_random_configs_and_rows_run_no_code(tmp_path):
     finally:
         active[0] = False
     assert not seen
+
+
+class FailsInC:
+    """C code drew a picture, was interrupted if so asked, and raised what it liked."""
+
+    def __init__(self, interrupted):
+        self.interrupted = interrupted
+
+    def __call__(self):
+        def curves(*args):
+            with contextlib.suppress(Stopped):
+                if self.interrupted:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            raise ValueError("Invalid bounding box")  # As matplotlib did in a soak.
+
+        plots.curves = curves
+
+
+@pytest.mark.parametrize(("interrupted", "code"), [(True, 143), (False, 1)])
+def test_a_signal_that_c_code_makes_an_error_of_is_a_signal(tmp_path, interrupted, code):
+    found, said = run(tmp_path, "run", hook=FailsInC(interrupted))
+    assert found == code
+    assert ("SIGTERM ended this" in said) == interrupted
+    assert ("Traceback" in said) == (not interrupted)
+    assert tensors(tmp_path / "run")["step"] == 22

@@ -135,7 +135,8 @@ class Checkpoints:
             written in it.
         keep_last: how many of the newest stay, at least 2, so that one is there even
             while the newest is written or turns out to be damaged.
-        keep_best: how many of those with the highest score stay besides.
+        keep_best: how many of those with the highest score stay besides, for each name
+            of a score.
         warn: is told in one line what was set aside, and why.
     """
 
@@ -157,13 +158,18 @@ class Checkpoints:
         return sorted(self.directory.glob("step_*.safetensors"))
 
     def save(
-        self, state: TrainState, *, score: float | None = None, **metadata: Any
+        self,
+        state: TrainState,
+        *,
+        score: float | Mapping[str, float] | None = None,
+        **metadata: Any,
     ) -> Path:
         """Write a checkpoint, and delete those that are neither new nor good any more.
 
         Args:
             state: names the file by its step; one of the same step is replaced.
-            score: what the best are chosen by, the higher the better.
+            score: what the best are chosen by, the higher the better; several by their
+                names, as that of the weights and that of their average.
             metadata: as for `samfn.save`.
 
         Raises:
@@ -176,25 +182,29 @@ class Checkpoints:
             self._prepare()
         path = self.directory / f"step_{int(state.step):09d}.safetensors"
         if score is not None:
-            metadata[SCORE] = score
+            metadata[SCORE] = dict(score) if isinstance(score, Mapping) else score
         save(path, state, **metadata)
-        for old in set(self.paths()) - {*self.paths()[-self._keep_last :], *self.best()}:
+        for old in set(self.paths()) - self._wanted():
             try:
                 old.unlink(missing_ok=True)
             except OSError as error:
                 self._warn(f"cannot delete {old}: {error}")
         return path
 
-    def best(self) -> list[Path]:
-        """Return those with the highest scores, the best first; of equals, the older."""
-        return self._ranked()[: self._keep_best]
+    def best(self, by: str = SCORE) -> list[Path]:
+        """Return those with the highest scores, the best first; of equals, the older.
 
-    def best_whole(self, like: TrainState) -> Found | None:
-        """Read the best checkpoint that is whole, or None if none has a score.
+        Args:
+            by: name of the score; it has none where it was given as a number.
+        """
+        return self._ranked(by)[: self._keep_best]
+
+    def best_whole(self, like: TrainState, by: str = SCORE) -> Found | None:
+        """Read the best checkpoint that is whole, or None if none has such a score.
 
         Raises and warns as `latest`.
         """
-        return self._first_whole(self._ranked(), like)
+        return self._first_whole(self._ranked(by), like)
 
     def latest(self, like: TrainState) -> Found | None:
         """Read the newest checkpoint that is whole, or None if there is none.
@@ -207,9 +217,15 @@ class Checkpoints:
         """
         return self._first_whole(reversed(self.paths()), like)
 
-    def _ranked(self) -> list[Path]:
-        scores = {path: _score(path) for path in self.paths()}
-        scored = {path: score for path, score in scores.items() if score is not None}
+    def _wanted(self) -> set[Path]:
+        """Return the last ones, and the best by each score."""
+        paths = self.paths()
+        names = {name for path in paths for name in _scores(path)}
+        return {*paths[-self._keep_last :], *(p for name in names for p in self.best(name))}
+
+    def _ranked(self, by: str) -> list[Path]:
+        found = {path: _scores(path) for path in self.paths()}
+        scored = {path: scores[by] for path, scores in found.items() if by in scores}
         return sorted(scored, key=lambda path: -scored[path])
 
     def _first_whole(self, paths: Iterable[Path], like: TrainState) -> Found | None:
@@ -243,13 +259,17 @@ def _require_finite(state: TrainState) -> None:
             raise NonFiniteError(f"{name} is not finite after {int(state.step)} steps")
 
 
-def _score(path: Path) -> float | None:
+def _scores(path: Path) -> dict[str, float]:
     try:
-        score = json.loads(tensorfile.read_texts(path).get(SCORE, "null"))
+        found = json.loads(tensorfile.read_texts(path).get(SCORE, "{}"))
     except (OSError, ValueError, RecursionError):
-        return None  # Whoever reads all of it is told.
-    number = isinstance(score, int | float) and math.isfinite(score)
-    return float(score) if number else None
+        return {}  # Whoever reads all of it is told.
+    named = found if isinstance(found, dict) else {SCORE: found}
+    return {
+        name: float(score)
+        for name, score in named.items()
+        if isinstance(score, int | float) and math.isfinite(score)
+    }
 
 
 def _holds_tensors(value: Any) -> bool:

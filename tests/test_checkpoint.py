@@ -252,6 +252,19 @@ def test_the_last_few_and_the_best_few_stay(tmp_path):
     assert not (tmp_path / "empty").exists()
 
 
+def test_each_name_of_a_score_has_its_own_best(tmp_path):
+    checkpoints = samfn.Checkpoints(tmp_path, keep_last=2, keep_best=1)
+    raw, average = (5.0, 1.0, 2.0, 3.0), (1.0, 5.0, 2.0, float("nan"))
+    for step, pair in enumerate(zip(raw, average, strict=True), 1):
+        checkpoints.save(counted(step), score=dict(zip(("raw", "ema"), pair, strict=True)))
+    assert steps(checkpoints) == [1, 2, 3, 4]
+    assert checkpoints.best_whole(counted(0), by="raw").state.step == 1
+    assert checkpoints.best_whole(counted(0), by="ema").state.step == 2
+    assert checkpoints.best() == []
+    checkpoints.save(counted(5), score={"raw": 9.0, "ema": 9.0})
+    assert steps(checkpoints) == [4, 5]
+
+
 def test_the_newest_whole_checkpoint_counts_and_a_damaged_one_is_set_aside(tmp_path):
     said = []
     checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)

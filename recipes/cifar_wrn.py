@@ -27,7 +27,7 @@ from recipes.compiling import keep_compiled
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, parse, run_of
 from recipes.console import Display, open_standard_streams
 from recipes.data import DataError, Source, load
-from recipes.keeping import Keeper, restore_best, resume
+from recipes.keeping import Keeper, model_of, restore_best, resume
 from recipes.loggers import logged
 from recipes.rundir import RunDirectory
 from recipes.signals import Signals, Stopped, watched
@@ -35,6 +35,7 @@ from recipes.task import Task, assemble
 from recipes.training import (
     DivergedError,
     batches,
+    chosen,
     evaluate,
     prepare,
     step,
@@ -128,7 +129,7 @@ def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
     directory = RunDirectory(run_of(task.config.resume))
     path = task.config.resume
     training = restore_best(task, path, directory, state, display)
-    loss, accuracy = evaluate(task, training.state, task.test)
+    loss, accuracy = evaluate(task, model_of(task, training), task.test)
     what = f"{path.name}, after" if path.is_file() else "best"
     display.say(
         f"{what} epoch {training.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
@@ -206,10 +207,11 @@ def _export(
 ) -> None:
     """Write the best epoch's model for those who have no samfn."""
     try:
-        state = restore_best(task, directory.path, directory, like, display).state
+        best = restore_best(task, directory.path, directory, like, display)
     except ConfigError as error:  # It was whole when it was written.
         text = f"no best checkpoint is left to export: {error}; --resume trains it again"
         raise samfn.CheckpointWriteError(text) from error
+    state = model_of(task, best)
     trained = task.model, state.params, state.buffers
     samfn.export_weights(directory.weights, *trained)
     if task.config.export:
@@ -273,17 +275,18 @@ def describe(task: Task) -> dict[str, str]:
 def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, str]:
     """Return what the closing summary says of a run."""
     rows, config = directory.rows(), task.config
-    chosen_by = task.chosen_by.name
+    average = "ema_" if config.ema_decay is not None else ""
     if not rows:  # Someone took the log of a finished run away.
         return {"files": str(directory.path), "model": str(directory.weights)}
-    best = max(rows, key=lambda row: row[f"{chosen_by}_accuracy"])
+    best = max(rows, key=lambda row: row[chosen(task)])
+    of, test = " of the average" if average else "", f"{average}test_accuracy"
     other, compared = ("0", "plain SGD") if config.rho else ("0.05", "SAM")
     where = shlex.quote(str(directory.path))
     again = shlex.quote(str(directory.path / CONFIG_FILE))
     return {
-        "last epoch": f"test accuracy {rows[-1]['test_accuracy']:.2f} %",
-        "best epoch": f"test accuracy {best['test_accuracy']:.2f} % in epoch"
-        f" {best['epoch']}, chosen by the {chosen_by} set",
+        "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",
+        "best epoch": f"test accuracy{of} {best[test]:.2f} % in epoch"
+        f" {best['epoch']}, chosen by the {task.chosen_by.name} set",
         "time": f"{seconds:.1f} s, {rows[-1]['images_per_second']:,.0f} images/s",
         "files": str(directory.path),
         "model": str(directory.weights),

@@ -163,6 +163,16 @@ class Config:
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises linearly from 0."""
 
+    ema_decay: float | None = None
+    """Share that a moving average of the weights keeps at each step, as 0.999; 0 to below
+    1. It is evaluated beside the weights, and is the model that comes out. None is off."""
+    ema_start: float = 0.0
+    """Epochs before the average begins."""
+    ema_copy: int | None = None
+    """Epoch after which training goes on from the average. None is never."""
+    patience: int | None = None
+    """Epochs without a new best accuracy after which the run ends. None is never."""
+
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Arithmetic of the passes. Weights and perturbation stay float32; fp16 scales the
     loss. auto is bf16 on a GPU and float32 on a CPU."""
@@ -271,6 +281,7 @@ def validate(config: Config) -> None:
     """
     finite = float("inf")
     clip, side, every = config.clip_norm, config.image_size, config.save_steps
+    decay, copied, patience = config.ema_decay, config.ema_copy, config.patience
     marks = (0, *(config.milestones or ()), config.epochs)
     for name, holds, expected in (
         ("label_noise", 0 <= config.label_noise <= 1, "0 to 1"),
@@ -293,6 +304,12 @@ def validate(config: Config) -> None:
         ("lr", 0 < config.lr < finite, "a finite number above 0"),
         ("weight_decay", 0 <= config.weight_decay < finite, "a number of at least 0"),
         ("clip_norm", clip is None or clip > 0, "a number above 0, or None"),
+        ("ema_decay", decay is None or 0 <= decay < 1, "0 to below 1, or None"),
+        ("ema_start", 0 <= config.ema_start <= config.epochs, "0 to all epochs"),
+        ("ema_start", decay is not None or not config.ema_start, "--ema-decay with it"),
+        ("ema_copy", copied is None or copied >= 1, "at least 1, or None"),
+        ("ema_copy", decay is not None or copied is None, "--ema-decay with it"),
+        ("patience", patience is None or patience >= 1, "at least 1, or None"),
         ("crop_padding", config.crop_padding >= 0, "at least 0 pixels"),
         ("cutout", config.cutout >= 0, "at least 0 pixels"),
         ("mixup_alpha", 0 <= config.mixup_alpha < finite, "a finite number of at least 0"),

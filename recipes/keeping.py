@@ -1,7 +1,7 @@
 """What a run keeps, so that it can go on: its checkpoints, written and read."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ class Keeper:
         self.missing: samfn.CheckpointWriteError | None = None
         self._task, self._checkpoints, self._warn = task, checkpoints, warn
 
-    def save(self, training: Training, score: float | None = None) -> None:
+    def save(self, training: Training, score: Mapping[str, float] | None = None) -> None:
         """Write a checkpoint, if a step was taken.
 
         Raises:
@@ -109,13 +109,22 @@ def restore_best(
         ConfigError: there is none that is whole, or it belongs to another network or to
             other data.
     """
+    by = "score" if task.config.ema_decay is None else "ema"
     try:
-        found = _named(path, like) or run.checkpoints(display.warn).best_whole(like)
+        found = _named(path, like) or run.checkpoints(display.warn).best_whole(like, by)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--resume: {error}") from error
     if found is None:
         raise ConfigError(f"--resume: {run.path} holds no checkpoint of a whole epoch")
     return _require_fitting(task, found)
+
+
+def model_of(task: Task, training: Training) -> samfn.TrainState:
+    """Return the state with the weights and statistics that are the run's result."""
+    if task.config.ema_decay is None:
+        return training.state
+    params, buffers = callbacks.ema_of(training)
+    return training.state._replace(params=params, buffers=buffers)
 
 
 def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:

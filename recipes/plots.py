@@ -14,6 +14,13 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9742b", "#8a8a8a"
+SPLITS = {
+    "train": ("train", GREY),
+    "test": ("test", BLUE),
+    "ema_test": ("test, average", "#3f8f4f"),
+    "validation": ("validation", ORANGE),
+    "ema_validation": ("validation, average", "#8b5fb0"),
+}
 COLOURS = (ORANGE, BLUE, "#3f8f4f", "#8b5fb0", GREY)
 
 
@@ -23,10 +30,10 @@ def curves(rows: Sequence[Row], path: Path, title: str) -> None:
     marker = "o" if len(rows) < 40 else None
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axes, what in ((left, "loss"), (right, "accuracy")):
-        for split, colour in (("train", GREY), ("test", BLUE), ("validation", ORANGE)):
+        for split, (name, colour) in SPLITS.items():
             if f"{split}_{what}" in rows[0]:
                 values = [row[f"{split}_{what}"] for row in rows]
-                label = f"{split}: {values[-1]:.4g}"
+                label = f"{name}: {values[-1]:.4g}"
                 axes.plot(epochs, values, color=colour, label=label, marker=marker, ms=3)
         axes.set_xlabel("epoch")
         axes.legend(frameon=False, title="last epoch")

@@ -16,12 +16,12 @@ from torch import Tensor
 import samfn
 from recipes import augment
 from recipes.console import Display, Live
-from recipes.keeping import Keeper
+from recipes.keeping import Keeper, model_of
 from recipes.rundir import Row, RunDirectory
 from recipes.signals import Signals
 from recipes.task import Split, Task, generator, seed
-from samfn import engine
-from samfn.engine import Epoch, Event, Step, Training
+from samfn import callbacks, engine
+from samfn.engine import Callback, Epoch, Event, Step, Training
 
 EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
 METER = "meter"  # what `Meter.kept` gave, in `Training.memory`
@@ -209,13 +209,34 @@ def train(
                 update=lambda state, batch: step(task, state, training.step, batch),
                 epochs=epochs,
                 evaluate=watch.evaluate,
-                callbacks=[watch],
+                callbacks=[*_callbacks(task), watch],
             )
         except StopError:
             training.stop = "signal"
         if training.stop and training.batch:
             watch.save()
-    return training.epoch >= epochs
+    if training.stop and signals.stop is None:
+        display.say(training.stop)
+    return training.epoch >= epochs or signals.stop is None
+
+
+def _callbacks(task: Task) -> list[Callback]:
+    """Return what keeps something in the checkpoint, and so comes before it is written."""
+    config, found = task.config, []
+    if config.ema_decay is not None:
+        start = round(config.ema_start * task.steps_per_epoch)
+        found.append(callbacks.ema(config.ema_decay, start=start))
+    if config.ema_copy is not None:
+        found.append(callbacks.copy_ema(config.ema_copy))
+    if config.patience is not None:
+        found.append(callbacks.early_stopping(chosen(task), config.patience))
+    return found
+
+
+def chosen(task: Task) -> str:
+    """Return the column of a row that the best epoch is chosen by."""
+    average = "ema_" if task.config.ema_decay is not None else ""
+    return f"{average}{task.chosen_by.name}_accuracy"
 
 
 class _Watch:
@@ -264,9 +285,14 @@ class _Watch:
         row: Row = {"lr": task.lr(last), "rho": task.rho(last)}
         row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
         row |= means
+        states = {"": training.state}
+        if task.config.ema_decay is not None:
+            states["ema_"] = model_of(task, training)
         for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
-            found = evaluate(task, training.state, split, lambda: signals.stop is not None)
-            row |= {f"{split.name}_loss": found[0], f"{split.name}_accuracy": found[1]}
+            for prefix, state in states.items():
+                found = evaluate(task, state, split, lambda: signals.stop is not None)
+                name = f"{prefix}{split.name}"
+                row |= {f"{name}_loss": found[0], f"{name}_accuracy": found[1]}
         row["skipped_steps"] = task.steps_per_epoch - steps
         row["seconds"] = seconds
         images = task.steps_per_epoch * task.config.batch_size
@@ -300,7 +326,13 @@ class _Watch:
         row = training.row
         _append(self._run, row, self._display)
         # In this order: a run that is killed between the two takes the epoch again.
-        self._keeper.save(training, row[f"{self._task.chosen_by.name}_accuracy"])
+        chosen_by = f"{self._task.chosen_by.name}_accuracy"
+        scores = {
+            name: row[f"{prefix}{chosen_by}"]
+            for name, prefix in (("score", ""), ("ema", "ema_"))
+            if f"{prefix}{chosen_by}" in row
+        }
+        self._keeper.save(training, scores)
         self._live.epoch(row)
         if self._signals.stop is not None:
             training.stop = "signal"

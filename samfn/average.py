@@ -26,8 +26,9 @@ def moving_average(average: Params, new: Params, decay: float) -> dict[str, Tens
     border.require_below_one("decay", decay)
     border.require_same_layout(new, average, names="the average and the new values")
     moves = [name for name, value in new.items() if value.is_floating_point()]
-    old, now = ([leaves[name] for name in moves] for leaves in (average, new))
-    moved = dict(zip(moves, torch._foreach_lerp(old, now, 1 - decay), strict=True))
+    moved = {name: average[name].clone() for name in moves}
+    # In place, or tensors with a dimension of size 1 would get other strides.
+    torch._foreach_lerp_(list(moved.values()), [new[name] for name in moves], 1 - decay)
     return {name: moved.get(name, value) for name, value in new.items()}
 
 

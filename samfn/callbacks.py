@@ -88,15 +88,14 @@ def early_stopping(metric: str, patience: int, *, higher: bool = True) -> Callba
     border.require_count("patience", patience)
 
     def callback(event: Event) -> None:
-        if not isinstance(event, Epoch):
-            return
         training = event.training
-        value = training.row[metric] if higher else -training.row[metric]
         best, waited = training.memory.get(PATIENCE, [None, 0])
-        better = best is None or value > best
-        waited = 0 if better else waited + 1
-        training.memory[PATIENCE] = [value if better else best, waited]
-        if waited >= patience:
+        if isinstance(event, Epoch):
+            value = training.row[metric] if higher else -training.row[metric]
+            better = best is None or value > best
+            best, waited = (value, 0) if better else (best, waited + 1)
+            training.memory[PATIENCE] = [best, waited]
+        if waited >= patience:  # Also of a run that ended so, and is resumed.
             training.stop = f"no better {metric} for {patience} epochs"
 
     return callback
@@ -113,8 +112,9 @@ def finite(in_a_row: int = 50, *, every: int = 16) -> Callback:
     border.require_count("every", every)
 
     def callback(event: Event) -> None:
-        if isinstance(event, Epoch) or event.training.step % every == 0:
-            require_finite(event.training.state, in_a_row=in_a_row)
+        training = event.training
+        if isinstance(event, Epoch) or training.step % every == 0:
+            require_finite(training.state, in_a_row=in_a_row)
 
     return callback
 
@@ -145,7 +145,7 @@ def saving(
             checkpoints.save(
                 training.state, score=found, **to_metadata(training), **metadata
             )
-        elif every is not None and training.step % every == 0:
+        elif isinstance(event, Step) and every and training.step % every == 0:
             checkpoints.save(training.state, **to_metadata(training), **metadata)
 
     return callback
@@ -180,9 +180,9 @@ def from_metadata(state: TrainState, metadata: dict[str, Any]) -> Training:
     Raises:
         KeyError, TypeError: the metadata are not those of a run.
     """
-    place, device = metadata["progress"], state.step.device
+    place, like = metadata["progress"], _together(state)
     memory = {
-        name.removeprefix(MEMORY): _on(device, value)
+        name.removeprefix(MEMORY): _placed(value, state.step, like)
         for name, value in metadata.items()
         if name.startswith(MEMORY)
     }
@@ -196,12 +196,16 @@ def from_metadata(state: TrainState, metadata: dict[str, Any]) -> Training:
     )
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
+def _placed(value: Any, usual: Tensor, like: Params) -> Any:
+    """Put tensors where the state is, those of its names with its strides too.
+
+    A file holds no strides, and a convolution rounds differently with others.
+    """
     if isinstance(value, dict):
-        return {name: _on(device, item) for name, item in value.items()}
-    return value
+        return {name: _placed(v, like.get(name, usual), like) for name, v in value.items()}
+    if isinstance(value, Tensor) and value.shape == usual.shape:
+        return torch.empty_like(usual, dtype=value.dtype).copy_(value)
+    return value.to(usual.device) if isinstance(value, Tensor) else value
 
 
 def _together(state: TrainState) -> dict[str, Tensor]:

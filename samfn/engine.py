@@ -44,6 +44,12 @@ class Training:
     """Set it to end the run before its budget is spent: why."""
 
 
+class Start(NamedTuple):
+    """A run begins, or goes on."""
+
+    training: Training
+
+
 class Step(NamedTuple):
     """An update was taken."""
 
@@ -58,7 +64,7 @@ class Epoch(NamedTuple):
     training: Training
 
 
-Event = Step | Epoch
+Event = Start | Step | Epoch
 Callback = Callable[[Event], None]
 Dial = float | Callable[[Training], float]
 """A number, or what it is at a point of the run, as lambda t: schedule(t.step)."""
@@ -78,7 +84,7 @@ def run(
 ) -> Training:
     """Train until the budget is spent, or a callback asks to stop.
 
-    An epoch: update on every batch; evaluate; tell the callbacks. One that ends early,
+    An epoch: update on every batch; evaluate; tell the callbacks. An epoch that ends early,
     since the steps are spent, is evaluated too; one that a callback stops is not.
 
     Args:
@@ -102,6 +108,7 @@ def run(
     """
     if epochs is None and steps is None:
         raise ValueError("expected a budget of epochs, steps or both, got none")
+    tell(callbacks, Start(training))
     while not training.stop and not _spent(training, epochs, steps):
         train_epoch(
             training,

@@ -35,6 +35,13 @@ def test_counters_are_not_averaged_and_the_old_average_stays():
     assert old["w"].tolist() == [0, 0]
 
 
+def test_strides_stay_since_convolutions_round_by_them():
+    for shape in ((4, 1, 3, 3), (4, 5, 1, 1), (4, 5, 3, 3)):
+        last = torch.randn(shape).to(memory_format=torch.channels_last)
+        found = samfn.moving_average({"w": last.clone()}, {"w": last}, 0.9)
+        assert found["w"].stride() == last.stride()
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_out_of_range_is_refused(decay):
     with pytest.raises(ValueError, match="decay must be at least 0 and below 1"):

@@ -61,6 +61,10 @@ FLAGS = {
     "schedule": ("step", "step"),
     "milestones": ("60 120", (60, 120)),
     "warmup_epochs": ("2.5", 2.5),
+    "ema_decay": ("0.9", 0.9),
+    "ema_start": ("0.5", 0.5),
+    "ema_copy": ("1", 1),
+    "patience": ("3", 3),
     "precision": ("bf16", "bf16"),
     "max_skipped": ("3", 3),
     "device": ("meta", "meta"),
@@ -81,6 +85,8 @@ FLAGS = {
 # What a flag would be refused without, or would change beside its field.
 NEEDS = {
     "device": ["--precision", "float32"],
+    "ema_start": ["--ema-decay", "0.9"],
+    "ema_copy": ["--ema-decay", "0.9"],
     "rho_final": ["--rho-schedule", "linear"],
     "milestones": ["--schedule", "step"],
 }

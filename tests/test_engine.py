@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import samfn
 from samfn import callbacks, engine
-from samfn.engine import Epoch, Step, Training
+from samfn.engine import Epoch, Start, Step, Training
 from tests.reference import small_network
 
 BATCHES = 5
@@ -72,6 +72,8 @@ def test_callbacks_are_told_of_everything_in_order():
 
     def first(event):
         match event:
+            case Start(training):
+                seen.append(("start", training.epoch, training.batch))
             case Step(training, batch, metrics):
                 seen.append(("step", training.epoch, training.batch))
                 assert len(batch[1]) == 6
@@ -83,7 +85,7 @@ def test_callbacks_are_told_of_everything_in_order():
     training, options = problem()
     engine.run(training, **options, epochs=2, callbacks=[first, lambda e: seen.append(0)])
     steps = [("step", epoch, batch) for epoch in range(2) for batch in range(1, 6)]
-    expected = [*steps[:5], ("epoch", 1, 0), *steps[5:], ("epoch", 2, 0)]
+    expected = [("start", 0, 0), *steps[:5], ("epoch", 1, 0), *steps[5:], ("epoch", 2, 0)]
     assert seen == [item for event in expected for item in (event, 0)]
 
 
@@ -243,6 +245,9 @@ def test_patience_counts_epochs_without_a_new_best():
     engine.run(training, **options, epochs=7, callbacks=[stop])
     assert training.epoch == 4
     assert training.stop == "no better score for 2 epochs"
+    training.stop = None  # As a run is that goes on from its last checkpoint.
+    engine.run(training, **options, epochs=7, callbacks=[stop])
+    assert training.epoch == 4
     training, options = problem()
     options["evaluate"] = lambda t: {"score": -values[t.epoch]}
     stop = callbacks.early_stopping("score", 2, higher=False)

@@ -127,6 +127,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
 
 
 VARIANTS = {
+    "average": ["--ema-decay", "0.9", "--ema-start", "0.3", "--ema-copy", "1"],
     "sam": ["--dropout", "0.2"],
     "sgd": ["--rho", "0", "--nesterov"],
     "asam": ["--method", "asam", "--rho", "0.5", "--precision", "bf16"],
@@ -367,3 +368,30 @@ def test_output_into_a_file_is_plain_lines(tmp_path):
     assert "\x1b" not in out
     assert "\r" not in out
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["epoch"] == 1
+
+
+def test_with_an_average_it_is_what_is_chosen_evaluated_and_exported(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--ema-decay", "0.95", "--epochs", "3") == 0
+    best = max(rows(run), key=lambda row: row["ema_test_accuracy"])
+    found = f"test accuracy of the average {best['ema_test_accuracy']:.2f} %"
+    assert f"{found} in epoch {best['epoch']}" in capsys.readouterr().out
+    assert any(row["ema_test_loss"] != row["test_loss"] for row in rows(run))
+    path = samfn.Checkpoints(run / "checkpoints").best("ema")[0]
+    average = samfn.restore(path, like=fresh(run))[1]["memory.ema"]
+    exported = load_file(run / "model.safetensors")
+    name = next(name for name in exported if name.endswith("weight"))
+    assert torch.equal(exported[name], average[f"params/{name}"])
+    assert main(["--eval-only", "--resume", str(run)]) == 0
+    said = f"epoch {best['epoch']}: test accuracy {best['ema_test_accuracy']:.2f} %"
+    assert said in capsys.readouterr().out
+
+
+def test_patience_ends_a_run_and_stays_at_its_end(tmp_path, capsys):
+    run, flags = tmp_path / "run", ["--epochs", "9", "--lr", "1e-12", "--patience", "2"]
+    assert train(run, *flags) == 0
+    assert "no better test_accuracy for 2 epochs" in capsys.readouterr().out
+    before = rows(run)
+    assert 3 <= len(before) < 9
+    assert main(["--resume", str(run)]) == 0
+    assert rows(run) == before

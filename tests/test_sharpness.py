@@ -232,6 +232,12 @@ def test_random_perturbations_have_the_length_rho():
     objective = Objective(loss_fn, {}, [torch.zeros(1, 1)])
     sharpness.average_case(objective, {"w": torch.zeros(7)}, rho=0.3, samples=3)
     assert lengths[1:] == pytest.approx([0.3] * 3)
+    twice = {"w": torch.full((7,), 2.0)}
+    del lengths[:]
+    sharpness.average_case(
+        objective, {"w": torch.zeros(7)}, rho=0.3, samples=3, metric=twice
+    )
+    assert lengths[1:] == pytest.approx([0.6] * 3)
 
 
 def test_a_generator_decides_on_what_is_drawn():

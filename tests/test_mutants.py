@@ -146,7 +146,7 @@ MUTANTS = {
     ),
     "the best goes with the old": (
         "checkpoint.py",
-        "*self.best()}",
+        ", *(p for name in names for p in self.best(name))}",
         "}",
         "tests/test_checkpoint.py",
     ),

@@ -186,8 +186,8 @@ def train(
     """Train to the last epoch, and record each in the run directory.
 
     Returns:
-        Whether training reached its end; if not, a signal stopped it, and the last
-        checkpoint holds the step after which it did.
+        Whether training reached its end, or lost its patience; if not, a signal stopped
+        it, and the last checkpoint holds the step after which it did.
 
     Raises:
         CheckpointWriteError: a checkpoint cannot be written. The one before is whole.

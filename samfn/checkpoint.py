@@ -261,7 +261,8 @@ def _require_finite(state: TrainState) -> None:
 
 def _scores(path: Path) -> dict[str, float]:
     try:
-        found = json.loads(tensorfile.read_texts(path).get(SCORE, "{}"))
+        text = tensorfile.read_texts(path).get(SCORE, "{}")
+        found = json.loads(text, parse_int=float)  # No float holds every integer.
     except (OSError, ValueError, RecursionError):
         return {}  # Whoever reads all of it is told.
     named = found if isinstance(found, dict) else {SCORE: found}

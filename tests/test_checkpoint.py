@@ -343,8 +343,8 @@ def test_names_that_the_file_needs_itself_are_refused(tmp_path):
 
 def test_the_best_that_is_whole_is_read_and_scores_are_numbers(tmp_path):
     said = []
-    checkpoints = samfn.Checkpoints(tmp_path, keep_last=4, warn=said.append)
-    for step, score in enumerate((1.0, 3.0, 2.0, float("nan")), 1):
+    checkpoints = samfn.Checkpoints(tmp_path, keep_last=5, warn=said.append)
+    for step, score in enumerate((1, 3.0, 2.0, float("nan"), 10**400), 1):
         checkpoints.save(counted(step), score=score)
     assert checkpoints.best_whole(counted(0)).state.step == 2
     content = bytearray(checkpoints.paths()[1].read_bytes())

@@ -442,6 +442,17 @@ def require_same_settings(before: dict[str, Any], config: Config) -> None:
         )
 
 
+def of_run(path: Path) -> Config:
+    """Return the settings of the run that `path` is, or is a checkpoint of.
+
+    Raises:
+        ConfigError: there is no run, or a setting is not among what is allowed.
+    """
+    config = Config(**read_toml(run_of(path) / CONFIG_FILE))
+    validate(config)
+    return config
+
+
 def run_of(path: Path) -> Path:
     """Return the directory of the run that `path` is, or is a checkpoint of."""
     return path.parent.parent if path.is_file() else path

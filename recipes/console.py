@@ -6,7 +6,7 @@ Where the output is no terminal, the same rows are plain lines, and nothing move
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,7 +95,7 @@ class Display:
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
         for name, value in facts.items():
-            grid.add_row(name, plain(value))
+            grid.add_row(plain(name), plain(value))
         panel = Panel(grid, title=title, title_align="left", expand=False)
         if self._console.is_terminal:
             self._console.print(panel)
@@ -115,6 +115,23 @@ class Display:
             transient=True,
             disable=not self._console.is_terminal,
         )
+
+    @contextmanager
+    def counting(self, total: int, text: str) -> Iterator[Callable[[], None]]:
+        """Show a bar; yield what is called when one more of the total is done."""
+        bar = Progress(
+            TextColumn(plain(text)),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        with bar:
+            task = bar.add_task("", total=total)
+            yield lambda: bar.advance(task)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:

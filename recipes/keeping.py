@@ -2,15 +2,23 @@
 
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import samfn
-from recipes.config import ConfigError, plain_values, require_same_settings
+from recipes.config import (
+    ConfigError,
+    of_run,
+    plain_values,
+    require_same_settings,
+    run_of,
+)
 from recipes.console import Display
 from recipes.rundir import RunDirectory
-from recipes.task import Task
+from recipes.task import Task, assemble, read_data
 from samfn import callbacks
 from samfn.engine import Training
 
@@ -109,13 +117,55 @@ def restore_best(
         ConfigError: there is none that is whole, or it belongs to another network or to
             other data.
     """
-    by = "score" if task.config.ema_decay is None else "ema"
+    best = partial(run.checkpoints(display.warn).best_whole, by=best_by(task))
+    return _read(task, path, like, best)
+
+
+def reopen(
+    path: Path, device: str, display: Display, *, last: bool = False
+) -> tuple[Task, samfn.TrainState, int]:
+    """Put together again what a run trained, and read what came of it.
+
+    Args:
+        path: the run's directory, whose best epoch counts, or one of its checkpoints.
+        device: where to compute, as in `Config`, whatever the run did.
+        display: is told of damaged checkpoints, and shows how far reading is.
+        last: of a directory, read the newest checkpoint and not the best.
+
+    Returns:
+        The task, the state as `model_of` gives it, and the epochs that led to it.
+
+    Raises:
+        ConfigError: there is no run, no checkpoint that is whole, or no such device; the
+            data are others.
+        DataError: the data are not there any more.
+    """
+    config = replace(of_run(path), device=device, compile="no")
+    task, like = assemble(config, read_data(config, display.track, display.warn))
+    checkpoints = RunDirectory(run_of(path)).checkpoints(display.warn)
+    best = partial(checkpoints.best_whole, by=best_by(task))
+    training = _read(task, path, like, checkpoints.latest if last else best)
+    return task, model_of(task, training), training.epoch
+
+
+def best_by(task: Task) -> str:
+    """Return the name of the score that the best checkpoint is chosen by."""
+    return "score" if task.config.ema_decay is None else "ema"
+
+
+def _read(
+    task: Task,
+    path: Path,
+    like: samfn.TrainState,
+    whole: Callable[[samfn.TrainState], samfn.Found | None],
+) -> Training:
+    """Read the checkpoint that `path` is, or that `whole` chooses."""
     try:
-        found = _named(path, like) or run.checkpoints(display.warn).best_whole(like, by)
+        found = _named(path, like) or whole(like)
     except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"--resume: {error}") from error
+        raise ConfigError(str(error)) from error
     if found is None:
-        raise ConfigError(f"--resume: {run.path} holds no checkpoint of a whole epoch")
+        raise ConfigError(f"{path} holds no checkpoint of a whole epoch")
     return _require_fitting(task, found)
 
 
@@ -138,7 +188,7 @@ def _require_fitting(task: Task, found: samfn.Found) -> Training:
         data = found.metadata["data"]
         training = callbacks.from_metadata(found.state, found.metadata)
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"--resume: {found.path} is none of this recipe's") from error
+        raise ConfigError(f"{found.path} is none of this recipe's") from error
     if data != task.fingerprint:
-        raise ConfigError(f"--resume: {found.path} was trained on other images or labels")
+        raise ConfigError(f"{found.path} was trained on other images or labels")
     return training

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor
@@ -14,7 +14,17 @@ import samfn
 from recipes import methods
 from recipes.compiling import decide
 from recipes.config import Config, ConfigError, choose_device
-from recipes.data import Dataset, corrupt_labels, fingerprint, hold_out, statistics
+from recipes.data import (
+    Dataset,
+    Say,
+    Source,
+    Track,
+    corrupt_labels,
+    fingerprint,
+    hold_out,
+    load,
+    statistics,
+)
 from recipes.models import WideResNet, parse_name
 from samfn import schedules
 from samfn.compiled import operations
@@ -58,6 +68,18 @@ class Task(NamedTuple):
     steps_per_epoch: int
     fingerprint: str
     """Of the data, before labels were corrupted or images held out."""
+
+
+def read_data(config: Config, track: Track, warn: Say) -> Dataset:
+    """Read the images that a configuration names; see `recipes.data.load`."""
+    return load(
+        cast(Source, config.data),
+        config.data_dir,
+        image_size=config.image_size,
+        modified=config.allow_modified_data,
+        track=track,
+        warn=warn,
+    )
 
 
 def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:

@@ -1,6 +1,6 @@
 """Sharpness-aware training as pure functions over parameter dicts."""
 
-from samfn import callbacks, engine, per_example, sampling, schedules, sharpness
+from samfn import callbacks, engine, landscape, per_example, sampling, schedules, sharpness
 from samfn.average import mean_of, moving_average
 from samfn.checkpoint import (
     CheckpointCorruptError,
@@ -117,6 +117,7 @@ __all__ = [
     "held",
     "init",
     "l2_regularized",
+    "landscape",
     "load",
     "looksam",
     "loss_scaled",

@@ -21,7 +21,7 @@ def length_of(batch: Batch) -> int:
     if len(lengths) != 1 or not (length := next(iter(lengths))) or not length[0]:
         found = [tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in leaves]
         raise ValueError(
-            "parts of a batch need a batch of tensors of one length, got shapes"
+            "a batch that is cut or counted must be tensors of one length, got shapes"
             f" {', '.join(map(str, found))}"
         )
     return int(length[0])

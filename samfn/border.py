@@ -83,13 +83,14 @@ def require_same_names(expected: Params, given: Params, *, names: str) -> None:
         )
 
 
-def require_gradients(params: Params, grads: Params) -> None:
-    """Raise unless `grads` can be the gradient at `params`.
+def require_gradients(
+    params: Params, grads: Params, *, names: str = "params and grads"
+) -> None:
+    """Raise unless `grads` can be the gradient at `params`, or another direction.
 
     Raises:
         ValueError: names, shapes, dtypes or devices differ.
     """
-    names = "params and grads"
     require_same_layout(params, grads, names=names)
     if any(leaf.device != grads[name].device for name, leaf in params.items()):
         _refuse(params, grads, names, "devices", lambda leaf: leaf.device)
@@ -137,6 +138,12 @@ def require_trainable(params: Params, buffers: Params) -> None:
                 f"params and buffers must be on one device, {name} is on {value.device},"
                 f" others on {device}"
             )
+
+
+def require_apart(params: Params, buffers: Params) -> None:
+    """Raise if a name stands in both mappings."""
+    if shared := sorted(params.keys() & buffers.keys()):
+        raise ValueError(f"params and buffers must not share names, both hold {shared}")
 
 
 def _refuse(

@@ -73,8 +73,7 @@ def init(
             floating point; tensors are on several devices; a name stands in both.
     """
     border.require_trainable(params, buffers)
-    if shared := sorted(params.keys() & buffers.keys()):
-        raise ValueError(f"params and buffers must not share names, both hold {shared}")
+    border.require_apart(params, buffers)
     zero = torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)
     return TrainState(
         params=dict(params),

@@ -22,6 +22,7 @@ LEVELS = {
     "stateless": 3,
     "export": 4,
     "method": 3,
+    "landscape": 4,
     "objective": 3,
     "monitor": 3,
     "optimizer": 3,
@@ -48,6 +49,7 @@ OWNERS = {
     "einops": {"recipes/models.py", "recipes/augment.py"},
     "tyro": {
         "recipes/config.py",
+        "recipes/landscape.py",
         "bench/checkpoints.py",
         "bench/compare.py",
         "bench/compile_time.py",
@@ -63,6 +65,7 @@ OWNERS = {
         "recipes/models.py",
         "recipes/augment.py",
         "recipes/task.py",
+        "recipes/landscape.py",
         "bench/candidates.py",
         "bench/checkpoints.py",
         "bench/gpu.py",

@@ -18,7 +18,7 @@ from tests.test_data import make_folder
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FLOWING = " ".join(README.split())
-COMMAND = re.compile(r"python -m recipes\.cifar_wrn[^`#\n]*")
+COMMAND = re.compile(r"python -m recipes\.\w+[^`#\n]*")
 
 
 def blocks(language):
@@ -69,7 +69,14 @@ def test_ci_runs_the_test_command():
 
 @pytest.mark.parametrize("command", recipe_commands())
 def test_commands_of_the_recipe_run(command, tmp_path):
-    args = shlex.split(command)[3:]
+    module, *args = shlex.split(command)[2:]
+    if module == "recipes.landscape":
+        for name in {"runs/SGD", "runs/SAM", "runs/NAME"} & {*args}:
+            train = ["--data", "digits", "--epochs", "1", "--output", name]
+            run([*train, "--batch-size", "256"], tmp_path)
+        run([*args, "--points", "5", "--images", "40"], tmp_path, module)
+        assert (tmp_path / "runs" / "landscape" / "surfaces.png").exists()
+        return
     if "foret2021" in args:  # days on a CPU: only that it is understood
         assert parse(args).model == "wrn-28-10"
         return
@@ -82,10 +89,10 @@ def test_commands_of_the_recipe_run(command, tmp_path):
     run(args, tmp_path)
 
 
-def run(args, directory):
+def run(args, directory, module="recipes.cifar_wrn"):
     environment = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(directory / "cache")}
     result = subprocess.run(
-        [sys.executable, "-m", "recipes.cifar_wrn", *args],
+        [sys.executable, "-m", module, *args],
         cwd=directory,
         env=os.environ | environment,
         capture_output=True,

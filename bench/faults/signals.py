@@ -19,7 +19,7 @@ from bench.faults.trial import (
     start,
     wrap,
 )
-from recipes import cifar_wrn, training
+from recipes import task, training
 from recipes.config import CONFIG_FILE
 from samfn import tensorfile
 
@@ -41,7 +41,7 @@ class During:
             case "evaluation":
                 self.inside_evaluation()
             case "data":
-                self.before(cifar_wrn, "load")
+                self.before(task, "load")
             case "compilation":
                 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
                 self.inside_compilation()

@@ -1,0 +1,75 @@
+"""How every command begins and ends: standard streams, signals, and exit codes."""
+
+from collections.abc import Callable
+
+import torch
+
+import samfn
+from recipes.compiling import keep_compiled
+from recipes.config import ConfigError
+from recipes.console import Display, open_standard_streams
+from recipes.data import DataError
+from recipes.signals import Signals, Stopped, watched
+from recipes.training import DivergedError
+
+# Exit codes beside 0, finished, and 128 + N, ended by signal N: 130, 143.
+WRONG_INPUT, DIVERGED, OUT_OF_MEMORY, NOT_WRITTEN = 2, 3, 4, 5
+EXPECTED = (ConfigError, DataError, OSError, DivergedError, samfn.NonFiniteError, Stopped)
+
+
+def run(body: Callable[[Display, Signals], int]) -> int:
+    """Call the body of a command; return its exit code, or that of what it raises.
+
+    What is expected to go wrong ends in one line on standard error, all else in a
+    traceback.
+    """
+    open_standard_streams()
+    display = Display()
+    keep_compiled()
+    try:
+        with watched() as signals:
+            try:
+                return body(display, signals)
+            except EXPECTED:
+                raise
+            except Exception as error:
+                if signals.stop is None:
+                    raise
+                # C code, as that of pictures, turns what a signal raises into anything.
+                raise Stopped(signals.stop) from error
+    except samfn.CheckpointWriteError as error:
+        display.fail(f"{error}; the checkpoint before is whole")
+        return NOT_WRITTEN
+    except samfn.ExportError as error:
+        display.fail(str(error))
+        return NOT_WRITTEN
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        display.fail(f"out of memory{peak()}")
+        return OUT_OF_MEMORY
+    except (ConfigError, DataError, OSError) as error:
+        display.fail(str(error))
+        return WRONG_INPUT
+    except (DivergedError, samfn.NonFiniteError) as error:
+        display.fail(str(error))
+        return DIVERGED
+    except Stopped as error:
+        display.fail(f"{error} ended this; nothing was saved since the last checkpoint")
+        return 128 + error.number
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether an error says that there is no memory left."""
+    # What is raised on a CPU has no type of its own; the third is oneDNN's.
+    texts = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error) for text in texts
+    )
+
+
+def peak() -> str:
+    """Return how much memory of a GPU was taken at most, as part of a sentence."""
+    if torch.cuda.is_available():
+        return f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at the peak"
+    return ""

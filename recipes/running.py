@@ -1,0 +1,225 @@
+"""A run from its settings to its summary: train, evaluate the best, or try one step."""
+
+import contextlib
+import re
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import samfn
+from recipes import command, plots
+from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, run_of
+from recipes.console import Display
+from recipes.keeping import Keeper, model_of, restore_best, resume
+from recipes.loggers import logged
+from recipes.rundir import RunDirectory
+from recipes.signals import Signals
+from recipes.task import Task, assemble, read_data
+from recipes.training import (
+    batches,
+    chosen,
+    evaluate,
+    prepare,
+    step,
+    train,
+)
+from samfn.engine import Training
+
+
+def run(config: Config, display: Display, signals: Signals) -> int:
+    """Load the data, then train, evaluate or try, as the configuration says."""
+    try:
+        dataset = read_data(config, display.track, display.warn)
+        task, state = assemble(config, dataset)
+        if config.preset == "small":
+            display.say(
+                "This is a small preset, made for a CPU: it shows that everything works,"
+                " not what SAM reaches. --preset davda54 and foret2021 are the real ones."
+            )
+        display.facts("samfn", describe(task))
+        if config.dry_run:
+            return try_out(task, state, display)
+        if config.eval_only:
+            return evaluate_best(task, state, display)
+        return train_and_report(task, state, display, signals)
+    except (MemoryError, RuntimeError) as error:
+        if not command.lacks_memory(error):
+            raise
+        parts = f"accumulated({config.method}, {config.batch_size // 2})"
+        display.fail(
+            f"out of memory with --batch-size {config.batch_size}{command.peak()}: try a"
+            f' smaller one, or --method "{parts}";'
+            " checkpoints are whole, and a resumed run needs the batch size it began with"
+        )
+        return command.OUT_OF_MEMORY
+
+
+def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
+    """Take one step."""
+    prepare(task, Training(state), display)
+    _, metrics = step(task, state, 0, next(batches(task, 0))[1])
+    display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, no run written")
+    return 0
+
+
+def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
+    """Evaluate the best checkpoint of the run, or the checkpoint, that --resume names."""
+    assert task.config.resume is not None  # `validate` saw to it.
+    directory = RunDirectory(run_of(task.config.resume))
+    path = task.config.resume
+    training = restore_best(task, path, directory, state, display)
+    loss, accuracy = evaluate(task, model_of(task, training), task.test)
+    what = f"{path.name}, after" if path.is_file() else "best"
+    display.say(
+        f"{what} epoch {training.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
+    )
+    return 0
+
+
+def train_and_report(
+    task: Task, state: samfn.TrainState, display: Display, signals: Signals
+) -> int:
+    """Train, from the start or from where a run stopped, and leave a run behind."""
+    with _opened(task, state, display) as (directory, training), _writing():
+        started = time.perf_counter()
+        keeper = Keeper(task, directory.checkpoints(display.warn), display.warn)
+        with logged(directory, task.config, display.warn):
+            finished = train(task, training, directory, keeper, display, signals)
+        seconds = time.perf_counter() - started
+        where = shlex.quote(str(directory.path))
+        _draw(task, directory, display)
+        if keeper.missing is not None:
+            raise keeper.missing
+        if not finished:
+            display.say(f"stopped; {PROGRAM} --resume {where} goes on where this ended")
+            return 128 + (signals.stop or signal.SIGINT)
+        _export(task, directory, state, display)
+        display.facts("done", summarise(task, directory, seconds))
+    return 0
+
+
+@contextlib.contextmanager
+def _opened(
+    task: Task, state: samfn.TrainState, display: Display
+) -> Iterator[tuple[RunDirectory, Training]]:
+    """Hold the directory of a new run or of one that goes on; yield where it stands."""
+    config = task.config
+    if config.resume is None:
+        path = config.output or new_name(config)
+        with RunDirectory.create(path, config) as directory:
+            yield directory, Training(state)
+        return
+    directory = RunDirectory(run_of(config.resume))
+    with directory.held():
+        training = resume(task, config.resume, directory, state, display)
+        with _writing():
+            directory.rewind(training.epoch)
+            directory.write_config(config)
+        display.say(f"resuming after {training.epoch} epochs and {training.batch} steps")
+        yield directory, training
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Turn what the system says into the error that ends a run with `NOT_WRITTEN`."""
+    try:
+        yield
+    except samfn.CheckpointWriteError:
+        raise
+    except OSError as error:
+        raise samfn.CheckpointWriteError(f"cannot write: {error}") from error
+
+
+def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
+    rows, config = directory.rows(), task.config
+    if not rows:
+        return
+    title = f"{config.data}, {config.model}, {name(config)}"
+    try:
+        plots.curves(rows, directory.curves, title)
+    except OSError as error:
+        display.warn(f"cannot draw {directory.curves}: {error}")
+
+
+def _export(
+    task: Task, directory: RunDirectory, like: samfn.TrainState, display: Display
+) -> None:
+    """Write the best epoch's model for those who have no samfn."""
+    try:
+        best = restore_best(task, directory.path, directory, like, display)
+    except ConfigError as error:  # It was whole when it was written.
+        text = f"no best checkpoint is left to export: {error}; --resume trains it again"
+        raise samfn.CheckpointWriteError(text) from error
+    state = model_of(task, best)
+    trained = task.model, state.params, state.buffers
+    samfn.export_weights(directory.weights, *trained)
+    if task.config.export:
+        inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
+        samfn.export_program(directory.program, *trained, inputs)
+
+
+def name(config: Config) -> str:
+    """Return how the training algorithm is called in titles."""
+    if config.rho == 0:
+        return "SGD"
+    text = f"{config.method}, rho {config.rho:g}"
+    if config.rho_schedule != "constant":
+        text += f" to {config.rho_final:g} {config.rho_schedule}"
+    return text
+
+
+def new_name(config: Config) -> Path:
+    """Return a new directory below runs/, named for what is run and when."""
+    method = "sgd" if config.rho == 0 else config.method
+    method = "-".join(re.findall(r"[\w.]+", method))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    parts = (stamp, config.data, config.model, method, f"seed{config.seed}")
+    return Path("runs") / "-".join(parts)
+
+
+def describe(task: Task) -> dict[str, str]:
+    """Return what the banner says of a run."""
+    config = task.config
+    count = sum(parameter.numel() for parameter in task.model.parameters())
+    height, width = task.train_images.shape[2:]
+    facts = {
+        "data": f"{config.data}, {len(task.train_labels):,} training and"
+        f" {len(task.test.labels):,} test images, {width}x{height}",
+        "model": f"{config.model}, {count:,} parameters",
+        "method": name(config),
+        "training": f"{config.epochs} epochs of {task.steps_per_epoch} steps, batch"
+        f" {config.batch_size}, lr {config.lr:g} {config.schedule}, preset {config.preset}",
+        "device": f"{task.device}, {config.precision}, torch {torch.__version__}",
+        "compiled": task.compiling,
+    }
+    if config.label_noise:
+        facts["label noise"] = f"{config.label_noise:.0%} of the training labels are wrong"
+    return facts
+
+
+def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, str]:
+    """Return what the closing summary says of a run."""
+    rows, config = directory.rows(), task.config
+    average = "ema_" if config.ema_decay is not None else ""
+    if not rows:  # Someone took the log of a finished run away.
+        return {"files": str(directory.path), "model": str(directory.weights)}
+    best = max(rows, key=lambda row: row[chosen(task)])
+    of, test = " of the average" if average else "", f"{average}test_accuracy"
+    other, compared = ("0", "plain SGD") if config.rho else ("0.05", "SAM")
+    where = shlex.quote(str(directory.path))
+    again = shlex.quote(str(directory.path / CONFIG_FILE))
+    return {
+        "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",
+        "best epoch": f"test accuracy{of} {best[test]:.2f} % in epoch"
+        f" {best['epoch']}, chosen by the {task.chosen_by.name} set",
+        "time": f"{seconds:.1f} s, {rows[-1]['images_per_second']:,.0f} images/s",
+        "files": str(directory.path),
+        "model": str(directory.weights),
+        "picture": str(directory.curves),
+        f"try {compared}": f"{PROGRAM} --config {again} --rho {other}",
+        "evaluate": f"{PROGRAM} --eval-only --resume {where}",
+    }

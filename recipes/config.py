@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -173,6 +173,28 @@ class Config:
     patience: int | None = None
     """Epochs without a new best accuracy after which the run ends. None is never."""
 
+    average_best: int | None = None
+    """Also average the weights of this many best epochs at the end, with statistics of
+    BatchNorm of their own, into average.safetensors. None is off."""
+
+    select: Literal["all", "easy-skipped", "loss", "sharpness"] = "all"
+    """Images that an epoch trains on. easy-skipped leaves out what was predicted right, and
+    with confidence, in several scans; loss and sharpness draw a share of all, by the loss
+    or by how much it grows under the perturbation. Schedules go by epochs as ever."""
+    select_every: int = 5
+    """Epochs from one scan of all images to the next."""
+    select_with: Literal["weights", "average"] = "weights"
+    """What scans: the weights, or their moving average."""
+    select_share: float = 0.5
+    """Share of the images that loss and sharpness draw, above 0 to 1."""
+    easy_confidence: float = 0.5
+    """Least confidence of a right prediction that is easy, above 0 to 1."""
+    easy_scans: int = 5
+    """Scans, net of those in which it was not easy, after which an image is skipped."""
+    easy_replay: float = 0.25
+    """Share of the easy images that each epoch trains on in turn, 0 to below 1; 0 is
+    ml-cvnets."""
+
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Arithmetic of the passes. Weights and perturbation stay float32; fp16 scales the
     loss. auto is bf16 on a GPU and float32 on a CPU."""
@@ -186,6 +208,10 @@ class Config:
     to pay for it."""
     seed: int = 0
     """Of initialisation, data order, augmentation and label noise."""
+
+    monitor: bool = False
+    """Measure each layer's gradient, perturbation, update and cosine at every step, into
+    metrics.jsonl and layers.png; warn of gradients that vanish or explode."""
 
     save_steps: int | None = None
     """Steps from one checkpoint to the next. None saves at the end of each epoch."""
@@ -217,11 +243,23 @@ PER_CALL |= {"eval_only", "dry_run"}
 # What a run may be resumed with that it was not started with. Another device rounds
 # differently and draws other random numbers; the data are checked by their content.
 FREE_ON_RESUME = {"preset", "device", "data_dir", "allow_modified_data"}
-FREE_ON_RESUME |= {"save_steps", "on_write_error", "max_skipped", "log"}
+FREE_ON_RESUME |= {"save_steps", "on_write_error", "max_skipped", "log", "average_best"}
 # What no run can go on with if it changes: the state would fit no more, or its place in
 # the data mean nothing.
 FIXED = {"data", "image_size", "label_noise", "validation", "batch_size", "seed"}
 FIXED |= {"model", "layout"}
+
+
+# What selects images, and the kinds of selection that read it.
+EASY, SCORED = ("easy-skipped",), ("loss", "sharpness")
+SELECTING: dict[str, tuple[str, ...]] = {
+    "select_every": EASY + SCORED,
+    "select_with": EASY + SCORED,
+    "select_share": SCORED,
+    "easy_confidence": EASY,
+    "easy_scans": EASY,
+    "easy_replay": EASY,
+}
 
 
 def parse(
@@ -279,67 +317,8 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what came.
     """
-    finite = float("inf")
-    clip, side, every = config.clip_norm, config.image_size, config.save_steps
-    decay, copied, patience = config.ema_decay, config.ema_copy, config.patience
-    marks = (0, *(config.milestones or ()), config.epochs)
-    for name, holds, expected in (
-        ("label_noise", 0 <= config.label_noise <= 1, "0 to 1"),
-        ("validation", 0 <= config.validation < 1, "0 to below 1"),
-        ("dropout", 0 <= config.dropout < 1, "0 to below 1"),
-        ("label_smoothing", 0 <= config.label_smoothing < 1, "0 to below 1"),
-        ("momentum", 0 <= config.momentum < 1, "0 to below 1"),
-        ("nesterov", config.momentum > 0 or not config.nesterov, "momentum with it"),
-        ("rho", 0 <= config.rho < finite, "a finite number of at least 0"),
-        (
-            "rho_final",
-            0 <= config.rho_final < finite,
-            "a finite number of at least 0",
-        ),
-        (
-            "rho_final",
-            config.rho_final == 0 or config.rho_schedule != "constant",
-            "--rho-schedule linear or proportional with it",
-        ),
-        ("lr", 0 < config.lr < finite, "a finite number above 0"),
-        ("weight_decay", 0 <= config.weight_decay < finite, "a number of at least 0"),
-        ("clip_norm", clip is None or clip > 0, "a number above 0, or None"),
-        ("ema_decay", decay is None or 0 <= decay < 1, "0 to below 1, or None"),
-        ("ema_start", 0 <= config.ema_start <= config.epochs, "0 to all epochs"),
-        ("ema_start", decay is not None or not config.ema_start, "--ema-decay with it"),
-        ("ema_copy", copied is None or copied >= 1, "at least 1, or None"),
-        ("ema_copy", decay is not None or copied is None, "--ema-decay with it"),
-        ("patience", patience is None or patience >= 1, "at least 1, or None"),
-        ("crop_padding", config.crop_padding >= 0, "at least 0 pixels"),
-        ("cutout", config.cutout >= 0, "at least 0 pixels"),
-        ("mixup_alpha", 0 <= config.mixup_alpha < finite, "a finite number of at least 0"),
-        (
-            "cutmix_alpha",
-            0 <= config.cutmix_alpha < finite,
-            "a finite number of at least 0",
-        ),
-        ("epochs", config.epochs >= 1, "at least 1"),
-        ("save_steps", every is None or every >= 1, "at least 1, or None"),
-        ("max_skipped", config.max_skipped >= 0, "at least 0"),
-        ("batch_size", config.batch_size >= 2, "at least 2"),
-        ("image_size", side is None or side >= 4, "at least 4 pixels, or None"),
-        (
-            "warmup_epochs",
-            0 <= config.warmup_epochs <= config.epochs,
-            "0 to all epochs",
-        ),
-        (
-            "milestones",
-            all(one < next_one for one, next_one in pairwise(marks)),
-            "rising epochs from 1 on, below --epochs, or None",
-        ),
-        (
-            "milestones",
-            config.milestones is None or config.schedule == "step",
-            "--schedule step with it",
-        ),
-        ("eval_only", bool(config.resume) or not config.eval_only, "--resume with it"),
-    ):
+    rules = *_rules_of_data(config), *_rules_of_training(config), *_rules_of_runs(config)
+    for name, holds, expected in rules:
         if not holds:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag}: expected {expected}, got {getattr(config, name)!r}")
@@ -355,6 +334,80 @@ def validate(config: Config) -> None:
         methods.parse(config.method, steps=1, norm_layers=())
     except ValueError as error:
         raise ConfigError(f"--method: {error}") from error
+
+
+Rule = tuple[str, bool, str]
+"""Name of a setting, whether its value is allowed, and what is expected of it."""
+FINITE = float("inf")
+AT_LEAST_0 = "a finite number of at least 0"
+
+
+def _rules_of_data(config: Config) -> Iterator[Rule]:
+    side = config.image_size
+    yield "label_noise", 0 <= config.label_noise <= 1, "0 to 1"
+    yield "validation", 0 <= config.validation < 1, "0 to below 1"
+    yield "image_size", side is None or side >= 4, "at least 4 pixels, or None"
+    yield "crop_padding", config.crop_padding >= 0, "at least 0 pixels"
+    yield "cutout", config.cutout >= 0, "at least 0 pixels"
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        yield name, 0 <= getattr(config, name) < FINITE, AT_LEAST_0
+    yield "batch_size", config.batch_size >= 2, "at least 2"
+    yield "select", config.select != "sharpness" or config.rho > 0, "--rho above 0 with it"
+    yield "select_every", config.select_every >= 1, "at least 1"
+    averaged = config.ema_decay is not None or config.select_with == "weights"
+    yield "select_with", averaged, "--ema-decay with it"
+    for name in ("select_share", "easy_confidence"):
+        yield name, 0 < getattr(config, name) <= 1, "above 0 to 1"
+    yield "easy_scans", 1 <= config.easy_scans <= 127, "1 to 127"
+    yield "easy_replay", 0 <= config.easy_replay < 1, "0 to below 1"
+    for name, wanted in SELECTING.items():
+        given = getattr(config, name) != getattr(Config, name)
+        yield (
+            name,
+            config.select in wanted or not given,
+            f"--select {' or '.join(wanted)} with it",
+        )
+
+
+def _rules_of_training(config: Config) -> Iterator[Rule]:
+    clip, final, marks = config.clip_norm, config.rho_final, config.milestones
+    for name in ("dropout", "label_smoothing", "momentum"):
+        yield name, 0 <= getattr(config, name) < 1, "0 to below 1"
+    yield "nesterov", config.momentum > 0 or not config.nesterov, "momentum with it"
+    for name in ("rho", "rho_final"):
+        yield name, 0 <= getattr(config, name) < FINITE, AT_LEAST_0
+    moves = config.rho_schedule != "constant"
+    yield "rho_final", final == 0 or moves, "--rho-schedule linear or proportional with it"
+    yield "lr", 0 < config.lr < FINITE, "a finite number above 0"
+    yield "weight_decay", 0 <= config.weight_decay < FINITE, AT_LEAST_0
+    yield "clip_norm", clip is None or clip > 0, "a number above 0, or None"
+    yield "epochs", config.epochs >= 1, "at least 1"
+    yield "warmup_epochs", 0 <= config.warmup_epochs <= config.epochs, "0 to all epochs"
+    rising = all(a < b for a, b in pairwise((0, *(marks or ()), config.epochs)))
+    yield "milestones", rising, "rising epochs from 1 on, below --epochs, or None"
+    yield (
+        "milestones",
+        marks is None or config.schedule == "step",
+        "--schedule step with it",
+    )
+
+
+def _rules_of_runs(config: Config) -> Iterator[Rule]:
+    decay = config.ema_decay
+    yield "ema_decay", decay is None or 0 <= decay < 1, "0 to below 1, or None"
+    yield "ema_start", 0 <= config.ema_start <= config.epochs, "0 to all epochs"
+    yield "ema_start", decay is not None or not config.ema_start, "--ema-decay with it"
+    yield "ema_copy", decay is not None or config.ema_copy is None, "--ema-decay with it"
+    for name, least in (
+        ("ema_copy", 1),
+        ("patience", 1),
+        ("save_steps", 1),
+        ("average_best", 2),
+    ):
+        value = getattr(config, name)
+        yield name, value is None or value >= least, f"at least {least}, or None"
+    yield "max_skipped", config.max_skipped >= 0, "at least 0"
+    yield "eval_only", bool(config.resume) or not config.eval_only, "--resume with it"
 
 
 def read_toml(path: Path) -> dict[str, Any]:

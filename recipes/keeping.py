@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import samfn
+from recipes.batches import augmented
 from recipes.config import (
     ConfigError,
     of_run,
@@ -175,6 +176,29 @@ def model_of(task: Task, training: Training) -> samfn.TrainState:
         return training.state
     params, buffers = callbacks.ema_of(training)
     return training.state._replace(params=params, buffers=buffers)
+
+
+def mean_of_best(
+    task: Task, checkpoints: samfn.Checkpoints, like: samfn.TrainState
+) -> tuple[samfn.TrainState, list[int]]:
+    """Return the mean of the best epochs' weights, and these epochs.
+
+    The statistics of BatchNorm are taken anew, on an epoch of training images.
+
+    Raises:
+        CheckpointCorruptError: one of them is damaged.
+    """
+    models, epochs = [], []
+    for path in checkpoints.best(best_by(task)):
+        training = _require_fitting(task, samfn.Found(path, *samfn.restore(path, like)))
+        models.append(model_of(task, training))
+        epochs.append(training.epoch)
+    params, buffers = (
+        samfn.mean_of(getattr(model, what) for model in models)
+        for what in ("params", "buffers")
+    )
+    buffers = samfn.reestimated(task.model, params, buffers, augmented(task, 0))
+    return like._replace(params=params, buffers=buffers), epochs
 
 
 def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:

@@ -28,12 +28,12 @@ from torch.nn import functional as F
 
 import samfn
 from recipes import augment, command, plots
+from recipes.batches import EVAL_BATCH
 from recipes.config import Config, ConfigError, plain_values, run_of
 from recipes.console import Display
 from recipes.keeping import reopen
 from recipes.running import name
 from recipes.task import generator
-from recipes.training import EVAL_BATCH
 from samfn import files, landscape
 from samfn.gradient import LossFn
 from samfn.landscape import Line, Plane, Told

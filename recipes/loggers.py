@@ -216,11 +216,15 @@ def logged(
 
 
 def _scalars(row: Row) -> dict[str, float]:
-    return {
-        name: value
-        for name, value in row.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
-    }
+    """Return the numbers of a row, those within named by the way to them: a/b/c."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= {f"{name}/{inner}": x for inner, x in _scalars(value).items()}
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = value
+    found.pop("step", None)
+    return found
 
 
 def _name(path: Path) -> str:

@@ -122,6 +122,47 @@ def ranking(
     plt.close(figure)
 
 
+def layers(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Draw what each layer did, epoch by epoch: rows of a monitored run."""
+    epochs = [row["epoch"] for row in rows]
+    names = [*rows[0]["layers"]["weight"]]
+
+    def of(what: str) -> Tensor:
+        columns = [[row["layers"][what][name] for name in names] for row in rows]
+        return torch.tensor(columns, dtype=torch.float64).T
+
+    angle = of("cosine").clamp(-1, 1).acos().rad2deg()
+    panels = (
+        ("gradient norm", torch.log10(of("gradient"))),
+        ("update / weight, norms", torch.log10(of("update") / of("weight"))),
+        ("angle of clean and perturbed gradient (°)", angle),
+    )
+    height = 1.6 + 0.13 * len(names)
+    figure, grid = plt.subplots(
+        1, 3, figsize=(12, height), layout="constrained", sharey=True
+    )
+    extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5)
+    for axes, (what, values) in zip(grid, panels, strict=True):
+        shown = values.where(values.isfinite(), math.nan)
+        axes.set_facecolor(MISSING)
+        image = axes.imshow(
+            shown.numpy(),
+            aspect="auto",
+            extent=extent,
+            cmap=COLOUR_MAP,
+            interpolation="nearest",
+        )
+        power = None if values is angle else lambda x, _: f"{10.0**x:.2g}"
+        figure.colorbar(image, ax=axes, format=power).ax.tick_params(labelsize=7)
+        axes.set_title(what, fontsize=9)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[0].set_yticks(range(len(names)), names, fontsize=6)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def surfaces(
     planes: Mapping[str, Plane], notes: Mapping[str, str], path: Path, title: str
 ) -> None:

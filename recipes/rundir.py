@@ -25,6 +25,8 @@ class RunDirectory:
         self.curves = path / "curves.png"
         self.weights = path / "model.safetensors"
         self.program = path / "model.pt2"
+        self.average = path / "average.safetensors"
+        self.layers = path / "layers.png"
         self.log: Callable[[Row], None] = lambda row: None
         """Is told of each epoch, beside the metrics."""
         self._unwritten: list[Row] = []
@@ -64,9 +66,12 @@ class RunDirectory:
             files.sweep(self.path)
             yield
 
-    def checkpoints(self, warn: Callable[[str], None] = warnings.warn) -> samfn.Checkpoints:
+    def checkpoints(
+        self, warn: Callable[[str], None] = warnings.warn, keep_best: int = 1
+    ) -> samfn.Checkpoints:
         """Return the checkpoints, of which only who holds the directory may write any."""
-        return samfn.Checkpoints(self.path / CHECKPOINTS, warn=warn)
+        where = self.path / CHECKPOINTS
+        return samfn.Checkpoints(where, keep_best=keep_best, warn=warn)
 
     def write_config(self, config: Config) -> None:
         """Write the settings; those of before, if they differ, are kept beside."""

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 import samfn
-from recipes import command, plots
+from recipes import command, plots, selection
+from recipes.batches import augmented
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, run_of
 from recipes.console import Display
-from recipes.keeping import Keeper, model_of, restore_best, resume
+from recipes.keeping import Keeper, mean_of_best, model_of, restore_best, resume
 from recipes.loggers import logged
 from recipes.rundir import RunDirectory
 from recipes.signals import Signals
 from recipes.task import Task, assemble, read_data
 from recipes.training import (
-    batches,
     chosen,
     evaluate,
     prepare,
@@ -61,7 +61,7 @@ def run(config: Config, display: Display, signals: Signals) -> int:
 def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
     """Take one step."""
     prepare(task, Training(state), display)
-    _, metrics = step(task, state, 0, next(batches(task, 0))[1])
+    _, metrics = step(task, state, 0, next(augmented(task, 0)))
     display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, no run written")
     return 0
 
@@ -86,7 +86,9 @@ def train_and_report(
     """Train, from the start or from where a run stopped, and leave a run behind."""
     with _opened(task, state, display) as (directory, training), _writing():
         started = time.perf_counter()
-        keeper = Keeper(task, directory.checkpoints(display.warn), display.warn)
+        count = task.config.average_best or 1
+        checkpoints = directory.checkpoints(display.warn, keep_best=count)
+        keeper = Keeper(task, checkpoints, display.warn)
         with logged(directory, task.config, display.warn):
             finished = train(task, training, directory, keeper, display, signals)
         seconds = time.perf_counter() - started
@@ -98,7 +100,10 @@ def train_and_report(
             display.say(f"stopped; {PROGRAM} --resume {where} goes on where this ended")
             return 128 + (signals.stop or signal.SIGINT)
         _export(task, directory, state, display)
-        display.facts("done", summarise(task, directory, seconds))
+        facts = summarise(task, directory, seconds)
+        if task.config.average_best is not None:
+            facts |= _average(task, directory, checkpoints, state)
+        display.facts("done", facts)
     return 0
 
 
@@ -141,8 +146,10 @@ def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
     title = f"{config.data}, {config.model}, {name(config)}"
     try:
         plots.curves(rows, directory.curves, title)
+        if watched := [row for row in rows if "layers" in row]:
+            plots.layers(watched, directory.layers, title)
     except OSError as error:
-        display.warn(f"cannot draw {directory.curves}: {error}")
+        display.warn(f"cannot draw into {directory.path}: {error}")
 
 
 def _export(
@@ -160,6 +167,24 @@ def _export(
     if task.config.export:
         inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
         samfn.export_program(directory.program, *trained, inputs)
+
+
+def _average(
+    task: Task,
+    directory: RunDirectory,
+    checkpoints: samfn.Checkpoints,
+    like: samfn.TrainState,
+) -> dict[str, str]:
+    """Write the average of the best epochs' models; return what is said of it."""
+    try:
+        state, epochs = mean_of_best(task, checkpoints, like)
+    except (OSError, ValueError, ConfigError) as error:  # They were whole when written.
+        raise samfn.CheckpointWriteError(f"cannot average: {error}") from error
+    samfn.export_weights(directory.average, task.model, state.params, state.buffers)
+    loss, accuracy = evaluate(task, state, task.test)
+    listed = ", ".join(map(str, sorted(epochs)))
+    text = f"test accuracy {accuracy:.2f} %, loss {loss:.4f}, of epochs {listed}"
+    return {"average": text, "its model": str(directory.average)}
 
 
 def name(config: Config) -> str:
@@ -196,6 +221,8 @@ def describe(task: Task) -> dict[str, str]:
         "device": f"{task.device}, {config.precision}, torch {torch.__version__}",
         "compiled": task.compiling,
     }
+    if config.select != "all":
+        facts["images"] = f"{config.select}, a scan every {config.select_every} epochs"
     if config.label_noise:
         facts["label noise"] = f"{config.label_noise:.0%} of the training labels are wrong"
     return facts
@@ -212,11 +239,13 @@ def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, 
     other, compared = ("0", "plain SGD") if config.rho else ("0.05", "SAM")
     where = shlex.quote(str(directory.path))
     again = shlex.quote(str(directory.path / CONFIG_FILE))
+    spared = {"skipped": selection.summarise(task, rows)} if config.select != "all" else {}
     return {
         "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",
         "best epoch": f"test accuracy{of} {best[test]:.2f} % in epoch"
         f" {best['epoch']}, chosen by the {task.chosen_by.name} set",
         "time": f"{seconds:.1f} s, {rows[-1]['images_per_second']:,.0f} images/s",
+        **spared,
         "files": str(directory.path),
         "model": str(directory.weights),
         "picture": str(directory.curves),

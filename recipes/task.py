@@ -121,6 +121,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     if config.decay_in_loss:
         loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay)
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    make["watch"] = config.monitor
     images = dataset.train_images[: config.batch_size].to(device).float()
     batch = images, dataset.train_labels[: config.batch_size].to(device)
     lr = _lr(config, steps_per_epoch)
@@ -144,7 +145,9 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         # A channel that never varies is only centred.
         mean=mean.to(device),
         std=torch.where(std > 0, std, 1.0).to(device),
-        eval_fn=samfn.supervised(model, F.cross_entropy, dtype=dtype),
+        eval_fn=samfn.supervised(
+            model, partial(F.cross_entropy, reduction="none"), dtype=dtype
+        ),
         update=samfn.compile_update(**make)
         if compiles
         else partial(samfn.sam_update, **make),

@@ -7,25 +7,27 @@ anywhere goes on exactly as if it had not.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import samfn
-from recipes import augment
+from recipes import selection
+from recipes.batches import CHUNK, StopError, augmented, clean
 from recipes.console import Display, Live
 from recipes.keeping import Keeper, model_of
+from recipes.layers import LayerMeter
 from recipes.rundir import Row, RunDirectory
 from recipes.signals import Signals
-from recipes.task import Split, Task, generator, seed
+from recipes.task import Split, Task, seed
 from samfn import callbacks, engine
 from samfn.engine import Callback, Epoch, Event, Step, Training
+from samfn.monitor import alarms
 
-EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
-METER = "meter"  # what `Meter.kept` gave, in `Training.memory`
-CHUNK = 16  # batches that are augmented at once, since each call costs as much as one does
+# In `Training.memory`: what the meters of an epoch hold that a signal interrupted, and
+# the gradients of the layers in the epoch before.
+METER, LAYERS, GRADIENTS = "meter", "layers", "layer_gradients"
 
 
 class DivergedError(Exception):
@@ -37,63 +39,29 @@ def step(
     state: samfn.TrainState,
     position: int,
     batch: tuple[Tensor, Tensor],
+    place: int | None = None,
 ) -> tuple[samfn.TrainState, samfn.Metrics]:
-    """Take one step; `position` counts the steps of the whole run."""
+    """Take one step.
+
+    Args:
+        task: what is trained.
+        state: before the step.
+        position: steps that the run has taken before.
+        batch: (images, labels).
+        place: where in the schedules it is, which count epochs of all images; None is
+            `position`.
+    """
+    place = position if place is None else place
     torch.manual_seed(seed(task.config.seed, "dropout", position))
-    return task.update(state, batch, rho=task.rho(position), lr=task.lr(position))
-
-
-def batches(
-    task: Task, epoch: int, start: int = 0
-) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """Yield the epoch's batches from number `start` on: number, (images, labels)."""
-    config, rows = task.config, order(task, epoch)
-    mix = partial(
-        augment.mix,
-        mixup_alpha=config.mixup_alpha,
-        cutmix_alpha=config.cutmix_alpha,
-        classes=task.classes,
-    )
-    for first in range(start - start % CHUNK, len(rows), CHUNK):
-        chunk = rows[first : first + CHUNK]
-        source = generator(config.seed, "augmentation", epoch, first, device=task.device)
-        images = augment.random_crop_flip(
-            task.train_images[chunk.flatten()],
-            source,
-            padding=config.crop_padding,
-            flip=config.flip,
-        )
-        if config.policy != "none":
-            draws = seed(config.seed, "policy", epoch, first)
-            images = augment.transform(images, draws, policy=config.policy)
-        images = augment.normalise(images, task.mean, task.std)
-        if config.cutout:
-            images = augment.cutout(images, source, size=config.cutout, probability=0.5)
-        parts = torch.split(images, config.batch_size), task.train_labels[chunk]
-        for index, (images, labels) in enumerate(zip(*parts, strict=True), first):
-            if index >= start:
-                draws = seed(config.seed, "mix", epoch, index)
-                yield index, mix(images, labels, draws)
+    return task.update(state, batch, rho=task.rho(place), lr=task.lr(place))
 
 
 def prepare(task: Task, training: Training, display: Display) -> None:
     """Compile the step, where it is to be, by a step whose result is dropped."""
     if task.config.compile == "yes" and training.epoch < task.config.epochs:
-        _, batch = next(batches(task, training.epoch))
+        batch = next(augmented(task, training.epoch))
         with display.waiting("compiling the training step"):
             step(task, training.state, 0, batch)
-
-
-def order(task: Task, epoch: int) -> Tensor:
-    """Return the indices of the epoch's images, one row a batch."""
-    size = task.config.batch_size
-    source = generator(task.config.seed, "order", epoch)
-    shuffled = torch.randperm(len(task.train_labels), generator=source)
-    return shuffled[: task.steps_per_epoch * size].view(-1, size).to(task.device)
-
-
-class StopError(Exception):
-    """An evaluation was asked to end early."""
 
 
 def evaluate(
@@ -107,19 +75,11 @@ def evaluate(
     Raises:
         StopError: `stopping`, which is asked before each batch, said so.
     """
-
-    def parts() -> Iterator[tuple[Tensor, Tensor]]:
-        tensors = (torch.split(tensor, EVAL_BATCH) for tensor in split[1:])
-        for images, labels in zip(*tensors, strict=True):
-            if stopping():
-                raise StopError
-            inputs = augment.normalise(images, task.mean, task.std)
-            yield inputs.contiguous(memory_format=torch.channels_last), labels
-
+    parts = clean(task, split.images, split.labels, stopping)
     measures = {"accuracy": engine.accuracy}
     with _evaluating(task.model):
         found = engine.evaluate(
-            state.params, state.buffers, parts(), loss_fn=task.eval_fn, measures=measures
+            state.params, state.buffers, parts, loss_fn=task.eval_fn, measures=measures
         )
     return found["loss"], found["accuracy"]
 
@@ -206,7 +166,7 @@ def train(
             engine.run(
                 training,
                 batches=watch.batches,
-                update=lambda state, batch: step(task, state, training.step, batch),
+                update=watch.update,
                 epochs=epochs,
                 evaluate=watch.evaluate,
                 callbacks=[*_callbacks(task), watch],
@@ -256,11 +216,26 @@ class _Watch:
 
     def batches(self, training: Training) -> Iterator[tuple[Tensor, Tensor]]:
         """Begin an epoch, or what is left of it."""
+        task = self._task
         self._training = training
-        self._meter = Meter(self._task.device, training.memory.pop(METER, None))
+        self._meter = Meter(task.device, training.memory.pop(METER, None))
+        if task.config.monitor:
+            parameters = len(training.state.params)
+            kept = training.memory.pop(LAYERS, None)
+            self._layers = LayerMeter(parameters, task.device, kept)
         self._worst = training.state.skipped_in_a_row.clone()
-        for _, batch in batches(self._task, training.epoch, training.batch):
-            yield batch
+        among = selection.chosen(task, training)
+        self._images = len(task.train_labels) if among is None else len(among)
+        self._steps = self._images // task.config.batch_size
+        yield from augmented(task, training.epoch, training.batch, among)
+
+    def update(
+        self, state: samfn.TrainState, batch: tuple[Tensor, Tensor]
+    ) -> tuple[samfn.TrainState, samfn.Metrics]:
+        """Take a step."""
+        training = self._training
+        place = self._place(training.batch)
+        return step(self._task, state, training.step, batch, place)
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -273,15 +248,17 @@ class _Watch:
         """Write a checkpoint in the middle of an epoch."""
         memory = self._training.memory
         memory[METER] = self._meter.kept()
+        if self._task.config.monitor:
+            memory[LAYERS] = self._layers.sums
         self._keeper.save(self._training)
-        del memory[METER]  # The next epoch begins with nothing.
+        memory.pop(METER), memory.pop(LAYERS, None)  # The next epoch begins with nothing.
 
     def evaluate(self, training: Training) -> Row:
         """Gather what is known of an epoch at its end."""
-        task, signals = self._task, self._signals
+        task = self._task
         means, steps = self._meter.read()
         seconds = self._meter.seconds
-        last = training.step - 1
+        last = self._place(self._steps - 1)
         row: Row = {"lr": task.lr(last), "rho": task.rho(last)}
         row |= {f"train_{name}": means.pop(name) for name in ("loss", "accuracy")}
         row |= means
@@ -290,22 +267,48 @@ class _Watch:
             states["ema_"] = model_of(task, training)
         for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
             for prefix, state in states.items():
-                found = evaluate(task, state, split, lambda: signals.stop is not None)
+                found = evaluate(task, state, split, self._stopping)
                 name = f"{prefix}{split.name}"
                 row |= {f"{name}_loss": found[0], f"{name}_accuracy": found[1]}
-        row["skipped_steps"] = task.steps_per_epoch - steps
+        row["skipped_steps"] = self._steps - steps
         row["seconds"] = seconds
-        images = task.steps_per_epoch * task.config.batch_size
-        row["images_per_second"] = images / seconds
+        row["images_per_second"] = self._steps * task.config.batch_size / seconds
+        if task.config.monitor:
+            row |= self._layers.row(training.state.params)
+        if task.config.select != "all":
+            row |= {"trained_images": self._images, "scan_seconds": self._scan(row["rho"])}
         return row
+
+    def _scan(self, rho: float) -> float:
+        """Look at all images, where it is time for that; return the seconds it took."""
+        task, training = self._task, self._training
+        if not selection.is_due(task.config, training.epoch):
+            return 0.0
+        started = time.perf_counter()
+        average = task.config.select_with == "average"
+        state = model_of(task, training) if average else training.state
+        with _evaluating(task.model):
+            found = selection.scan(task, training.memory, state, rho, self._stopping)
+        training.memory |= found
+        return time.perf_counter() - started
+
+    def _place(self, batch: int) -> int:
+        """Return where in the schedules a batch of the epoch is."""
+        whole = self._task.steps_per_epoch
+        return self._training.epoch * whole + batch * whole // self._steps
+
+    def _stopping(self) -> bool:
+        return self._signals.stop is not None
 
     def _step(
         self, training: Training, batch: tuple[Tensor, Tensor], metrics: samfn.Metrics
     ) -> None:
         task, done = self._task, training.batch
         self._meter.add(metrics, batch[1])
+        if metrics.layers is not None:
+            self._layers.add(metrics)
         self._worst = torch.maximum(self._worst, training.state.skipped_in_a_row)
-        last = done == task.steps_per_epoch
+        last = done == self._steps
         if done % CHUNK == 0 or last:  # A GPU waits for it.
             _require_finite(task, training, self._worst, batch)
         if last:
@@ -313,7 +316,8 @@ class _Watch:
         if self._live.due():
             rate = done * task.config.batch_size / self._meter.seconds
             loss = self._meter.read()[0]["loss"]
-            self._live.step(training.epoch, done, loss, rate)
+            place = self._place(done)
+            self._live.step(training.epoch, place % task.steps_per_epoch, loss, rate)
         # Where an epoch ends, the checkpoint comes after its evaluation.
         every = task.config.save_steps
         due = every is not None and training.step % every == 0 and not last
@@ -324,6 +328,8 @@ class _Watch:
 
     def _epoch(self, training: Training) -> None:
         row = training.row
+        if self._task.config.monitor:
+            self._tell_alarms(training)
         _append(self._run, row, self._display)
         # In this order: a run that is killed between the two takes the epoch again.
         chosen_by = f"{self._task.chosen_by.name}_accuracy"
@@ -336,6 +342,17 @@ class _Watch:
         self._live.epoch(row)
         if self._signals.stop is not None:
             training.stop = "signal"
+
+    def _tell_alarms(self, training: Training) -> None:
+        """Say which layers' gradients vanish or explode; remember what they were."""
+        now = self._layers.gradient()
+        before = training.memory.get(GRADIENTS)
+        found = [str(alarm) for alarm in alarms(training.state.params, now, before)]
+        training.memory[GRADIENTS] = now
+        more = [f"{len(found) - 3} more"] if len(found) > 3 else []
+        if found:
+            listed = "; ".join(found[:3] + more)
+            self._display.warn(f"epoch {training.epoch}: {listed}")
 
     def _require_some_finite(self, training: Training) -> None:
         if not self._meter.read()[1]:

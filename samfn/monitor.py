@@ -1,7 +1,7 @@
 """What each layer does in a step: norms of gradient, perturbation and update."""
 
 from functools import reduce
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Layers(NamedTuple):
     """||w|| before the step."""
     cosine: Tensor
     """Of the angle between the gradients of the first and the last pass, -1 to 1."""
+    overall_cosine: Tensor
+    """The same of all parameters as one vector, shape ()."""
 
 
 def layers(params: Params, passes: list[tuple[Params, Pass]], new_params: Params) -> Layers:
@@ -41,15 +43,89 @@ def layers(params: Params, passes: list[tuple[Params, Pass]], new_params: Params
     first, last = (_whole(params, seen.grads) for _, seen in (passes[0], passes[-1]))
     shift = tree.subtract(tree.only(passes[-1][0], params.keys()), params)
     lengths = _norms(first), _norms(last)
-    both = lengths[0] * lengths[1]
-    product = torch.stack([(first[n] * last[n]).sum().to(both.dtype) for n in params])
+    dtype = lengths[0].dtype
+    product = torch.stack([(first[n] * last[n]).sum().to(dtype) for n in params])
     return Layers(
         gradient=lengths[0],
         perturbation=_norms(shift),
         update=_norms(tree.subtract(new_params, params)),
         weight=_norms(params),
-        cosine=torch.where(both > 0, product / both, 0.0),
+        cosine=_cosine(product, *lengths),
+        overall_cosine=_cosine(product.sum(), *map(torch.linalg.vector_norm, lengths)),
     )
+
+
+class Alarm(NamedTuple):
+    """A layer whose gradient vanishes or explodes."""
+
+    name: str
+    """Of the parameter."""
+    kind: Literal["vanishing", "exploding"]
+    gradient: float
+    """||g||."""
+    expected: float
+    """What ||g|| was compared with."""
+
+    def __str__(self) -> str:
+        """Return it as a phrase."""
+        compared = {
+            "vanishing": "at the median of all layers it would be",
+            "exploding": "it was",
+        }[self.kind]
+        gradient, expected = f"{self.gradient:.3g}", f"{self.expected:.3g}"
+        return f"{self.name}: {self.kind} gradient, norm {gradient}, {compared} {expected}"
+
+
+def alarms(
+    params: Params,
+    gradient: Tensor,
+    before: Tensor | None = None,
+    *,
+    vanishing: float = 1e-6,
+    exploding: float = 100.0,
+) -> list[Alarm]:
+    """Name the layers whose gradients vanish or explode. It waits for a GPU.
+
+    vanishing: ||g_i|| / sqrt(n_i) <= vanishing * median over j of ||g_j|| / sqrt(n_j)
+    exploding: ||g_i|| not finite, or > exploding * what it was before
+
+    Args:
+        params: their names and sizes n.
+        gradient: ||g|| of each, shape (parameters,), as in `Layers`; or means of several
+            steps, which one unusual batch does not move.
+        before: the same some steps or an epoch ago; None asks for no growth.
+        vanishing: 1e-6 is beyond the spread of layers that train, seen up to 1e-3.
+        exploding: factor above 1.
+
+    Returns:
+        One for each such layer, in the order of `params`.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    expected = (len(params),)
+    for name, value in (("gradient", gradient), ("before", before)):
+        if value is not None and value.shape != expected:
+            raise ValueError(
+                f"{name} must have the shape {expected}, got {tuple(value.shape)}"
+            )
+    roots = torch.tensor([max(1, w.numel()) for w in params.values()]).double().sqrt()
+    now = gradient.double().cpu()
+    usual = (now / roots).nanmedian() * roots
+    old = torch.full_like(now, torch.inf) if before is None else before.double().cpu()
+    small = now <= vanishing * usual
+    large = ~now.isfinite() | ((now > exploding * old) & (old > 0))
+    return [
+        Alarm(name, "exploding" if large[i] else "vanishing", *pair)
+        for i, name in enumerate(params)
+        if large[i] or small[i]
+        for pair in [(float(now[i]), float(old[i] if large[i] else usual[i]))]
+    ]
+
+
+def _cosine(product: Tensor, *lengths: Tensor) -> Tensor:
+    both = lengths[0] * lengths[1]
+    return torch.where(both > 0, product / both, 0.0)
 
 
 def _whole(params: Params, grads: Params) -> dict[str, Tensor]:

@@ -391,14 +391,15 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, monkeypat
 def test_a_step_that_is_not_finite_is_named_with_its_pass_and_tensor(
     tmp_path, capsys, monkeypatch
 ):
-    real = training.batches
+    real = training.augmented
 
-    def batches(task, epoch, start=0):
-        for index, (images, labels) in real(task, epoch, start):
+    def augmented(task, epoch, start=0, among=None):
+        found = real(task, epoch, start, among)
+        for index, (images, labels) in enumerate(found, start):
             spoilt = epoch == 1 and index >= 8
-            yield index, (images * float("nan") if spoilt else images, labels)
+            yield (images * float("nan") if spoilt else images, labels)
 
-    monkeypatch.setattr(training, "batches", batches)
+    monkeypatch.setattr(training, "augmented", augmented)
     assert train(tmp_path / "run", "--max-skipped", "7") == 3
     said = " ".join(capsys.readouterr().err.split())
     assert "step 38, pass 1: the loss is nan: the last 8 of 38 steps" in said
@@ -410,14 +411,15 @@ def test_a_step_that_is_not_finite_is_named_with_its_pass_and_tensor(
 def test_bad_steps_in_a_row_count_wherever_they_are(
     tmp_path, capsys, monkeypatch, allowed, code
 ):
-    real = training.batches
+    real = training.augmented
 
-    def batches(task, epoch, start=0):
-        for index, (images, labels) in real(task, epoch, start):
+    def augmented(task, epoch, start=0, among=None):
+        found = real(task, epoch, start, among)
+        for index, (images, labels) in enumerate(found, start):
             spoilt = epoch == 1 and 3 <= index < 6
-            yield index, (images * float("nan") if spoilt else images, labels)
+            yield (images * float("nan") if spoilt else images, labels)
 
-    monkeypatch.setattr(training, "batches", batches)
+    monkeypatch.setattr(training, "augmented", augmented)
     assert train(tmp_path / "run", "--max-skipped", allowed) == code
     said = " ".join(capsys.readouterr().err.split())
     assert ("the last 3 of 38 steps" in said) == (code == 3)

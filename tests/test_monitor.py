@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import samfn
+from samfn.monitor import alarms
 from tests.reference import small_network
 
 
@@ -84,7 +85,7 @@ def test_a_layer_that_the_loss_does_not_use_has_cosine_zero():
     state, batch, how = problem(model)
     _, metrics = samfn.sam_update(state, batch, rho=0.1, lr=0.1, watch=True, **how)
     place = [*state.params].index("unused")
-    found = [float(values[place]) for values in metrics.layers]
+    found = [float(values[place]) for values in metrics.layers[:-1]]
     assert found == pytest.approx([0, 0, 0, 2**0.5, 0])
 
 
@@ -109,5 +110,59 @@ def test_a_compiled_step_measures_the_same(plan):
     known = eager.layers.gradient > 1e-9
     assert known.sum() == len(known) - 1
     for name, values in eager.layers._asdict().items():
-        found = getattr(metrics.layers, name)[known]
-        torch.testing.assert_close(found, values[known], atol=1e-6, rtol=1e-6, msg=name)
+        found = getattr(metrics.layers, name)
+        if values.ndim:
+            found, values = found[known], values[known]
+        torch.testing.assert_close(found, values, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def names(count):
+    return {f"layer{i}": torch.zeros(4) for i in range(count)}
+
+
+def test_a_layer_far_below_the_median_vanishes_and_one_that_grew_explodes():
+    params = {**names(4), "wide": torch.zeros(10_000)}
+    before = torch.tensor([1.0, 1.0, 1.0, 1.0, 50.0])
+    now = torch.tensor([1.0, 1.0, 4e-7, 101.0, 50.0])
+    found = alarms(params, now, before)
+    assert [(a.name, a.kind) for a in found] == [
+        ("layer2", "vanishing"),
+        ("layer3", "exploding"),
+    ]
+    assert str(found[0]).startswith("layer2: vanishing gradient, norm 4e-07")
+    assert str(found[1]) == "layer3: exploding gradient, norm 101, it was 1"
+
+
+def test_what_vanishes_is_judged_by_the_size_of_a_layer():
+    # 1e-4 over 10^8 entries is far less for each than over 4.
+    params = {**names(4), "wide": torch.empty(10**8, device="meta")}
+    gradient = torch.tensor([1.0, 1.0, 1.0, 1e-4, 1e-4])
+    assert [a.name for a in alarms(params, gradient, vanishing=1e-6)] == ["wide"]
+
+
+def test_what_is_not_finite_explodes_and_without_a_past_nothing_else_does():
+    gradient = torch.tensor([float("nan"), 1e9, 1.0, 1.0])
+    assert [a.name for a in alarms(names(4), gradient)] == ["layer0"]
+    assert alarms(names(2), torch.tensor([5.0, 5.0]), torch.zeros(2)) == []
+
+
+def test_a_gradient_of_zero_vanishes_even_where_all_do():
+    found = alarms(names(3), torch.zeros(3))
+    assert [a.kind for a in found] == ["vanishing"] * 3
+
+
+def test_alarms_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"before must have the shape \(2,\), got \(3,\)"):
+        alarms(names(2), torch.ones(2), torch.ones(3))
+
+
+def test_the_cosine_of_all_layers_is_that_of_one_vector():
+    state, batch, how = problem()
+    _, metrics = samfn.sam_update(state, batch, rho=0.5, lr=0.1, watch=True, **how)
+    clean = gradient(how["loss_fn"], state.params, state.buffers, batch)
+    there = samfn.perturb(state.params, clean, 0.5)
+    worst = gradient(how["loss_fn"], there, state.buffers, batch)
+    flat = [torch.cat([g.flatten() for g in found.values()]) for found in (clean, worst)]
+    expected = F.cosine_similarity(*flat, dim=0)
+    torch.testing.assert_close(metrics.layers.overall_cosine, expected)
+    assert not torch.isclose(expected, metrics.layers.cosine.mean())

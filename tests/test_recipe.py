@@ -135,6 +135,14 @@ VARIANTS = {
         *("--policy", "trivialaugment", "--mixup-alpha", "0.2", "--cutmix-alpha", "1"),
         *("--method", "gsam", "--rho-schedule", "proportional"),
     ],
+    "easy images skipped": [
+        *("--select", "easy-skipped", "--select-every", "1", "--easy-scans", "1"),
+        *("--easy-confidence", "0.1", "--lr", "0.02"),
+    ],
+    "drawn by the sharpness the average sees": [
+        *("--select", "sharpness", "--select-every", "1", "--monitor"),
+        *("--ema-decay", "0.9", "--select-with", "average"),
+    ],
     "all": ["--same-dropout", "--dropout", "0.2", "--clip-norm", "1", "--decay-in-loss"],
 }
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import samfn
 from recipes import augment, methods, training
+from recipes.batches import augmented, order
 from recipes.config import parse
 from recipes.console import Display
 from recipes.data import load
@@ -30,7 +31,7 @@ def task_of(*flags):
 
 def after_two_steps(*flags):
     task, state = task_of(*flags)
-    for index, batch in islice(training.batches(task, 0), 2):
+    for index, batch in enumerate(islice(augmented(task, 0), 2)):
         state, metrics = training.step(task, state, index, batch)
     return state, metrics
 
@@ -187,8 +188,7 @@ def test_a_step_that_was_not_finite_is_searched_with_its_own_rho(monkeypatch):
 
 def test_a_batch_is_its_own_images_augmented_with_their_labels():
     task, _ = task_of("--crop-padding", "0", "--no-flip", "--label-noise", "0.4")
-    for index, (images, labels) in training.batches(task, 1):
-        picked = training.order(task, 1)[index]
+    for picked, (images, labels) in zip(order(task, 1), augmented(task, 1), strict=True):
         expected = augment.normalise(task.train_images[picked], task.mean, task.std)
         assert torch.equal(images, expected)
         assert torch.equal(labels, task.train_labels[picked])
@@ -201,24 +201,24 @@ STRONG = "--policy trivialaugment --mixup-alpha 0.2 --cutmix-alpha 1"
 def test_batches_are_the_same_from_wherever_they_start(flags):
     # 22 batches are one chunk and a smaller one; each epoch is augmented differently.
     task, _ = task_of("--batch-size", "64", "--cutout", "3", *flags.split())
-    whole = dict(training.batches(task, 0))
+    whole = dict(enumerate(augmented(task, 0)))
     assert [*whole] == [*range(22)]
     assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
     for start in (1, 15, 16, 21):
         torch.manual_seed(start)  # The global generator is no part of it.
-        rest = dict(training.batches(task, 0, start))
+        rest = dict(enumerate(augmented(task, 0, start), start))
         assert [*rest] == [*range(start, 22)]
         for index, (images, labels) in rest.items():
             assert torch.equal(images, whole[index][0])
             assert torch.equal(labels, whole[index][1])
-    again = training.batches(task, 1)
+    again = enumerate(augmented(task, 1))
     assert not any(torch.equal(batch[0], whole[i][0]) for i, batch in again)
 
 
 def test_crops_come_before_a_policy_and_cutout_and_mixture_after():
     common = ["--batch-size", "64", "--cutout", "3"]
     task, _ = task_of(*common, *STRONG.split())
-    indices = training.order(task, 1)[16:]  # the second chunk
+    indices = order(task, 1)[16:]  # the second chunk
     source = generator(0, "augmentation", 1, 16)
     images = task.train_images[indices.flatten()]
     images = augment.random_crop_flip(images, source, padding=1, flip=True)
@@ -226,7 +226,7 @@ def test_crops_come_before_a_policy_and_cutout_and_mixture_after():
     images = augment.transform(images, draws, policy="trivialaugment")
     images = augment.normalise(images, task.mean, task.std)
     images = augment.cutout(images, source, size=3, probability=0.5)
-    for index, (inputs, shares) in training.batches(task, 1, 16):
+    for index, (inputs, shares) in enumerate(augmented(task, 1, 16), 16):
         batch = images.split(64)[index - 16], task.train_labels[indices[index - 16]]
         alphas = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0}
         expected = augment.mix(*batch, seed(0, "mix", 1, index), **alphas, classes=10)
@@ -236,8 +236,8 @@ def test_crops_come_before_a_policy_and_cutout_and_mixture_after():
 
 def test_without_policy_and_mixture_nothing_else_is_drawn():
     task, _ = task_of("--batch-size", "64")
-    _, (images, labels) = next(training.batches(task, 0))
-    source, indices = generator(0, "augmentation", 0, 0), training.order(task, 0)[:16]
+    images, labels = next(augmented(task, 0))
+    source, indices = generator(0, "augmentation", 0, 0), order(task, 0)[:16]
     chunk = task.train_images[indices.flatten()]
     crops = augment.random_crop_flip(chunk, source, padding=1, flip=True)[:64]
     assert torch.equal(images, augment.normalise(crops, task.mean, task.std))
@@ -257,7 +257,7 @@ def test_without_policy_and_mixture_nothing_else_is_drawn():
 )
 def test_mixed_labels_go_through_loss_method_and_precision(flags):
     task, state = task_of(*STRONG.split(), *flags.split())
-    _, batch = next(training.batches(task, 0))
+    batch = next(augmented(task, 0))
     _, metrics = training.step(task, state, 0, batch)
     rows = len(metrics.outputs)
     shares = batch[1][:rows] * (1 - task.config.label_smoothing)
@@ -307,10 +307,10 @@ def test_without_a_compiler_the_banner_says_so(monkeypatch):
 
 def test_an_epoch_shows_every_image_at_most_once_in_another_order_each_time():
     task, _ = task_of()
-    first, second = training.order(task, 0), training.order(task, 1)
+    first, second = order(task, 0), order(task, 1)
     assert first.shape == (11, 128)
     assert len(first.unique()) == first.numel()
-    assert torch.equal(first, training.order(task, 0))
+    assert torch.equal(first, order(task, 0))
     assert not torch.equal(first, second)
 
 

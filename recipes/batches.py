@@ -1,0 +1,84 @@
+"""The batches that a run goes through: augmented to train on, or as they are."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from recipes import augment
+from recipes.task import Task, generator, seed
+from samfn import sampling
+
+EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
+CHUNK = 16  # batches that are augmented at once, since each call costs as much as one does
+
+
+class StopError(Exception):
+    """Going through images was asked to end early."""
+
+
+def order(task: Task, epoch: int, among: Tensor | None = None) -> Tensor:
+    """Return the indices of the epoch's images, one row a batch.
+
+    Args:
+        task: what is trained.
+        epoch: counted from 0.
+        among: indices of the images that it trains on; None is all.
+    """
+    size, images = task.config.batch_size, len(task.train_labels)
+    source = generator(task.config.seed, "order", epoch)
+    among = torch.arange(images) if among is None else among
+    shuffled = sampling.order(among, images, source)
+    return shuffled[: len(among) // size * size].view(-1, size).to(task.device)
+
+
+def augmented(
+    task: Task, epoch: int, start: int = 0, among: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the epoch's batches, (images, labels), from number `start` on."""
+    config, rows = task.config, order(task, epoch, among)
+    mix = partial(
+        augment.mix,
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+        classes=task.classes,
+    )
+    for first in range(start - start % CHUNK, len(rows), CHUNK):
+        chunk = rows[first : first + CHUNK]
+        source = generator(config.seed, "augmentation", epoch, first, device=task.device)
+        images = augment.random_crop_flip(
+            task.train_images[chunk.flatten()],
+            source,
+            padding=config.crop_padding,
+            flip=config.flip,
+        )
+        if config.policy != "none":
+            draws = seed(config.seed, "policy", epoch, first)
+            images = augment.transform(images, draws, policy=config.policy)
+        images = augment.normalise(images, task.mean, task.std)
+        if config.cutout:
+            images = augment.cutout(images, source, size=config.cutout, probability=0.5)
+        parts = torch.split(images, config.batch_size), task.train_labels[chunk]
+        for index, (images, labels) in enumerate(zip(*parts, strict=True), first):
+            if index >= start:
+                yield mix(images, labels, seed(config.seed, "mix", epoch, index))
+
+
+def clean(
+    task: Task,
+    images: Tensor,
+    labels: Tensor,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images as the model takes them, not augmented, with their labels.
+
+    Raises:
+        StopError: `stopping`, which is asked before each batch, said so.
+    """
+    tensors = (torch.split(tensor, EVAL_BATCH) for tensor in (images, labels))
+    for some, their_labels in zip(*tensors, strict=True):
+        if stopping():
+            raise StopError
+        inputs = augment.normalise(some, task.mean, task.std)
+        yield inputs.contiguous(memory_format=torch.channels_last), their_labels

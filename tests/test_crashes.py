@@ -375,8 +375,8 @@ def test_a_run_exports_its_best_model(tmp_path):
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, monkeypatch):
     real = training.step
 
-    def step(task, state, position, batch):
-        state, metrics = real(task, state, position, batch)
+    def step(task, state, position, batch, place):
+        state, metrics = real(task, state, position, batch, place)
         if position == 30:
             name = next(iter(state.params))
             state.params[name].view(-1)[0] = float("inf")

@@ -33,7 +33,7 @@ def rows(path):
 
 def without_times(path):
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+        {k: v for k, v in row.items() if "second" not in k}
         for row in rows(path)
     ]
 

@@ -32,10 +32,7 @@ def rows(path):
 
 
 def without_times(path):
-    return [
-        {k: v for k, v in row.items() if "second" not in k}
-        for row in rows(path)
-    ]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows(path)]
 
 
 def train(path, *flags):

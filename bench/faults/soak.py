@@ -1,6 +1,7 @@
 """F28: for a long time, anything may happen."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -39,7 +40,10 @@ def keep_saving(directory: str, seconds: float) -> None:
     samples: list[tuple[float, int, int]] = []
     saves = 0
     started = time.monotonic()
+    parent = multiprocessing.parent_process()
     while (now := time.monotonic() - started) < seconds:
+        if parent is not None and not parent.is_alive():
+            return  # Somebody killed the soak.
         for _ in range(20):
             state, _ = samfn.sam_update(
                 state,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from recipes.machine import hardware
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -145,26 +147,12 @@ def distance(start: Mapping[str, Tensor], a: Any, b: Any) -> float:
 
 def environment() -> dict[str, str]:
     """Return what a report says of hardware and versions."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": device,
+        "device": hardware("cuda" if torch.cuda.is_available() else "cpu"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def cpu_name() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def emit(row: dict[str, Any], path: Path | None) -> None:

@@ -14,14 +14,39 @@ from recipes.training import DivergedError
 
 # Exit codes beside 0, finished, and 128 + N, ended by signal N: 130, 143.
 WRONG_INPUT, DIVERGED, OUT_OF_MEMORY, NOT_WRITTEN = 2, 3, 4, 5
-EXPECTED = (ConfigError, DataError, OSError, DivergedError, samfn.NonFiniteError, Stopped)
 
 
-def run(body: Callable[[Display, Signals], int]) -> int:
+class Failed(Exception):
+    """A command ends with `code`, and what went wrong was said."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+EXPECTED = (
+    ConfigError,
+    DataError,
+    OSError,
+    DivergedError,
+    samfn.NonFiniteError,
+    Stopped,
+    Failed,
+)
+
+
+def run(
+    body: Callable[[Display, Signals], int],
+    left: str = "nothing was saved since the last checkpoint",
+) -> int:
     """Call the body of a command; return its exit code, or that of what it raises.
 
     What is expected to go wrong ends in one line on standard error, all else in a
     traceback.
+
+    Args:
+        body: of the command.
+        left: what is told when a signal ends it, about what it leaves.
     """
     open_standard_streams()
     display = Display()
@@ -37,6 +62,8 @@ def run(body: Callable[[Display, Signals], int]) -> int:
                     raise
                 # C code, as that of pictures, turns what a signal raises into anything.
                 raise Stopped(signals.stop) from error
+    except Failed as error:
+        return error.code
     except samfn.CheckpointWriteError as error:
         display.fail(f"{error}; the checkpoint before is whole")
         return NOT_WRITTEN
@@ -55,7 +82,7 @@ def run(body: Callable[[Display, Signals], int]) -> int:
         display.fail(str(error))
         return DIVERGED
     except Stopped as error:
-        display.fail(f"{error} ended this; nothing was saved since the last checkpoint")
+        display.fail(f"{error} ended this; {left}")
         return 128 + error.number
 
 

@@ -6,10 +6,11 @@ Where the output is no terminal, the same rows are plain lines, and nothing move
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -17,6 +18,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -105,6 +107,23 @@ class Display:
         for name, value in facts.items():
             self.say(f"  {name:<{width}}  {value}")
 
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table; its first column is of names, the others are of numbers."""
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(plain(column), justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*map(plain, row))
+        if self._console.is_terminal:
+            self._console.print(table)
+            return
+        lines = [columns, *rows]
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        for name, *cells in lines:
+            numbers = zip(cells, widths[1:], strict=True)
+            text = "".join(f"  {cell:>{width}}" for cell, width in numbers)
+            self.say(f"{name:<{widths[0]}}{text}")
+
     def track(self, items: Iterable[Any], total: int, text: str) -> Iterable[Any]:
         """Yield the items, with a bar that shows how far they are."""
         return track(
@@ -162,6 +181,20 @@ class Display:
             done: steps that were taken before, where a run is resumed.
         """
         bar = Progress(
+            *self._bar(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        header = "".join(f"{name:>{width}}" for name, width in COLUMNS)
+        self._row(f"[bold]{header}[/]")
+        live = Live(self._console, bar, epochs, steps, done, self._row)
+        with bar:
+            yield live
+
+    def _bar(self) -> tuple[ProgressColumn, ...]:
+        """Return what is shown of the run under way."""
+        return (
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -169,24 +202,65 @@ class Display:
             TextColumn("{task.fields[rate]:,.0f} images/s"),
             TimeRemainingColumn(),
             TextColumn("left"),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
         )
-        header = "".join(f"{name:>{width}}" for name, width in COLUMNS)
-        self._console.print(f"[bold]{header}[/]", soft_wrap=True)
-        live = Live(self._console, bar, epochs, steps, done)
-        with bar:
-            yield live
+
+    def _row(self, markup: str) -> None:
+        """Print a line of the table of epochs."""
+        self._console.print(markup, soft_wrap=True)
+
+    def brief(self, about: str) -> "Display":
+        """Return a display for one run of many, which says `about` of which."""
+        return _Brief(self._console, about)
+
+
+class _Brief(Display):
+    """Shows of a run what moves and what goes wrong, and leaves no other line behind."""
+
+    def __init__(self, console: Console, about: str) -> None:
+        super().__init__(console)
+        self._about = about
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+    def facts(self, title: str, facts: dict[str, str]) -> None:
+        """Print nothing."""
+
+    def warn(self, text: str) -> None:
+        """Print one line about what went wrong and was dealt with, and where."""
+        super().warn(f"{self._about}: {text}")
+
+    def fail(self, text: str) -> None:
+        """Print one line about what went wrong, and where."""
+        super().fail(f"{self._about}: {text}")
+
+    def _row(self, markup: str) -> None:
+        pass
+
+    def _bar(self) -> tuple[ProgressColumn, ...]:
+        return (
+            # A column is a format, in which braces mean something.
+            TextColumn(plain(self._about).replace("{", "{{").replace("}", "}}")),
+            BarColumn(20),
+            TextColumn("epoch {task.fields[epoch]}, loss {task.fields[loss]:.3f},"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+        )
 
 
 class Live:
     """The moving part of the display while training goes on."""
 
     def __init__(
-        self, console: Console, bar: Progress, epochs: int, steps: int, done: int
+        self,
+        console: Console,
+        bar: Progress,
+        epochs: int,
+        steps: int,
+        done: int,
+        row: Callable[[str], None],
     ) -> None:
-        self._console, self._bar = console, bar
+        self._console, self._bar, self._row = console, bar, row
         self._epochs, self._steps = epochs, steps
         self._next = time.monotonic() + TICK
         self._task: TaskID = bar.add_task(
@@ -230,7 +304,7 @@ class Live:
         )
         if row["skipped_steps"]:
             text += f"  {row['skipped_steps']} steps skipped, not finite"
-        self._console.print(text, soft_wrap=True)
+        self._row(text)
 
 
 def plain(text: str) -> str:

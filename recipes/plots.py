@@ -1,6 +1,7 @@
 """Pictures of a run: the one module that knows matplotlib."""
 
 import math
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -31,6 +32,17 @@ SPLITS = {
     "ema_validation": ("validation, average", "#8b5fb0"),
 }
 COLOURS = (ORANGE, BLUE, "#3f8f4f", "#8b5fb0", GREY)
+Style = tuple[str, str]  # colour and marker
+# Colours of Okabe and Ito, which those who see few colours tell apart.
+STYLES: tuple[Style, ...] = (
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#56b4e9", "v"),
+    ("#e69f00", "P"),
+    ("#000000", "X"),
+)
 MISSING = "#dddddd"  # what is not finite
 COLOUR_MAP = "viridis"  # for those, too, who see few colours
 WIDE = 30  # Losses that differ by more than this factor are drawn by their logarithm.
@@ -120,6 +132,96 @@ def ranking(
     axes.legend(frameon=False, loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+class Series(NamedTuple):
+    """Accuracies of a method in percent, at each place one for each seed."""
+
+    last: Mapping[float, Sequence[float]]
+    """Of the last epoch, by rho or share of noise."""
+    best: Mapping[float, Sequence[float]]
+    """Of the best epoch."""
+
+
+def sweep(
+    series: Mapping[str, Series],
+    base: Series | None,
+    path: Path,
+    title: str,
+) -> None:
+    """Draw test accuracy against rho: last epoch on the left, best epoch on the right.
+
+    Args:
+        series: by method; rho is above 0, since the axis is logarithmic.
+        base: of SGD, at a rho of 0; drawn as a band across.
+        path: of the picture.
+        title: above all.
+    """
+    figure, pair = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharex=True)
+    rhos = sorted({rho for one in series.values() for rho in one.last})
+    for index, (axes, name) in enumerate(zip(pair, Series._fields, strict=True)):
+        if base is not None and base[index][0.0]:
+            mean, deviation = _spread(base[index][0.0])
+            axes.axhline(mean, color=GREY, linestyle=":", label="SGD (ρ 0)")
+            axes.axhspan(mean - deviation, mean + deviation, color=GREY, alpha=0.2, lw=0)
+        for style, (label, one) in zip(cycle(STYLES), series.items(), strict=False):
+            _error_bars(axes, one[index], style, label=_text(label))
+        axes.set_xscale("log")
+        axes.set_xticks(rhos, [f"{rho:g}" for rho in rhos], rotation=45, fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel("ρ, the radius of the perturbation")
+        axes.set_title(f"{name} epoch", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    pair[0].set_ylabel("test accuracy (%)")
+    pair[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(_text(title, 90), fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def label_noise(series: Mapping[str, Series], path: Path, title: str) -> None:
+    """Draw test accuracy against the share of wrong labels, of last and best epoch.
+
+    Args:
+        series: by method, at shares in 0 to 1.
+        path: of the picture.
+        title: above all.
+    """
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    for style, (label, one) in zip(cycle(STYLES), series.items(), strict=False):
+        _error_bars(axes, one.last, style, label=_text(label))
+        _error_bars(axes, one.best, style, linestyle="--", markerfacecolor="white")
+    shares = sorted({share for one in series.values() for share in one.last})
+    axes.set_xticks(shares, [f"{100 * share:g}" for share in shares])
+    axes.set_xlabel("training labels that are wrong (%)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.plot([], [], color=GREY, label="last epoch")
+    axes.plot([], [], color=GREY, linestyle="--", label="best epoch")
+    axes.legend(frameon=False, fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(_text(title, 80), fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _error_bars(
+    axes: Axes, points: Mapping[float, Sequence[float]], style: Style, **options: Any
+) -> None:
+    """Draw means and standard deviations, where there is any value."""
+    at = sorted(where for where, values in points.items() if values)
+    spreads = [_spread(points[where]) for where in at]
+    means, deviations = [mean for mean, _ in spreads], [width for _, width in spreads]
+    colour, marker = style
+    options = {"markersize": 5, "linewidth": 1.5, "capsize": 3} | options
+    axes.errorbar(at, means, yerr=deviations, color=colour, marker=marker, **options)
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the standard deviation; of one value, 0."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), deviation
 
 
 def layers(rows: Sequence[Row], path: Path, title: str) -> None:

@@ -19,7 +19,7 @@ from recipes.keeping import Keeper, mean_of_best, model_of, restore_best, resume
 from recipes.loggers import logged
 from recipes.rundir import RunDirectory
 from recipes.signals import Signals
-from recipes.task import Task, assemble, read_data
+from recipes.task import Read, Task, assemble, read_data
 from recipes.training import (
     chosen,
     evaluate,
@@ -30,10 +30,10 @@ from recipes.training import (
 from samfn.engine import Training
 
 
-def run(config: Config, display: Display, signals: Signals) -> int:
-    """Load the data, then train, evaluate or try, as the configuration says."""
+def run(config: Config, display: Display, signals: Signals, read: Read = read_data) -> int:
+    """Load the data by `read`, then train, evaluate or try, as the configuration says."""
     try:
-        dataset = read_data(config, display.track, display.warn)
+        dataset = read(config, display.track, display.warn)
         task, state = assemble(config, dataset)
         if config.preset == "small":
             display.say(
@@ -84,7 +84,7 @@ def train_and_report(
     task: Task, state: samfn.TrainState, display: Display, signals: Signals
 ) -> int:
     """Train, from the start or from where a run stopped, and leave a run behind."""
-    with _opened(task, state, display) as (directory, training), _writing():
+    with _opened(task, state, display) as (directory, training), writing():
         started = time.perf_counter()
         count = task.config.average_best or 1
         checkpoints = directory.checkpoints(display.warn, keep_best=count)
@@ -121,7 +121,7 @@ def _opened(
     directory = RunDirectory(run_of(config.resume))
     with directory.held():
         training = resume(task, config.resume, directory, state, display)
-        with _writing():
+        with writing():
             directory.rewind(training.epoch)
             directory.write_config(config)
         display.say(f"resuming after {training.epoch} epochs and {training.batch} steps")
@@ -129,7 +129,7 @@ def _opened(
 
 
 @contextlib.contextmanager
-def _writing() -> Iterator[None]:
+def writing() -> Iterator[None]:
     """Turn what the system says into the error that ends a run with `NOT_WRITTEN`."""
     try:
         yield

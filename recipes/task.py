@@ -32,6 +32,8 @@ from samfn.gradient import LossFn
 from samfn.stateless import Supervised
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
+Read = Callable[[Config, Track, Say], Dataset]
+"""As `read_data`."""
 
 
 class Split(NamedTuple):

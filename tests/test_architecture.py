@@ -49,7 +49,9 @@ OWNERS = {
     "einops": {"recipes/models.py", "recipes/augment.py"},
     "tyro": {
         "recipes/config.py",
+        "recipes/label_noise.py",
         "recipes/landscape.py",
+        "recipes/sweep.py",
         "bench/checkpoints.py",
         "bench/compare.py",
         "bench/compile_time.py",

@@ -1,69 +1,92 @@
-import json
-from pathlib import Path
+import re
 
 import pytest
 
 from bench import compare
+from recipes import reports
+from recipes.config import parse
+from recipes.rundir import RunDirectory
+from recipes.study import Cell, Result
+
+FLAGS = ["--data", "digits", "--epochs", "2", "--batch-size", "700"]
 
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     """Run the comparison in an empty directory, with results in it too."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(compare.__file__).parent.parent))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "new" / "results")
-
-    def run(*flags):
-        common = "-- --data digits --epochs 2 --batch-size 700"
-        monkeypatch.setattr("sys.argv", ["compare", "toy", *flags, *common.split()])
-        compare.main()
-
-    return run
+    return lambda *flags: compare.main(["toy", *flags, "--", *FLAGS])
 
 
 ARMS = ["--seeds", "2", "--arm", "SGD: --rho 0", "--arm", "SAM: --rho 0.1"]
 
 
-def test_a_comparison_runs_all_arms_and_reports_them(bench, tmp_path, capfd):
-    bench(*ARMS, "--title", "Toy")
-    cases = [json.loads(x) for x in capfd.readouterr().out.splitlines() if x[:1] == "{"]
-    assert [(c["arm"], c["seed"]) for c in cases] == [
-        ("SGD", 0),
-        ("SAM", 0),
-        ("SGD", 1),
-        ("SAM", 1),
+def test_a_comparison_runs_all_arms_and_reports_them(bench, tmp_path, capsys):
+    assert bench(*ARMS, "--title", "Toy") == 0
+    assert re.findall(r"^\d/4 (.*?):", capsys.readouterr().out, re.MULTILINE) == [
+        "SGD, seed 0",
+        "SAM, seed 0",
+        "SGD, seed 1",
+        "SAM, seed 1",
     ]
     (report,) = tmp_path.glob("new/results/toy_*.md")
     text = report.read_text()
     assert text.startswith("# Toy")
+    assert "|  | last epoch | best epoch | s/epoch | against SGD |" in text
     for arm in ("SGD", "SAM"):
-        last = [c["last"] for c in cases if c["arm"] == arm]
-        assert f"| {arm} | {compare.spread(last)} |" in text
-    assert '--arm "SAM: --rho 0.1"' in text
+        rows = [
+            RunDirectory(tmp_path / "runs" / "toy" / f"{arm.lower()}-seed{seed}").rows()
+            for seed in range(2)
+        ]
+        accuracies = [[row["test_accuracy"] for row in run] for run in rows]
+        last = reports.spread([values[-1] for values in accuracies])
+        best = reports.spread([max(values) for values in accuracies])
+        assert f"| {arm} | {last} | {best} |" in text
+    assert "--arm 'SAM: --rho 0.1' \\\n    -- --data digits" in text
     (picture,) = tmp_path.glob("new/results/toy_*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     # What is finished is not run again.
-    bench(*ARMS, "--title", "Toy")
-    assert "epoch    loss" not in capfd.readouterr().out
+    assert bench(*ARMS, "--title", "Toy") == 0
+    assert "4 runs in runs/toy, 4 of them finished" in capsys.readouterr().out
+    assert bench("--arm", "SGD: --rho 0 --lr 0.3", "--seeds", "1") == 2
+    assert "sgd-seed0 holds a run of other settings: lr was" in capsys.readouterr().err
 
 
-def test_a_run_that_was_resumed_has_no_time_of_its_own(bench, tmp_path):
-    bench("--seeds", "1", "--arm", "SGD: --rho 0")
-    run = tmp_path / "runs" / "toy" / "sgd-0"
-    (run / "wall_seconds").unlink()
-    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text(rows[0])
-    bench("--seeds", "1", "--arm", "SGD: --rho 0")
-    assert not (run / "wall_seconds").exists()
-    assert "| not measured |" in next(tmp_path.glob("new/results/*.md")).read_text()
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--arm: expected at least one, got none"),
+        (["--arm", "SGD"], "--arm: expected a new 'label: flags', got 'SGD'"),
+        (
+            ["--arm", "a:", "--arm", "a : --rho 0"],
+            "expected a new 'label: flags', got 'a :",
+        ),
+        (["--arm", "a: --resume x"], "--resume: it is for one run alone"),
+    ],
+)
+def test_wrong_arms_are_refused(bench, capsys, flags, message):
+    assert bench(*flags) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_runs_of_other_settings_are_not_reported(bench):
-    bench("--seeds", "1", "--arm", "SGD: --rho 0")
-    with pytest.raises(SystemExit, match=r"sgd-0 holds a run of other settings"):
-        bench("--seeds", "1", "--arm", "SGD: --rho 0 --lr 0.3")
+def made(label, lengths, seconds=1.0):
+    """Return results of an arm, of runs with so many epochs; of none, it diverged."""
+    row = {"test_accuracy": 90.0, "seconds": seconds}
+    cell = Cell(label, parse(FLAGS), None)
+    return [Result(cell, [row] * n, None if n else "step 3") for n in lengths]
 
 
-def test_spread_is_mean_and_standard_deviation():
-    assert compare.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert compare.spread([5.0]) == "5.00 ± 0.00"
+def test_times_are_medians_of_epochs_and_ratios_to_the_first_arm():
+    comparison = compare.Comparison("x")
+    results = made("SGD", [2, 2], 0.5) + made("SAM", [2, 0], 1.0) + made("wild", [0])
+    columns, rows = compare.table(comparison, results)
+    assert columns[3:] == ["s/epoch", "against SGD"]
+    assert [row[3:] for row in rows] == [["0.50", "1.00"], ["1.00", "2.00"], ["nan", "nan"]]
+    assert rows[1][1] == "90.00 (1 of 2 diverged)"
+
+
+@pytest.mark.parametrize("lengths", [[2, 2], [2, 3], [0, 2], [0, 0]])
+def test_what_ended_early_or_diverged_is_drawn_too(tmp_path, lengths):
+    compare.draw(made("SGD", lengths) + made("SAM", lengths), tmp_path / "x.png", "")
+    assert (tmp_path / "x.png").exists()

@@ -13,11 +13,17 @@ import torch
 from bench.faults.rows import ROWS
 from recipes.config import PRESETS, parse
 from recipes.methods import MAKERS
+from recipes.study import split
 from tests.test_data import make_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FLOWING = " ".join(README.split())
+# Commands of many runs, and flags with which they are few.
+STUDIES = {
+    "recipes.sweep": ["--rhos", "0", "0.1", "--seeds", "1"],
+    "recipes.label_noise": ["--noise", "0.4", "--seeds", "1"],
+}
 COMMAND = re.compile(r"python -m recipes\.\w+[^`#\n]*")
 
 
@@ -76,6 +82,12 @@ def test_commands_of_the_recipe_run(command, tmp_path):
             run([*train, "--batch-size", "256"], tmp_path)
         run([*args, "--points", "5", "--images", "40"], tmp_path, module)
         assert (tmp_path / "runs" / "landscape" / "surfaces.png").exists()
+        return
+    if module in STUDIES:
+        own, flags = split(args)
+        flags += ["--data", "digits", "--epochs", "1", "--batch-size", "256"]
+        run([*own, *STUDIES[module], "--", *flags], tmp_path, module)
+        assert len([*tmp_path.glob("runs/*/*.png")]) == 1
         return
     if "foret2021" in args:  # days on a CPU: only that it is understood
         assert parse(args).model == "wrn-28-10"

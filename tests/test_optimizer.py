@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import samfn
 from tests.reference import batches, small_network
@@ -155,6 +156,49 @@ def test_a_closure_takes_the_same_step_with_a_pass_before_and_without(way, clear
             optimizer.zero_grad(set_to_none=not clear)
 
 
+@pytest.mark.parametrize("way", ["before", "no pass before"])
+@pytest.mark.parametrize(("base", "settings"), BASES)
+def test_with_a_rho_of_0_a_closure_takes_the_base_step_in_one_pass(base, settings, way):
+    model, reference = net(), net()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = samfn.SAM(groups, base, rho=0, **settings)
+    other = base(reference.parameters(), **settings)
+    for batch in data():
+        calls = []
+        if way == "before":
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+        returned = optimizer.step(closure_of(optimizer, model, batch, calls))
+        assert [returned.item()] == calls
+        other.zero_grad()
+        F.cross_entropy(reference(batch[0]), batch[1]).backward()
+        other.step()
+        assert_close(weights(model), weights(reference), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rho", [0.1, torch.tensor(0.0)])
+def test_one_rho_that_is_not_the_number_0_makes_two_passes(rho):
+    model, calls = net(), []
+    groups = [{"params": model[0].parameters(), "rho": 0.0}]
+    groups += [{"params": model[2].parameters(), "rho": rho}]
+    optimizer = samfn.SAM(groups, torch.optim.SGD, lr=0.1)
+    optimizer.step(closure_of(optimizer, model, data()[0], calls))
+    assert len(calls) == 2
+    assert (calls[0] != calls[1]) == (rho > 0)
+
+
+def test_a_group_with_a_rho_of_0_does_not_move_whatever_its_gradient():
+    weight, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [{"params": [weight], "rho": 0.0}, {"params": [other], "rho": 0.1}]
+    optimizer = samfn.SAM(groups, torch.optim.SGD, lr=0.1)
+    weight.grad, other.grad = torch.tensor([torch.inf, 1.0]), torch.tensor([3.0, 4.0])
+    optimizer.first_step(zero_grad=True)
+    assert torch.equal(weight.detach(), torch.ones(2))
+    optimizer.second_step()
+    weight.grad, other.grad = torch.zeros(2), torch.tensor([3.0, 4.0])
+    optimizer.first_step()
+    assert_close(other.detach(), torch.tensor([1.06, 1.08]))
+
+
 @pytest.mark.parametrize(("base", "settings"), BASES)
 def test_resuming_is_not_stopping_bit_for_bit(base, settings):
     steps = data(steps=8)
@@ -231,7 +275,8 @@ def test_sparse_gradients_perturb_as_dense_ones_do():
     def trained(sparse):
         torch.manual_seed(0)
         model = nn.Embedding(10, 4, sparse=sparse)
-        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.5)
+        settings = {"rho": 0.1, "lr": 0.5, "skip_nonfinite": sparse}
+        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **settings)
         for _ in range(3):
             for last in (False, True):
                 model(torch.tensor([1, 3, 3])).square().sum().backward()
@@ -240,6 +285,23 @@ def test_sparse_gradients_perturb_as_dense_ones_do():
         return model.weight.detach()
 
     assert_close(trained(True), trained(False))
+
+
+def test_the_perturbation_has_length_rho_where_davda54s_is_half_a_percent_short():
+    grad = torch.tensor([1.2e-10, -1.6e-10])  # of length 2e-10
+    weight, theirs = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    weight.grad = grad.clone()
+    samfn.SAM([weight], torch.optim.SGD, rho=0.05, lr=0.1).first_step()
+    assert weight.norm().item() == pytest.approx(0.05, rel=1e-6)
+    seen = []
+
+    def loss():
+        seen.append(theirs.detach().norm().item())
+        return (theirs * grad).sum()
+
+    group = {"params": [theirs], "rho": 0.05, "adaptive": False}
+    Davda54([group], torch.optim.SGD, lr=0.1).step(loss)
+    assert seen[1] == pytest.approx(0.05 * 0.995, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -329,6 +391,125 @@ def test_it_works_inside_of_torch_compile(closure):
         assert_close(weights(model), weights(reference))
 
 
+# Steps that are not finite.
+
+
+def three_steps(way, spoil, by, skip_nonfinite, adaptive, base, settings):
+    """Take three steps, of which the second has `by` in pass number `spoil`, if any."""
+    model = net()
+    extra = nn.Parameter(torch.ones(2))  # without a gradient
+    groups = [*groups_of(model, adaptive), {"params": [extra]}]
+    optimizer = samfn.SAM(groups, base, skip_nonfinite=skip_nonfinite, **settings)
+    for number, (inputs, targets) in enumerate(data(steps=3)):
+        if number == 1 and spoil is None:
+            continue
+        seen = iter([by if (number, each) == (1, spoil) else 1.0 for each in (0, 1)])
+
+        def closure(seen=seen, inputs=inputs, targets=targets):
+            loss = F.cross_entropy(model(inputs), targets) * next(seen)
+            loss.backward()
+            return loss
+
+        if way != "closure":
+            closure()
+        if way == "two steps":
+            optimizer.first_step(zero_grad=True)
+            closure()
+            optimizer.second_step(zero_grad=True)
+        else:
+            optimizer.step(closure)
+            optimizer.zero_grad()
+    assert next(seen, None) is None  # Both passes were taken.
+    return weights(model), optimizer
+
+
+@pytest.mark.parametrize("way", ["two steps", "closure", "closure after a pass"])
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(("base", "settings"), BASES)
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(way, adaptive, base, settings):
+    expected, plain = three_steps(way, None, 1.0, False, adaptive, base, settings)
+    assert plain.skipped == 0
+    for spoil in (0, 1):
+        for by in (torch.inf, torch.nan):
+            given = way, spoil, by, True, adaptive, base, settings
+            found, optimizer = three_steps(*given)
+            assert_close(found, expected, rtol=0, atol=0)
+            ours, theirs = (each.state_dict()["state"] for each in (optimizer, plain))
+            assert_close(ours, theirs, rtol=0, atol=0)
+            assert optimizer.skipped == 1
+
+
+def test_it_is_taken_where_nobody_asked_to_skip_it():
+    found, optimizer = three_steps("closure", 1, torch.inf, False, False, *BASES[0])
+    assert not found["0.weight"].isfinite().all()
+    assert optimizer.skipped == 0
+
+
+def test_a_first_pass_that_is_not_finite_counts_where_the_second_sees_nothing_of_it():
+    model = TwoHeads()
+    settings = {"rho": 0.5, "lr": 0.1, "skip_nonfinite": True}
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **settings)
+    for factor in (torch.inf, 1.0):
+        (factor * model.loss("a")).backward()
+        optimizer.first_step(zero_grad=True)
+        model.loss("b").backward()
+        optimizer.second_step(zero_grad=True)
+    assert optimizer.skipped == 1
+    assert_close(model.b.detach(), torch.tensor([3.0, 4.0]) * 0.8)
+    model.loss("a").backward()
+    optimizer.first_step(zero_grad=True)
+    optimizer.second_step()  # There is no gradient at all.
+    assert optimizer.skipped == 1
+
+
+def test_statistics_of_the_second_pass_see_no_weight_that_is_not_finite():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
+    settings = {"lr": 0.1, "skip_nonfinite": True}
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **settings)
+    inputs, _ = data()[0]
+    for by in (torch.nan, 1.0):
+        (model(inputs).square().mean() * by).backward()
+        (optimizer.first_step if by != 1 else optimizer.second_step)(zero_grad=True)
+    assert optimizer.skipped == 1
+    assert model[1].num_batches_tracked == 2
+    assert model[1].running_mean.isfinite().all()
+
+
+def test_how_many_were_skipped_is_kept_and_copied():
+    _, optimizer = three_steps("closure", 0, torch.inf, True, False, *BASES[0])
+    fresh = samfn.SAM(groups_of(net()), torch.optim.SGD, lr=0.1)
+    state = optimizer.state_dict()
+    state["param_groups"].pop()
+    fresh.load_state_dict(state)
+    assert fresh.skipped == 1
+    del state["skipped"]  # as it was before they were counted
+    fresh.load_state_dict(state)
+    assert fresh.skipped == 0
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert (copied.skipped, copied.skip_nonfinite) == (1, True)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often Python reads the value of a tensor, for which a GPU would wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_a_gpu_waits_once_a_step_where_it_may_be_skipped_and_else_never(skip_nonfinite):
+    model = net()
+    settings = {"lr": 0.1, "momentum": 0.9, "skip_nonfinite": skip_nonfinite}
+    optimizer = samfn.SAM(groups_of(model, True), torch.optim.SGD, **settings)
+    for batch in data():
+        with Waits() as waits:
+            two_steps(optimizer, model, batch)
+        assert waits.count == skip_nonfinite
+
+
 # torch.amp.GradScaler, on the CPU.
 
 
@@ -360,9 +541,11 @@ def test_the_recipe_with_a_grad_scaler_takes_the_unscaled_step(unscale):
 
 
 @pytest.mark.parametrize("spoil", [0, 1])
-def test_a_grad_scaler_that_skips_leaves_the_weights_as_they_were(spoil):
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_a_grad_scaler_that_skips_leaves_the_weights_as_they_were(spoil, skip_nonfinite):
     model = net()
-    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    settings = {"lr": 0.1, "momentum": 0.9, "skip_nonfinite": skip_nonfinite}
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **settings)
     scaler = torch.amp.GradScaler("cpu")
     batch = data()[0]
     scaled_steps(optimizer, scaler, model, batch)
@@ -372,6 +555,7 @@ def test_a_grad_scaler_that_skips_leaves_the_weights_as_they_were(spoil):
     assert_close(weights(model), before, rtol=0, atol=0)
     assert_close(optimizer.state_dict()["state"], momentum, rtol=0, atol=0)
     assert scaler.get_scale() == scale / 2
+    assert optimizer.skipped == 1
     scaled_steps(optimizer, scaler, model, batch)
     assert not torch.equal(weights(model)["0.weight"], before["0.weight"])
 
@@ -456,6 +640,16 @@ def replica(rank, store, results):
             F.cross_entropy(model(inputs[half]), targets[half]).backward()
             optimizer.second_step(zero_grad=True)
         torch.save(weights(model.module), f"{results}/{kind}-{rank}")
+    model = nn.parallel.DistributedDataParallel(net())
+    settings = {"lr": 0.1, "skip_nonfinite": True}
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **settings)
+    inputs, targets = data()[rank]
+    with model.no_sync():  # One replica's first pass is not finite.
+        (F.cross_entropy(model(inputs), targets) * (1.0, torch.inf)[rank]).backward()
+    optimizer.first_step(zero_grad=True)
+    F.cross_entropy(model(inputs), targets).backward()
+    optimizer.second_step(zero_grad=True)
+    torch.save((optimizer.skipped, weights(model.module)), f"{results}/skipped-{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -477,3 +671,7 @@ def test_under_ddp_it_perturbs_on_each_replica_or_for_all_of_them(tmp_path):
         found = [torch.load(tmp_path / f"{kind}-{rank}") for rank in (0, 1)]
         assert_close(found[0], found[1], rtol=0, atol=0)
         assert_close(found[0], dict(state.params), rtol=1e-9, atol=1e-11)
+    for rank in (0, 1):
+        skipped, found = torch.load(tmp_path / f"skipped-{rank}")
+        assert skipped == 1
+        assert_close(found, weights(net()), rtol=0, atol=0)

@@ -31,5 +31,8 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("no_proxy", raising=False)
         patch.delenv("NO_PROXY", raising=False)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        # One for all workers: what a compiler is asked at first takes it ten seconds.
+        root = tmp_path_factory.getbasetemp()
+        compiled = (root.parent if workers else root) / "compiled"
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         yield

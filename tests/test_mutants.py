@@ -1,5 +1,6 @@
 """Each way to get SAM wrong makes the tests that pin it down fail."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,172 +10,208 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PERTURB, UPDATE = "tests/test_perturb.py", "tests/test_update.py"
-METHODS = "tests/test_methods.py"
 
-# Name -> file, the right line, a wrong one, and the tests that tell them apart.
+# Name -> file, the right line, a wrong one, and the test that tells them apart.
 MUTANTS = {
     "no normalisation": (
         "perturb.py",
         "rho / length, 0.0)",
         "rho, 0.0)",
-        PERTURB,
+        "perturb::test_moves_a_distance_rho",
     ),
     "norm of each tensor": (
         "perturb.py",
         "return tree.add_scaled(params, rate(tree.norm(grads), rho), grads)",
         "return {n: tree.add_scaled({n: w}, rate(tree.norm({n: grads[n]}), rho),"
         " {n: grads[n]})[n] for n, w in params.items()}",
-        PERTURB,
+        "perturb::test_does_not_depend_on_how_the_vector_is_cut_into_tensors",
     ),
     "wrong sign": (
         "perturb.py",
         "rate(tree.norm(grads), rho), grads)",
         "-rate(tree.norm(grads), rho), grads)",
-        PERTURB,
+        "perturb::test_moves_in_the_steepest_direction",
     ),
     "no guard at zero": (
         "perturb.py",
         "torch.where(length > smallest, rho / length, 0.0)",
         "rho / length",
-        PERTURB,
+        "perturb::test_zero_gradient_gives_back_the_parameters_exactly",
     ),
     "guard by adding 1e-6": (
         "perturb.py",
         "torch.where(length > smallest, rho / length, 0.0)",
         "rho / (length + 1e-6)",
-        PERTURB,
+        "perturb::test_length_is_rho_or_zero_whatever_the_size_of_the_gradient",
     ),
     "sum of absolute values": (
         "tree.py",
         "torch._foreach_norm(leaves, 2, dtype=dtype)",
         "torch._foreach_norm(leaves, 1, dtype=dtype)",
-        PERTURB,
+        "perturb::test_moves_a_distance_rho",
     ),
     "in place": (
         "tree.py",
         "torch._foreach_add(*_aligned(left, right))",
         "[a.add_(b) for a, b in zip(*_aligned(left, right), strict=True)]",
-        PERTURB,
+        "perturb::test_inputs_stay_and_results_are_new",
     ),
     "statistics counted twice": (
         "method.py",
         "worst = evaluate(perturbed, point.buffers, point.batch)",
         "worst = evaluate(perturbed, clean.buffers, point.batch);"
         " clean = clean._replace(buffers=worst.buffers)",
-        UPDATE,
+        "update::test_200_steps_equal_a_sam_that_overwrites_weights",
     ),
     "loss of the perturbed pass": (
         "method.py",
         "seen = Descent(worst.grads, clean, worst.loss, length)",
         "seen = Descent(worst.grads, clean._replace(loss=worst.loss), worst.loss, length)",
-        UPDATE,
+        "update::test_200_steps_equal_a_sam_that_overwrites_weights",
     ),
     "gradient of the clean pass": (
         "method.py",
         "seen = Descent(worst.grads, clean,",
         "seen = Descent(clean.grads, clean,",
-        UPDATE,
+        "update::test_200_steps_equal_a_sam_that_overwrites_weights",
     ),
     "descent from the perturbed weights": (
         "method.py",
         "worst = evaluate(perturbed, point.buffers, point.batch)",
         "worst = evaluate(perturbed, point.buffers, point.batch);"
         " [point.params[n].copy_(w) for n, w in perturbed.items()]",
-        UPDATE,
+        "update::test_200_steps_equal_a_sam_that_overwrites_weights",
     ),
     "the orthogonal part of another gradient": (
         "methods.py",
         "_orthogonal(worst, clean)",
         "_orthogonal(clean, worst)",
-        METHODS,
+        "methods::test_a_training_is_that_of_the_papers_equations_in_numpy",
     ),
     "the mean is updated before it is subtracted": (
         "methods.py",
         'direction = tree.add_scaled(grads, -sigma, memory["mean"])',
         "direction = tree.add_scaled(grads, -sigma,"
         ' _averaged(memory, grads, 1 - decay)["mean"])',
-        METHODS,
+        "methods::test_a_training_is_that_of_the_papers_equations_in_numpy",
     ),
     "momentum the other way": (
         "methods.py",
         "tree.scale(velocity, -1.0)",
         "tree.scale(velocity, 1.0)",
-        METHODS,
+        "methods::test_a_training_is_that_of_the_papers_equations_in_numpy",
     ),
     "sharpness beside the optimizer is not looked at": (
         "update.py",
         "looked_at.append(tree.norm(seen.beside))",
         "pass",
-        "tests/test_realities.py",
+        "realities::test_160_bad_numbers_leave_every_tensor_bit_equal",
     ),
     "a step that is not finite is taken": (
         "update.py",
         "params=tree.select(finite, new_params, params)",
         "params=new_params",
-        UPDATE,
+        "update::test_a_step_that_is_not_finite_changes_no_tensor_and_is_counted",
     ),
     "a file is not synced": (
         "files.py",
         "        sync(temporary)\n",
         "",
-        "tests/test_files.py",
+        "files::test_a_file_is_written_synced_renamed_and_its_directory_synced",
     ),
     "a directory is not synced": (
         "files.py",
         "        sync(path.parent)\n",
         "",
-        "tests/test_files.py",
+        "files::test_a_file_is_written_synced_renamed_and_its_directory_synced",
     ),
     "the digest is not looked at": (
         "tensorfile.py",
         "if found != expected:",
         'if found == "":',
-        "tests/test_tensorfile.py",
+        "tensorfile::test_every_bit_counts",
     ),
     "dtypes are not in the digest": (
         "tensorfile.py",
         "[str(tensor.dtype), [*tensor.shape], found]",
         "[[*tensor.shape], found]",
-        "tests/test_tensorfile.py",
+        "tensorfile::test_the_digest_is_the_sha256_of_the_manifest",
     ),
     "names may stand twice": (
         "tensorfile.py",
         "if len(found) < len(pairs):",
         "if False:",
-        "tests/test_tensorfile.py",
+        "tensorfile::test_a_name_that_stands_twice_is_refused_even_if_both_say_the_same",
     ),
     "the best goes with the old": (
         "checkpoint.py",
         ", *(p for name in names for p in self.best(name))}",
         "}",
-        "tests/test_checkpoint.py",
+        "checkpoint::test_the_last_few_and_the_best_few_stay",
     ),
     "states that are not finite are kept": (
         "checkpoint.py",
         "        _require_finite(state)\n",
         "",
-        "tests/test_checkpoint.py",
+        "checkpoint::test_states_that_are_not_finite_are_not_kept",
     ),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MUTANTS)
-def test_the_tests_kill_the_mutant(tmp_path, name):
-    file, right, wrong, tests = MUTANTS[name]
-    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "runs"))
-    path = tmp_path / "copy" / "samfn" / file
+# A process that has loaded torch, once for many mutants; of samfn it loads the last one.
+RUN = """
+import json, sys
+from pathlib import Path
+import pytest
+
+class Failed(list):
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.append(report.nodeid)
+
+def failed(*tests):
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("samfn", "recipes", "bench", "tests"):
+            del sys.modules[name]
+    failed = Failed()
+    code = pytest.main(["-x", "-n0", "-p", "no:cacheprovider", *tests], [failed])
+    return int(code), failed
+
+sys.dont_write_bytecode = True  # It is known by the second in which a file was written.
+found, mutants = {}, json.loads(sys.argv[1])
+for name, (file, right, wrong, test) in mutants.items():
+    path = Path(file)
     source = path.read_text()
-    assert source.count(right) == 1
     path.write_text(source.replace(right, wrong))
+    found[name] = failed(test)
+    path.write_text(source)
+found["none"] = failed(*{test for *_, test in mutants.values()})
+Path("found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0, 1])
+def test_the_tests_kill_the_mutants(tmp_path, part):
+    mutants = {
+        name: (f"samfn/{file}", right, wrong, f"tests/test_{test}".replace("::", ".py::"))
+        for name, (file, right, wrong, test) in [*MUTANTS.items()][part::2]
+    }
+    for file, right, _, _ in mutants.values():
+        assert (ROOT / file).read_text().count(right) == 1
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-n0", "-p", "no:cacheprovider", tests],
-        cwd=tmp_path / "copy",
-        env=os.environ | {"PYTHONPATH": str(tmp_path / "copy")},
+        [sys.executable, "-c", RUN, json.dumps(mutants)],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 1, result.stdout
-    assert "1 failed" in result.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((copy / "found.json").read_text())
+    assert found.pop("none") == [0, []], result.stdout
+    for name, (*_, test) in mutants.items():
+        code, failed = found[name]
+        assert (code, [each.partition("[")[0] for each in failed]) == (1, [test]), name

@@ -445,15 +445,19 @@ def test_it_is_taken_where_nobody_asked_to_skip_it():
     assert optimizer.skipped == 0
 
 
-def test_a_first_pass_that_is_not_finite_counts_where_the_second_sees_nothing_of_it():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_first_pass_that_is_not_finite_counts_where_the_second_sees_nothing_of_it(scaled):
     model = TwoHeads()
     settings = {"rho": 0.5, "lr": 0.1, "skip_nonfinite": True}
     optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **settings)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     for factor in (torch.inf, 1.0):
-        (factor * model.loss("a")).backward()
+        scaler.scale(factor * model.loss("a")).backward()
         optimizer.first_step(zero_grad=True)
-        model.loss("b").backward()
-        optimizer.second_step(zero_grad=True)
+        scaler.scale(model.loss("b")).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
     assert optimizer.skipped == 1
     assert_close(model.b.detach(), torch.tensor([3.0, 4.0]) * 0.8)
     model.loss("a").backward()

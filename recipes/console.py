@@ -8,9 +8,9 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
-from rich import box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -107,23 +107,6 @@ class Display:
         for name, value in facts.items():
             self.say(f"  {name:<{width}}  {value}")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table; its first column is of names, the others are of numbers."""
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for index, column in enumerate(columns):
-            table.add_column(plain(column), justify="right" if index else "left")
-        for row in rows:
-            table.add_row(*map(plain, row))
-        if self._console.is_terminal:
-            self._console.print(table)
-            return
-        lines = [columns, *rows]
-        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-        for name, *cells in lines:
-            numbers = zip(cells, widths[1:], strict=True)
-            text = "".join(f"  {cell:>{width}}" for cell, width in numbers)
-            self.say(f"{name:<{widths[0]}}{text}")
-
     def track(self, items: Iterable[Any], total: int, text: str) -> Iterable[Any]:
         """Yield the items, with a bar that shows how far they are."""
         return track(
@@ -135,9 +118,49 @@ class Display:
             disable=not self._console.is_terminal,
         )
 
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table: names in its first column, numbers in the others.
+
+        One that is too wide for the terminal is turned, or else errors stand below values.
+        """
+        lines: list[Sequence[str]] = [columns, *rows]
+        if not self._console.is_terminal:
+            widths = _widths(lines)
+            for name, *cells in lines:
+                sides = (f"{c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
+                self.say("  ".join((f"{name:<{widths[0]}}", *sides)))
+            return
+        turned: list[Sequence[str]] = [*zip(*lines, strict=True)]
+        if not self._fits(lines) and self._fits(turned):
+            lines = turned
+        elif not self._fits(lines):
+            lines = [[text.replace(" ± ", "\n± ") for text in line] for line in lines]
+        table = Table(box=SIMPLE_HEAD, show_edge=False)
+        for place, column in enumerate(lines[0]):
+            side: Literal["left", "right"] = "right" if place else "left"
+            table.add_column(plain(column), justify=side, overflow="fold")
+        for line in lines[1:]:
+            table.add_row(*map(plain, line))
+        self._console.print(table)
+        self.say("")
+
+    def _fits(self, lines: Sequence[Sequence[str]]) -> bool:
+        return sum(width + 3 for width in _widths(lines)) <= self._console.width
+
     @contextmanager
-    def counting(self, total: int, text: str) -> Iterator[Callable[[], None]]:
-        """Show a bar; yield what is called when one more of the total is done."""
+    def counting(
+        self, total: float, text: str, done: float = 0
+    ) -> Iterator[Callable[..., None]]:
+        """Show a bar; yield what is called when one more of the total is done.
+
+        Args:
+            total: what there is to do.
+            text: what is done.
+            done: what was done before.
+
+        Yields:
+            What is called without arguments when one more is done, or with a number.
+        """
         bar = Progress(
             TextColumn(plain(text)),
             BarColumn(),
@@ -150,7 +173,8 @@ class Display:
         )
         with bar:
             task = bar.add_task("", total=total)
-            yield lambda: bar.advance(task)
+            bar.update(task, completed=done)
+            yield lambda more=1: bar.advance(task, more)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
@@ -305,6 +329,10 @@ class Live:
         if row["skipped_steps"]:
             text += f"  {row['skipped_steps']} steps skipped, not finite"
         self._row(text)
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, cells)) for cells in zip(*lines, strict=True)]
 
 
 def plain(text: str) -> str:

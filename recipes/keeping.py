@@ -11,6 +11,7 @@ import torch
 import samfn
 from recipes.batches import augmented
 from recipes.config import (
+    Config,
     ConfigError,
     of_run,
     plain_values,
@@ -118,7 +119,7 @@ def restore_best(
         ConfigError: there is none that is whole, or it belongs to another network or to
             other data.
     """
-    best = partial(run.checkpoints(display.warn).best_whole, by=best_by(task))
+    best = partial(run.checkpoints(display.warn).best_whole, by=best_by(task.config))
     return _read(task, path, like, best)
 
 
@@ -144,14 +145,14 @@ def reopen(
     config = replace(of_run(path), device=device, compile="no")
     task, like = assemble(config, read_data(config, display.track, display.warn))
     checkpoints = RunDirectory(run_of(path)).checkpoints(display.warn)
-    best = partial(checkpoints.best_whole, by=best_by(task))
+    best = partial(checkpoints.best_whole, by=best_by(task.config))
     training = _read(task, path, like, checkpoints.latest if last else best)
     return task, model_of(task, training), training.epoch
 
 
-def best_by(task: Task) -> str:
+def best_by(config: Config) -> str:
     """Return the name of the score that the best checkpoint is chosen by."""
-    return "score" if task.config.ema_decay is None else "ema"
+    return "score" if config.ema_decay is None else "ema"
 
 
 def _read(
@@ -189,7 +190,7 @@ def mean_of_best(
         CheckpointCorruptError: one of them is damaged.
     """
     models, epochs = [], []
-    for path in checkpoints.best(best_by(task)):
+    for path in checkpoints.best(best_by(task.config)):
         training = _require_fitting(task, samfn.Found(path, *samfn.restore(path, like)))
         models.append(model_of(task, training))
         epochs.append(training.epoch)

@@ -11,46 +11,43 @@ network but for these lengths.
 """
 
 import dataclasses
-import json
-import math
-import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import tyro
 from torch import Tensor
-from torch.nn import functional as F
 
-import samfn
-from recipes import augment, command, plots
+from recipes import command, plots
 from recipes.batches import EVAL_BATCH
-from recipes.config import Config, ConfigError, plain_values, run_of
+from recipes.config import ConfigError, plain_values, run_of
 from recipes.console import Display
-from recipes.keeping import reopen
-from recipes.running import name
+from recipes.solutions import (
+    Selection,
+    Solution,
+    among,
+    named,
+    read,
+    require,
+    require_runs,
+    write_json,
+)
 from recipes.task import generator
 from samfn import files, landscape
-from samfn.gradient import LossFn
 from samfn.landscape import Line, Plane, Told
-from samfn.tree import Params
 
 PROGRAM = "python -m recipes.landscape"
 DATA, SURFACES, LINES = "landscape.json", "surfaces.png", "lines.png"
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Selection):
     """Draw the loss around what runs have learned, side by side and on one scale."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Directories of runs, of which the best epoch counts, or checkpoints of runs."""
-    last: bool = False
-    """Of a directory, take the last checkpoint and not the best."""
     points: int = 15
     """Points of each axis; odd, so that one of them is the solution. A surface has points
     times points of them, a line almost 2 times points; each is a pass over the images."""
@@ -58,39 +55,9 @@ class Settings:
     """Largest coordinate along each of the random directions, in norms of a filter."""
     rho: float = 0.5
     """Largest distance along SAM's perturbation, in units of the weights."""
-    images: int = 1000
-    """Images that the loss is the mean of; those of all runs are the same if their data
-    are."""
-    split: Literal["train", "test"] = "train"
-    """Images of the training set, with the labels trained on, or of the test set."""
-    seed: int = 0
-    """Of the directions and of the choice of images."""
-    device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
     output: Path | None = None
     """Directory of the pictures and data; what it holds of another call is replaced. None
     is landscape, beside the first run."""
-
-
-class Solution(NamedTuple):
-    """What a run has learned, and what its loss is of."""
-
-    name: str
-    """In pictures; different for each of the runs."""
-    path: Path
-    config: Config
-    epoch: int
-    params: Params
-    buffers: Params
-    loss_fn: LossFn
-    images: Tensor
-    """Normalised, NCHW."""
-    labels: Tensor
-
-    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
-        """Return the images and labels in batches of at most this size."""
-        parts = torch.split(self.images, size), torch.split(self.labels, size)
-        return list(zip(*parts, strict=True))
 
 
 class Explored(NamedTuple):
@@ -114,6 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def draw(settings: Settings, display: Display) -> int:
     """Evaluate, write data and pictures, and say what they show."""
+    settings = replace(settings, runs=among(settings.runs, display))
     validate(settings)
     solutions = named([read(path, settings, display) for path in settings.runs])
     output = settings.output or run_of(settings.runs[0]).resolve().parent / "landscape"
@@ -141,66 +109,15 @@ def validate(settings: Settings) -> None:
     """
     finite = float("inf")
     odd = settings.points % 2 == 1 and settings.points >= 5
-    for flag, holds, expected in (
-        ("points", odd, "an odd number of at least 5"),
-        ("span", 0 < settings.span < finite, "a finite number above 0"),
-        ("rho", 0 < settings.rho < finite, "a finite number above 0"),
-        ("images", settings.images >= 1, "at least 1"),
-    ):
-        if not holds:
-            raise ConfigError(
-                f"--{flag}: expected {expected}, got {getattr(settings, flag)}"
-            )
-    if not settings.runs:
-        raise ConfigError("expected at least one run, got none")
-    paths = [path.resolve() for path in settings.runs]
-    if twice := [path for path in settings.runs if paths.count(path.resolve()) > 1]:
-        raise ConfigError(f"expected different runs, got {twice[0]} twice")
-
-
-def read(path: Path, settings: Settings, display: Display) -> Solution:
-    """Read what a run has learned, and choose its images.
-
-    Raises:
-        ConfigError: there is no run, no checkpoint that is whole, or no such device.
-        DataError: the data are not there any more.
-    """
-    task, state, epoch = reopen(path, settings.device, display, last=settings.last)
-    task.model.eval()
-    images, labels = task.test[1:]
-    if settings.split == "train":
-        images, labels = task.train_images, task.train_labels
-    source = generator(settings.seed, "images", settings.split)
-    chosen = torch.randperm(len(labels), generator=source)[: settings.images]
-    chosen = chosen.to(task.device)
-    inputs = augment.normalise(images[chosen], task.mean, task.std)
-    return Solution(
-        name=name(task.config),
-        path=path,
-        config=task.config,
-        epoch=epoch,
-        params=state.params,
-        buffers=state.buffers,
-        loss_fn=samfn.supervised(task.model, F.cross_entropy),
-        images=inputs.contiguous(memory_format=torch.channels_last),
-        labels=labels[chosen],
+    require(
+        settings,
+        [
+            ("points", odd, "an odd number of at least 5"),
+            ("span", 0 < settings.span < finite, "a finite number above 0"),
+            ("rho", 0 < settings.rho < finite, "a finite number above 0"),
+        ],
     )
-
-
-def named(solutions: Sequence[Solution]) -> list[Solution]:
-    """Give the solutions the shortest names that differ."""
-    ways: tuple[Callable[[Solution], str], ...] = (
-        lambda s: name(s.config),
-        lambda s: f"{name(s.config)}, seed {s.config.seed}",
-        lambda s: run_of(s.path).resolve().name,
-        lambda s: f"{run_of(s.path).resolve().name}, epoch {s.epoch}",
-        lambda s: str(s.path),
-    )
-    for way in ways:
-        names = [way(solution) for solution in solutions]
-        if len({*names}) == len(names):
-            break
-    return [s._replace(name=n) for s, n in zip(solutions, names, strict=True)]
+    require_runs(settings)
 
 
 def explore(
@@ -213,7 +130,7 @@ def explore(
     along = len(on_a_line(settings))
     points = len(solutions) * (settings.points**2 + along) + along * bool(pair)
     count = len(solutions[0].labels)
-    display.say(f"evaluating {points:,} points, each on {count:,} {kind(settings)} images")
+    display.say(f"evaluating {points:,} points, each on {count:,} {settings.kind} images")
     started = time.perf_counter()
     with display.counting(points, "evaluating") as advance:
 
@@ -290,21 +207,15 @@ def write(
 ) -> None:
     """Write all numbers and settings to a JSON file.
 
-    Lists of lists have a row for each coordinate `at` along the first direction. What is
-    not finite is the text "nan", "inf" or "-inf", which JSON has no numbers for and `float`
-    and `numpy.array(..., dtype=float)` read.
+    Lists of lists have a row for each coordinate `at` along the first direction.
     """
     found: dict[str, Any] = {
         "settings": dataclasses.asdict(settings) | {"runs": [*map(str, settings.runs)]},
         "torch": torch.__version__,
         "runs": [record(one) for one in explored],
-        "between": way and numbers(way._asdict()),
+        "between": way and way._asdict(),
     }
-    text = json.dumps(found, indent=1, default=str, allow_nan=False)
-    # One line for each list of numbers. No text of JSON has a line break in it.
-    text = re.sub(r"\[\n[^\[\]{}]*\]", lambda row: re.sub(r"\s*\n\s*", " ", row[0]), text)
-    with files.replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(path, found)
 
 
 def record(one: Explored) -> dict[str, Any]:
@@ -315,25 +226,11 @@ def record(one: Explored) -> dict[str, Any]:
         "path": str(solution.path),
         "epoch": solution.epoch,
         "images": len(solution.labels),
-        "rise": numbers(one.rise),
-        "plane": numbers(one.plane._asdict()),
-        "ascent": numbers(one.ascent._asdict()),
+        "rise": one.rise,
+        "plane": one.plane._asdict(),
+        "ascent": one.ascent._asdict(),
         "config": plain_values(solution.config),
     }
-
-
-def numbers(value: Any) -> Any:
-    """Return tensors as lists, and what JSON has no number for as text."""
-    if isinstance(value, Tensor):
-        return numbers(value.tolist())
-    if isinstance(value, Mapping):
-        return {key: numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [numbers(item) for item in value]
-    if isinstance(value, float):
-        # Losses are of float32, which has no more digits.
-        return float(f"{value:.9g}") if math.isfinite(value) else str(value)
-    return value
 
 
 def draw_surfaces(path: Path, settings: Settings, explored: Sequence[Explored]) -> None:
@@ -359,12 +256,7 @@ def title(settings: Settings, explored: Sequence[Explored]) -> str:
     configs = [one.solution.config for one in explored]
     tasks = sorted({f"{config.data}, {config.model}" for config in configs})
     count = len(explored[0].solution.labels)
-    return f"{'; '.join(tasks)}: loss of {count:,} {kind(settings)} images"
-
-
-def kind(settings: Settings) -> str:
-    """Return what the images are called in words."""
-    return {"train": "training", "test": "test"}[settings.split]
+    return f"{'; '.join(tasks)}: loss of {count:,} {settings.kind} images"
 
 
 def summarise(

@@ -43,6 +43,7 @@ STYLES: tuple[Style, ...] = (
     ("#e69f00", "P"),
     ("#000000", "X"),
 )
+DASHES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX"  # for those who see few colours
 MISSING = "#dddddd"  # what is not finite
 COLOUR_MAP = "viridis"  # for those, too, who see few colours
 WIDE = 30  # Losses that differ by more than this factor are drawn by their logarithm.
@@ -426,3 +427,82 @@ def _text(name: str, width: int = 40) -> str:
     """Return a name as it is, in lines: matplotlib reads formulas between dollars."""
     shown = "".join(c if c.isprintable() else "?" for c in name)
     return textwrap.fill(shown, width).replace("$", r"\$")
+
+
+class Curve(NamedTuple):
+    """What was measured of a run at the end of each epoch."""
+
+    x: Mapping[str, Sequence[float]]
+    """Where, by the label of an axis."""
+    y: Mapping[str, Sequence[float]]
+    """What, by the label of an axis."""
+
+
+def side_by_side(curves: Mapping[str, Sequence[Curve]], path: Path, title: str) -> None:
+    """Draw runs against each other: a row for each y, a column for each x.
+
+    A name has one colour, dash and marker. Runs of one name are thin lines, and their mean,
+    as far as all of them go, is a thick one.
+
+    Args:
+        curves: runs by name, each with one epoch at least; all have the same axes.
+        path: of the picture.
+        title: above all.
+    """
+    (first, *_), *_ = curves.values()
+    size = 1 + 3.9 * len(first.x), 1.2 + 2.9 * len(first.y) + 0.2 * len(curves)
+    figure, grid = plt.subplots(
+        len(first.y),
+        len(first.x),
+        figsize=size,
+        layout="constrained",
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+    )
+    for axes, y in zip(grid, first.y, strict=True):
+        for place, x in zip(axes, first.x, strict=True):
+            for number, (name, runs) in enumerate(curves.items()):
+                _draw_runs(place, number, _text(name), [(r.x[x], r.y[y]) for r in runs])
+            place.grid(alpha=0.25)
+            place.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel(y)
+    for place, x in zip(grid[-1], first.x, strict=True):
+        place.set_xlabel(x)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=3, frameon=False, handlelength=4
+    )
+    figure.suptitle(_text(title, 90), fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_runs(
+    axes: Axes,
+    number: int,
+    name: str,
+    runs: Sequence[tuple[Sequence[float], Sequence[float]]],
+) -> None:
+    colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+    epochs = min(len(x) for x, _ in runs)
+    if len(runs) > 1:
+        for x, y in runs:
+            axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.4)
+    x, y = (
+        [sum(values) / len(runs) for values in zip(*(r[i] for r in runs), strict=False)]
+        for i in (0, 1)
+    )
+    every = max(1, epochs // 6)
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        linestyle=dash,
+        linewidth=1.8,
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=4.5,
+        # Not all at the same places, so that none hides another.
+        markevery=(min(number, epochs - 1) % every, every),
+        label=name,
+    )

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import samfn
 from recipes import landscape as recipe
-from recipes import plots
+from recipes import plots, solutions
 from recipes.cifar_wrn import main as train
 from recipes.config import of_run, parse
 from recipes.console import Display
@@ -476,7 +476,7 @@ def settings_of(path, **options):
 
 def solution_of(path, **options):
     """Read what a run has learned."""
-    return recipe.read(path, settings_of(path, **options), Display())
+    return solutions.read(path, settings_of(path, **options), Display())
 
 
 def around(path, **options):
@@ -514,7 +514,7 @@ def test_training_images_are_those_trained_on_with_their_labels(runs):
 
 def test_a_checkpoint_or_the_last_one_can_be_drawn(runs):
     (first, last) = RunDirectory(runs[0]).checkpoints().paths()
-    both = recipe.named([solution_of(first), solution_of(last)])
+    both = solutions.named([solution_of(first), solution_of(last)])
     assert [solution.epoch for solution in both] == [1, 2]
     assert [solution.name for solution in both] == ["sgd, epoch 1", "sgd, epoch 2"]
     newest = solution_of(runs[0], last=True)
@@ -651,7 +651,7 @@ def test_what_is_not_finite_is_drawn_as_missing_and_names_are_no_formulas(tmp_pa
         plots.surfaces({name: plane}, {name: ""}, tmp_path / "surfaces.png", "")
         line_ = plots.Line(at, shown[:, 0], None)
         plots.lines({name: line_, "b": line_}, line_, tmp_path / "lines.png", "")
-    assert recipe.numbers(torch.tensor([[1.5, math.nan], [math.inf, -math.inf]])) == [
+    assert solutions.numbers(torch.tensor([[1.5, math.nan], [math.inf, -math.inf]])) == [
         [1.5, "nan"],
         ["inf", "-inf"],
     ]
@@ -676,15 +676,15 @@ NAMES = [
 
 @pytest.mark.parametrize(("flags", "names"), NAMES)
 def test_names_are_the_shortest_that_differ(tmp_path, flags, names):
-    solutions = [
-        recipe.Solution(
+    found = [
+        solutions.Solution(
             "", tmp_path / path, recipe_config(line_), 0, {}, {}, None, ONE, ONE
         )
         for path, line_ in zip("ab", flags, strict=True)
     ]
-    assert [solution.name for solution in recipe.named(solutions)] == names
-    same = [solutions[0], solutions[0]._replace(epoch=3)]
-    named = [solution.name for solution in recipe.named(same)]
+    assert [solution.name for solution in solutions.named(found)] == names
+    same = [found[0], found[0]._replace(epoch=3)]
+    named = [solution.name for solution in solutions.named(same)]
     assert named == ["a, epoch 0", "a, epoch 3"]
 
 

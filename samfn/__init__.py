@@ -30,8 +30,10 @@ from samfn.descend import (
     clipped,
     descend,
     from_torch,
+    grouped,
     nadam,
     rmsprop,
+    scaled_lr,
     sgd,
 )
 from samfn.export import ExportError, export_program, export_weights
@@ -63,7 +65,14 @@ from samfn.perturb import (
     perturb_fisher,
 )
 from samfn.randomness import random_state, set_random_state
-from samfn.stateless import load, norm_parameters, reestimated, split, supervised
+from samfn.stateless import (
+    load,
+    no_decay_parameters,
+    norm_parameters,
+    reestimated,
+    split,
+    supervised,
+)
 from samfn.tree import norm
 from samfn.update import (
     Metrics,
@@ -113,6 +122,7 @@ __all__ = [
     "fisher_sam",
     "friendly_sam",
     "from_torch",
+    "grouped",
     "gsam",
     "held",
     "init",
@@ -127,6 +137,7 @@ __all__ = [
     "multi_step_sam",
     "nadam",
     "named_weight",
+    "no_decay_parameters",
     "norm",
     "norm_parameters",
     "on_parameters",
@@ -145,6 +156,7 @@ __all__ = [
     "same_randomness",
     "sampling",
     "save",
+    "scaled_lr",
     "schedules",
     "set_random_state",
     "sgd",

@@ -4,7 +4,7 @@ They look at names, shapes and types, which costs nothing in a compiled step, an
 the values of tensors, which would make a GPU wait.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -78,9 +78,19 @@ def require_same_names(expected: Params, given: Params, *, names: str) -> None:
         missing = sorted(expected.keys() - given.keys())
         unexpected = sorted(given.keys() - expected.keys())
         raise ValueError(
-            f"{names} must have the same names: {_some(missing)} missing,"
-            f" {_some(unexpected)} unexpected"
+            f"{names} must have the same names: {some(missing)} missing,"
+            f" {some(unexpected)} unexpected"
         )
+
+
+def require_names_of(params: Params, names: Collection[str], *, what: str) -> None:
+    """Raise unless each of the names is one of a parameter.
+
+    Raises:
+        ValueError: says which are not, the first five of them.
+    """
+    if unknown := [name for name in names if name not in params]:
+        raise ValueError(f"{what}: {some(sorted(unknown))} is none of the parameters")
 
 
 def require_gradients(
@@ -146,6 +156,12 @@ def require_apart(params: Params, buffers: Params) -> None:
         raise ValueError(f"params and buffers must not share names, both hold {shared}")
 
 
+def some(items: list[str], shown: int = 5) -> str:
+    """Return the first few of a list, and how many more there are."""
+    text = ", ".join(items[:shown]) or "none"
+    return text + (f" and {len(items) - shown} more" if len(items) > shown else "")
+
+
 def _refuse(
     expected: Params,
     given: Params,
@@ -159,9 +175,4 @@ def _refuse(
         if trait(leaf) != trait(given[name])
     ]
     if differing:
-        raise ValueError(f"{names} must have the same {what}: {_some(differing)}")
-
-
-def _some(items: list[str], shown: int = 5) -> str:
-    text = ", ".join(items[:shown]) or "none"
-    return text + (f" and {len(items) - shown} more" if len(items) > shown else "")
+        raise ValueError(f"{names} must have the same {what}: {some(differing)}")

@@ -5,7 +5,8 @@ functional kernels, on copies, so nothing that is passed in changes.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -145,8 +146,9 @@ def from_torch(
             new_state[STEPS] = opt_state[STEPS] + 1
         if capturable:
             options["capturable"] = _is_capturable(params)
-        ordered = [grads[name] for name in params]
-        kernel(list(new_params.values()), ordered, **options)
+        # A copy too: SGD's kernel writes Nesterov's step into what it is given.
+        ordered = tree.clone(tree.only(grads, params))
+        kernel(list(new_params.values()), list(ordered.values()), **options)
         return new_params, new_state
 
     def check(opt_state: OptState, params: Params) -> None:
@@ -304,6 +306,108 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
     return Optimizer(optimizer.init, update, optimizer.check)
 
 
+def scaled_lr(optimizer: Optimizer, factor: float) -> Optimizer:
+    """Return `optimizer` with factor * lr as its learning rate.
+
+    Inside of `grouped` it gives some parameters a learning rate of their own. What a method
+    moves past the optimizer, as `wsam` does, goes by lr itself.
+
+    Args:
+        optimizer: receives the scaled learning rate.
+        factor: at least 0; 0 leaves the parameters where they are.
+    """
+    border.require_dial("factor", factor)
+
+    def update(
+        params: Params, grads: Params, opt_state: OptState, lr: float | Tensor
+    ) -> tuple[dict[str, Tensor], OptState]:
+        return optimizer.update(params, grads, opt_state, factor * lr)
+
+    return optimizer._replace(update=update)
+
+
+def grouped(
+    optimizer: Optimizer, *exceptions: tuple[Collection[str], Optimizer]
+) -> Optimizer:
+    """Return an optimizer that treats some parameters as others do, and the rest as ever.
+
+    For example, without weight decay where there is little to decay::
+
+        names = samfn.no_decay_parameters(model)
+        optimizer = samfn.grouped(
+            samfn.sgd(0.9, weight_decay=5e-4), (names, samfn.sgd(0.9))
+        )
+
+    Each group sees nothing of the others: put `clipped` around it for a clip by the norm of
+    all gradients together.
+
+    Args:
+        optimizer: of all parameters that no exception names.
+        exceptions: (names, their optimizer); no name twice.
+
+    Raises:
+        TypeError: an exception gives a text in place of names.
+        ValueError: an exception names no parameter, or a name stands twice. When a state is
+            made or checked: there is no such parameter, or all are exceptions.
+    """
+    _require_apart([names for names, _ in exceptions])
+    named = [frozenset(names) for names, _ in exceptions]
+    apart = frozenset().union(*named)
+    optimizers = [optimizer, *(other for _, other in exceptions)]
+    groups = {f"group_{number}": one for number, one in enumerate(optimizers)}
+
+    def split(values: Params) -> dict[str, dict[str, Tensor]]:
+        rest = [name for name in values if name not in apart]
+        others = [[name for name in values if name in some] for some in named]
+        return {
+            key: tree.only(values, names)
+            for key, names in zip(groups, [rest, *others], strict=True)
+        }
+
+    def init(params: Params) -> OptState:
+        _require_groups(params, apart)
+        own = split(params)
+        return {key: one.init(own[key]) for key, one in groups.items()}
+
+    def update(
+        params: Params, grads: Params, opt_state: OptState, lr: float | Tensor
+    ) -> tuple[dict[str, Tensor], OptState]:
+        own, theirs = split(params), split(grads)
+        moved: dict[str, Tensor] = {}
+        new_state: dict[str, OptState] = {}
+        for key, one in groups.items():
+            found, new_state[key] = one.update(own[key], theirs[key], opt_state[key], lr)
+            moved |= found
+        return tree.only(moved, params), new_state
+
+    def check(opt_state: OptState, params: Params) -> None:
+        _require_groups(params, apart)
+        _require_keys(opt_state, groups.keys())
+        own = split(params)
+        for key, one in groups.items():
+            one.check(opt_state[key], own[key])
+
+    return Optimizer(init, update, check)
+
+
+def _require_apart(groups: list[Collection[str]]) -> None:
+    if texts := [names for names in groups if isinstance(names, str)]:
+        raise TypeError(f"grouped: expected names of parameters, got the text {texts[0]!r}")
+    if not all(groups):
+        raise ValueError("grouped: an exception names no parameter")
+    counts = Counter(name for names in groups for name in names)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"grouped: {border.some(twice)} named twice")
+
+
+def _require_groups(params: Params, apart: Collection[str]) -> None:
+    border.require_names_of(params, apart, what="grouped")
+    if len(apart) == len(params):
+        raise ValueError(
+            "grouped: all parameters are exceptions, none is left to the first"
+        )
+
+
 def _adam_memory(amsgrad: bool = False) -> dict[str, Callable[[Tensor], Tensor]]:
     keys = ["exp_avgs", "exp_avg_sqs"] + ["max_exp_avg_sqs"] * amsgrad
     return dict.fromkeys(keys, torch.zeros_like)
@@ -335,11 +439,7 @@ def _is_capturable(params: Params) -> bool:
 
 
 def _require_memory(opt_state: OptState, expected: set[str], params: Params) -> None:
-    if opt_state.keys() != expected:
-        raise ValueError(
-            f"opt_state was made by another optimizer: expected {sorted(expected)},"
-            f" got {sorted(opt_state)}"
-        )
+    _require_keys(opt_state, expected)
     for key in expected - {STEPS}:
         if opt_state[key].keys() != params.keys():
             raise ValueError(
@@ -347,3 +447,11 @@ def _require_memory(opt_state: OptState, expected: set[str], params: Params) -> 
                 f" {len(opt_state[key])} names, params {len(params)}, and"
                 f" {len(opt_state[key].keys() ^ params.keys())} differ"
             )
+
+
+def _require_keys(opt_state: OptState, expected: Collection[str]) -> None:
+    if opt_state.keys() != expected:
+        raise ValueError(
+            f"opt_state was made by another optimizer: expected {sorted(expected)},"
+            f" got {sorted(opt_state)}"
+        )

@@ -184,7 +184,9 @@ def hessian_product(
     return product
 
 
-def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
+def l2_regularized(
+    loss_fn: LossFn, weight_decay: float, *, without: Collection[str] = ()
+) -> LossFn:
     """Return the loss function with weight decay inside the loss.
 
     loss(w) + weight_decay / 2 * ||w||^2
@@ -195,27 +197,42 @@ def l2_regularized(loss_fn: LossFn, weight_decay: float) -> LossFn:
     Args:
         loss_fn: loss(w).
         weight_decay: in units of loss per squared weight; at least 0.
+        without: names of parameters that do not decay, as `samfn.no_decay_parameters`
+            gives; where all are, nothing does.
+
+    Raises:
+        ValueError: `weight_decay` is negative; in a step, `without` names what is no
+            parameter.
 
     Source:
         github.com/google-research/sam, sam_jax/training_utils/flax_training.py.
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    spared = frozenset(without)
 
     def regularized(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
-        penalty = weight_decay / 2 * _sum_of_squares(params)
+        decaying = [w for name, w in params.items() if name not in spared]
+        if not decaying:
+            return loss, aux
+        penalty = weight_decay / 2 * _sum_of_squares(decaying)
         if aux.losses is not None:
             aux = aux._replace(losses=aux.losses + penalty)
         return loss + penalty, aux
 
-    regularized.check = getattr(loss_fn, "check", None)  # type: ignore[attr-defined]
+    def check(params: Params, buffers: Params) -> None:
+        border.require_names_of(params, spared, what="without")
+        if (inner := getattr(loss_fn, "check", None)) is not None:
+            inner(params, buffers)
+
+    regularized.check = check  # type: ignore[attr-defined]
     regularized.pure = getattr(loss_fn, "pure", False)  # type: ignore[attr-defined]
     return regularized
 
 
-def _sum_of_squares(params: Params) -> Tensor:
-    wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in params.values()]
+def _sum_of_squares(leaves: list[Tensor]) -> Tensor:
+    wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in leaves]
     return torch.stack([w.square().sum() for w in wide]).sum()
 
 

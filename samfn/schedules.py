@@ -69,6 +69,41 @@ def cosine(peak: float, steps: int, final: float = 0.0) -> Schedule:
     return lambda step: _half_cosine(peak, final, min(step, steps) / steps)
 
 
+def warm_restarts(
+    peak: float, period: int, growth: int = 1, final: float = 0.0
+) -> Schedule:
+    """Return `cosine` again and again, each time from `peak`.
+
+    value(t) = final + (peak - final) * (1 + cos(pi * s / length)) / 2
+
+    with s the steps since the last start. It has no end.
+
+    Args:
+        peak: value at each start.
+        period: length of the first cosine, in steps.
+        growth: how many times as long as the one before each further one is.
+        final: what each cosine falls to, one step after its last.
+
+    Raises:
+        ValueError: `period` or `growth` is no whole number of at least 1.
+
+    Source:
+        Loshchilov and Hutter, 2017, arXiv:1608.03983, equation 5; one of their settings
+        is a first period of 10 epochs and a growth of 2.
+    """
+    for name, number in (("period", period), ("growth", growth)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number}")
+
+    def value(step: int) -> float:
+        since, length = step, period
+        while since >= length:
+            since, length = since - length, length * growth
+        return _half_cosine(peak, final, since / length)
+
+    return value
+
+
 def one_cycle(
     peak: float,
     steps: int,

@@ -119,6 +119,20 @@ def norm_parameters(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def no_decay_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what is commonly spared weight decay.
+
+    The parameters of normalisation layers and all that have one dimension or none, as
+    biases: decay cannot make a network simpler by them.
+    """
+    normalising = {*norm_parameters(model)}
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (parameter.ndim <= 1 or name in normalising)
+    )
+
+
 class Supervised:
     """The loss of a model on `(inputs, targets)` as a pure function; see `supervised`."""
 

@@ -20,6 +20,10 @@ OPTIMIZERS = {
     "rmsprop": samfn.rmsprop(momentum=0.5, centered=True),
     "adagrad": samfn.adagrad(lr_decay=0.1),
     "clipped": samfn.clipped(samfn.sgd(), 0.1),
+    "grouped": samfn.grouped(
+        samfn.sgd(weight_decay=0.1),
+        (["0.bias", "1.weight"], samfn.scaled_lr(samfn.sgd(0.0), 0.1)),
+    ),
 }
 METHODS = {
     "sam": samfn.sam(),
@@ -84,6 +88,15 @@ def test_weight_decay_in_the_loss_traces():
     check_equal_for(
         lambda model: samfn.l2_regularized(samfn.supervised(model, F.cross_entropy), 0.01)
     )
+
+
+def test_weight_decay_in_the_loss_that_spares_some_traces():
+    def loss_of(model):
+        loss_fn = samfn.supervised(model, F.cross_entropy)
+        names = samfn.no_decay_parameters(model)
+        return samfn.l2_regularized(loss_fn, 0.01, without=names)
+
+    check_equal_for(loss_of)
 
 
 def test_half_precision_traces():

@@ -35,6 +35,11 @@ PAIRS = [
         torch.optim.SGD,
         {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
     ),
+    (
+        samfn.sgd(0.8, nesterov=True),
+        torch.optim.SGD,
+        {"momentum": 0.8, "nesterov": True},
+    ),
     (samfn.adam(), torch.optim.Adam, {}),
     (
         samfn.adam((0.8, 0.9), 1e-6, 0.1, amsgrad=True),
@@ -108,8 +113,156 @@ def test_ten_steps_equal_the_class_of_torch_bit_for_bit(optimizer, theirs, optio
     assert not torch.equal(params["a"], start()["a"])
 
 
+def in_step_with_torch(optimizer, theirs, groups, lr, steps=10):
+    """Yield what both have after each step; `groups` are names and options of theirs."""
+    params = start()
+    own = {name: nn.Parameter(w.clone()) for name, w in params.items()}
+    reference = theirs(
+        [{"params": [own[name] for name in names], **how} for names, how in groups],
+        lr=float(lr),
+    )
+    opt_state = optimizer.init(params)
+    for seed in range(steps):
+        torch.manual_seed(seed)
+        grads = {name: torch.randn_like(w) for name, w in params.items()}
+        for name, w in own.items():
+            w.grad = grads[name].clone()
+        reference.step()
+        params, opt_state = samfn.descend(
+            params, grads, opt_state, optimizer=optimizer, lr=lr
+        )
+        yield params, own
+
+
+BY_GROUPS = {
+    "without decay": (
+        lambda: samfn.grouped(
+            samfn.sgd(0.9, weight_decay=0.1), (["b", "c"], samfn.sgd(0.9))
+        ),
+        torch.optim.SGD,
+        [
+            (["a"], {"momentum": 0.9, "weight_decay": 0.1}),
+            (["b", "c"], {"momentum": 0.9}),
+        ],
+    ),
+    "three groups, one without memory": (
+        lambda: samfn.grouped(
+            samfn.sgd(0.8, nesterov=True),
+            ({"b"}, samfn.sgd(0.0)),
+            (("a",), samfn.scaled_lr(samfn.sgd(0.5), 0.25)),
+        ),
+        torch.optim.SGD,
+        [
+            (["c"], {"momentum": 0.8, "nesterov": True}),
+            (["b"], {}),
+            (["a"], {"momentum": 0.5, "lr": 0.05 * 0.25}),
+        ],
+    ),
+    "adamw": (
+        lambda: samfn.grouped(
+            samfn.adamw(weight_decay=0.3),
+            (["b"], samfn.scaled_lr(samfn.adamw((0.5, 0.6), weight_decay=0.0), 10)),
+        ),
+        torch.optim.AdamW,
+        [
+            (["a", "c"], {"weight_decay": 0.3}),
+            (["b"], {"betas": (0.5, 0.6), "weight_decay": 0.0, "lr": 0.5}),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_GROUPS)
+def test_groups_are_those_of_torch_bit_for_bit(name):
+    make, theirs, groups = BY_GROUPS[name]
+    for params, own in in_step_with_torch(make(), theirs, groups, lr=0.05):
+        assert [*params] == [*own]
+        for key, w in own.items():
+            assert torch.equal(params[key], w), key
+    assert not torch.equal(params["b"], start()["b"])
+
+
+def test_groups_that_differ_in_nothing_are_one():
+    params, whole = start(), samfn.adamw()
+    parts = samfn.grouped(whole, (["b"], samfn.scaled_lr(whole, 1)))
+    results = [
+        samfn.descend(params, params, one.init(params), optimizer=one, lr=0.1)[0]
+        for one in (whole, parts)
+    ]
+    assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_clip_around_groups_is_by_the_norm_of_all():
+    params = {"a": torch.zeros(1), "b": torch.zeros(1)}
+    grads = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+    plain = samfn.sgd(0.0)
+    around = samfn.clipped(samfn.grouped(plain, (["b"], plain)), 1.0)
+    inside = samfn.grouped(plain, (["b"], samfn.clipped(plain, 1.0)))
+    expected = {around: (-0.6, -0.8), inside: (-3.0, -1.0)}
+    for optimizer, values in expected.items():
+        opt_state = optimizer.init(params)
+        moved, _ = samfn.descend(params, grads, opt_state, optimizer=optimizer, lr=1.0)
+        assert_close(torch.cat([*moved.values()]), torch.tensor(values))
+
+
+def groups_of(*exceptions):
+    return samfn.grouped(samfn.sgd(), *((names, samfn.sgd(0.5)) for names in exceptions))
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "error", "message"),
+    [
+        ([["b", "x", "y"]], ValueError, "grouped: x, y is none of the parameters"),
+        ([["a"], ["b", "c"]], ValueError, "all parameters are exceptions"),
+        ([["a", "b"], ["b"]], ValueError, "grouped: b named twice"),
+        ([["b", "b"]], ValueError, "grouped: b named twice"),
+        ([["b"], []], ValueError, "an exception names no parameter"),
+        (["b"], TypeError, "expected names of parameters, got the text 'b'"),
+    ],
+)
+def test_groups_that_are_none_say_why(exceptions, error, message):
+    with pytest.raises(error, match=message):
+        groups_of(*exceptions).init(start())
+
+
+def test_state_of_other_groups_is_an_error():
+    params, one = start(), groups_of(["b"])
+    others = {
+        "another optimizer: expected .*'group_1'.* got .*mom": samfn.sgd(),
+        "another optimizer: expected .*mom.* got": samfn.grouped(
+            samfn.sgd(), (["b"], samfn.adam())
+        ),
+        "other parameters: momentum_buffer_list holds 1 names, params 2": groups_of(
+            ["a", "c"]
+        ),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            samfn.descend(params, params, other.init(params), optimizer=one, lr=0.1)
+    with pytest.raises(ValueError, match="b is none of the parameters"):
+        one.check(one.init(params), {"a": params["a"]})
+
+
+def test_what_needs_no_decay_is_biases_and_normalisation():
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(2, 3, 3),
+            "norm": nn.LayerNorm([3, 4]),  # A matrix, and no weight to decay.
+            "embed": nn.Embedding(5, 6),
+            "head": nn.Linear(6, 5),
+            "frozen": nn.BatchNorm1d(3).requires_grad_(False),
+        }
+    )
+    model["head"].weight = model["embed"].weight
+    model["scale"] = nn.ParameterList([nn.Parameter(torch.ones(()))])
+    names = samfn.no_decay_parameters(model)
+    assert names == ("conv.bias", "norm.weight", "norm.bias", "head.bias", "scale.0")
+    samfn.grouped(samfn.sgd(), (names, samfn.sgd())).init(samfn.split(model)[0])
+
+
 def test_arguments_stay_as_they_were():
-    for optimizer, _, _ in PAIRS:
+    of_groups = [make() for make, _, _ in BY_GROUPS.values()]
+    for optimizer in [*(optimizer for optimizer, _, _ in PAIRS), *of_groups]:
         params, grads = start(), start()
         _, opt_state = samfn.descend(
             params, grads, optimizer.init(params), optimizer=optimizer, lr=0.1
@@ -180,6 +333,7 @@ def test_state_for_other_parameters_is_an_error():
         (lambda: samfn.sgd(momentum=0.0, nesterov=True), "Nesterov"),
         (lambda: samfn.adam(betas=(1.5, 0.9)), "beta"),
         (lambda: samfn.clipped(samfn.sgd(), 0.0), "max_norm must be positive, got 0"),
+        (lambda: samfn.scaled_lr(samfn.sgd(), -1), "factor must be .* least 0, got -1"),
     ],
 )
 def test_bad_options_are_errors(make, message):

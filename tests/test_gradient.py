@@ -72,6 +72,25 @@ def test_l2_keeps_the_checks_of_the_loss():
         samfn.sam_update(state, None, loss_fn=loss_fn, optimizer=samfn.sgd(), lr=0.1)
 
 
+def test_l2_spares_what_it_is_told_to():
+    params = {"w": torch.tensor([3.0]), "b": torch.tensor([5.0])}
+
+    def loss_fn(params, buffers, batch):
+        return params["w"].sum() + params["b"].sum()
+
+    spared = {"b": 1.0, "w": 1.0 + 0.1 * 3.0}
+    for names in (["b"], ["b", "w"]):
+        regularized = samfn.l2_regularized(loss_fn, 0.1, without=names)
+        seen = evaluate(regularized, params, {}, None)
+        expected = spared if names == ["b"] else {"b": 1.0, "w": 1.0}
+        found = {name: grad.item() for name, grad in seen.grads.items()}
+        assert found == pytest.approx(expected)
+    state = samfn.init(params, {}, optimizer=samfn.sgd())
+    unknown = samfn.l2_regularized(loss_fn, 0.1, without=["x"])
+    with pytest.raises(ValueError, match="without: x is none of the parameters"):
+        samfn.sam_update(state, None, loss_fn=unknown, optimizer=samfn.sgd(), lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "error", "message"),
     [

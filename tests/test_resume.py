@@ -16,7 +16,12 @@ import samfn
 
 STEPS, STOP = 9, 5
 METHOD = samfn.loss_scaled(samfn.every(samfn.friendly_sam(), 3), interval=4)
-OPTIMIZER = samfn.clipped(samfn.adamw(amsgrad=True), 1.0)
+OPTIMIZER = samfn.clipped(
+    samfn.grouped(
+        samfn.adamw(amsgrad=True), (["0.bias", "4.bias"], samfn.sgd(0.5, nesterov=True))
+    ),
+    1.0,
+)
 
 
 def network():

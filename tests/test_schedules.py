@@ -61,6 +61,14 @@ PAIRS = {
             o, [math.ceil(share * n) for share in (0.3, 0.6, 0.8)], 0.2
         ),
     ),
+    "warm restarts": (
+        lambda peak, n: schedules.warm_restarts(peak, n // 3 + 1),
+        lambda o, peak, n: torchs.CosineAnnealingWarmRestarts(o, n // 3 + 1),
+    ),
+    "warm restarts that grow, to a value": (
+        lambda peak, n: schedules.warm_restarts(peak, n // 9 + 1, 2, final=0.01),
+        lambda o, peak, n: torchs.CosineAnnealingWarmRestarts(o, n // 9 + 1, 2, 0.01),
+    ),
     "one cycle": (
         schedules.one_cycle,
         lambda o, peak, n: torchs.OneCycleLR(o, peak, n, cycle_momentum=False),
@@ -133,6 +141,17 @@ def test_one_cycle_rises_once_and_falls_once(peak, steps, warm):
     assert schedule(steps) == schedule(10 * steps) == values[-1]
 
 
+@given(peaks, st.integers(1, 9), st.integers(1, 4))
+def test_warm_restarts_are_cosines_one_after_the_other(peak, period, growth):
+    schedule, start = schedules.warm_restarts(peak, period, growth), 0
+    for number in range(4):
+        length = period * growth**number
+        cosine = schedules.cosine(peak, length)
+        for step in range(length):
+            assert schedule(start + step) == cosine(step)
+        start += length
+
+
 def test_one_cycle_without_a_rise_starts_at_its_peak():
     assert schedules.one_cycle(0.4, 10, warm=0.1)(0) == 0.4
 
@@ -203,6 +222,9 @@ RHO = {"peak": 0.1, "final": 0.0}
         (lambda: schedules.linear(1.0, 0.0, 0), "at least one step, got 0"),
         (lambda: schedules.polynomial(1.0, -3), "at least one step, got -3"),
         (lambda: schedules.polynomial(1.0, 9, 0), "power must be above 0, got 0"),
+        (lambda: schedules.warm_restarts(1.0, 0), "period must be .* least 1, got 0"),
+        (lambda: schedules.warm_restarts(1.0, 9, 0), "growth must be .* 1, got 0"),
+        (lambda: schedules.warm_restarts(1.0, 9, 1.5), "whole number .* got 1.5"),
         (lambda: schedules.one_cycle(1.0, 0), "at least one step, got 0"),
         (lambda: schedules.one_cycle(1.0, 9, 1.0), r"in \[0, 1\), got 1.0"),
         (lambda: schedules.one_cycle(1.0, 9, start_factor=0.5), "1, got 0.5 and 10000"),

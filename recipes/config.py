@@ -18,6 +18,7 @@ import tyro
 
 from recipes import methods, models
 from recipes.data import choose_source, root_of
+from samfn.compiled import missing_compiler
 
 PROGRAM = "python -m recipes.cifar_wrn"
 CONFIG_FILE = "config.toml"
@@ -55,6 +56,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decay_in_loss": True,
         "clip_norm": 5.0,
     },
+    # S-Sairam/sam-optimizer, src/train.py: plain cross entropy, crops and flips, cosine.
+    # He sets lr once an epoch, keeps the last, smaller batch, counts the statistics of both
+    # passes, and normalises by 0.2023, 0.1994, 0.2010, which are no standard deviations of
+    # CIFAR-10's pixels; here they are measured.
+    "sairam": {"model": "wrn-28-10"},
 }
 PRESETS["davda54-adaptive"] = PRESETS["davda54"] | {
     "method": "asam(0.0, adapts=everything)",
@@ -78,9 +84,9 @@ class Config:
     """Train a Wide ResNet with sharpness-aware minimisation."""
 
     preset: str = "auto"
-    """Named settings to start from: digits, small, davda54, davda54-adaptive, foret2021,
-    foret2021-cifar100, or none. auto takes digits for the digits, else small on a CPU and
-    davda54 on a GPU."""
+    """Named settings to start from: digits, small, davda54, davda54-adaptive, sairam,
+    foret2021, foret2021-cifar100, or none. auto takes digits for the digits, else small on
+    a CPU and davda54 on a GPU."""
     config: Path | None = None
     """TOML file of settings. It overrides the preset, the command line overrides it."""
 
@@ -127,7 +133,7 @@ class Config:
 
     method: Annotated[str, tyro.conf.arg(help=METHOD_HELP)] = "sam"
     rho: float = 0.05
-    """Radius of the perturbation. 0 is plain SGD, with one pass a step."""
+    """Radius of the perturbation. 0 is the plain optimizer, with one pass a step."""
     rho_schedule: Literal["constant", "linear", "proportional"] = "constant"
     """Radius over time: linear goes from rho to rho-final at the end, proportional from rho
     where the learning rate is lr to rho-final where it is 0. A rho of 0 stays 0."""
@@ -140,26 +146,45 @@ class Config:
     """Passes over the training set."""
     batch_size: int = 128
     """Examples in a step. A last, smaller batch of an epoch is left out."""
+    optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
+    """What descends. adamw has decoupled weight decay. All but sgd want an lr of about
+    0.001."""
     lr: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Nesterov momentum."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """Shares that Adam's averages of gradients and of their squares keep at each step."""
     weight_decay: float = 5e-4
-    """Weight decay, on every parameter."""
+    """Weight decay."""
+    decay_norm: bool = True
+    """Let weight decay act on normalisation and biases, too."""
     decay_in_loss: bool = False
     """Put weight decay into the loss, so that it bends the perturbation too."""
     clip_norm: float | None = None
     """Largest norm of the final gradient. None is off."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, 0 to below 1; in training only."""
-    schedule: Literal["cosine", "polynomial", "one-cycle", "step", "constant"] = "cosine"
-    """Learning rate over time: cosine or polynomial, with power 0.9, to 0; one-cycle, from
-    lr / 25 up to lr and down to almost 0; step, times 0.2 at each of the milestones."""
+    schedule: Literal[
+        "cosine", "polynomial", "one-cycle", "warm-restarts", "step", "constant"
+    ] = "cosine"
+    """Learning rate over time: cosine or polynomial, with power 0.9, to lr-final;
+    one-cycle, from lr / 25 up to lr and down to almost 0; warm-restarts, a cosine again and
+    again; step, times step-factor at each of the milestones."""
+    lr_final: float = 0.0
+    """Learning rate that a cosine or polynomial schedule, or each of the restarts, leads
+    to."""
     milestones: tuple[int, ...] | None = None
-    """Epochs after which the step schedule multiplies the learning rate by 0.2. None is
-    30, 60 and 80 % of all."""
+    """Epochs after which the step schedule multiplies the learning rate. None is 30, 60 and
+    80 % of all."""
+    step_factor: float = 0.2
+    """What the step schedule multiplies the learning rate with, above 0 to 1."""
+    restart_epochs: int = 10
+    """Epochs of the first cosine of warm-restarts."""
+    restart_growth: int = 2
+    """How many times as long as the one before each further cosine is."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises linearly from 0."""
 
@@ -206,6 +231,9 @@ class Config:
     compile: Literal["auto", "yes", "no"] = "auto"
     """Compile the step. auto does so on a GPU, and on a CPU where the run is long enough
     to pay for it."""
+    deterministic: bool = False
+    """Take no kernel whose result may differ from call to call, so that a GPU repeats a run
+    bit for bit. Slower there; a CPU does so anyway."""
     seed: int = 0
     """Of initialisation, data order, augmentation and label noise."""
 
@@ -224,6 +252,9 @@ class Config:
     resume: Path | None = None
     """Directory of a run to go on with, exactly where it stopped, or one of its
     checkpoints."""
+    auto_resume: bool = False
+    """Go on with the run in --output if there is one, else begin it, so that a command can
+    be given again and again."""
     resume_override: bool = False
     """Go on with settings that differ from the run's; without it they are listed."""
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -238,7 +269,7 @@ class Config:
 
 
 # What belongs to one call of the command and not to what it trains.
-PER_CALL = {"config", "output", "resume", "resume_override", "export"}
+PER_CALL = {"config", "output", "resume", "auto_resume", "resume_override", "export"}
 PER_CALL |= {"eval_only", "dry_run"}
 # What a run may be resumed with that it was not started with. Another device rounds
 # differently and draws other random numbers; the data are checked by their content.
@@ -248,17 +279,29 @@ FREE_ON_RESUME |= {"save_steps", "on_write_error", "max_skipped", "log", "averag
 # the data mean nothing.
 FIXED = {"data", "image_size", "label_noise", "validation", "batch_size", "seed"}
 FIXED |= {"model", "layout"}
+# What may be "auto", and is kept as what it came to.
+RESOLVED = {"preset", "data", "precision", "compile"}
 
-
-# What selects images, and the kinds of selection that read it.
+# Settings that only some values of another one read, by that other one.
 EASY, SCORED = ("easy-skipped",), ("loss", "sharpness")
-SELECTING: dict[str, tuple[str, ...]] = {
-    "select_every": EASY + SCORED,
-    "select_with": EASY + SCORED,
-    "select_share": SCORED,
-    "easy_confidence": EASY,
-    "easy_scans": EASY,
-    "easy_replay": EASY,
+ADAMS, RESTARTS = ("adam", "adamw", "nadam"), ("warm-restarts",)
+READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "select": {
+        "select_every": EASY + SCORED,
+        "select_with": EASY + SCORED,
+        "select_share": SCORED,
+        "easy_confidence": EASY,
+        "easy_scans": EASY,
+        "easy_replay": EASY,
+    },
+    "optimizer": {"momentum": ("sgd",), "nesterov": ("sgd",), "betas": ADAMS},
+    "schedule": {
+        "lr_final": ("cosine", "polynomial", *RESTARTS),
+        "milestones": ("step",),
+        "step_factor": ("step",),
+        "restart_epochs": RESTARTS,
+        "restart_growth": RESTARTS,
+    },
 }
 
 
@@ -285,8 +328,8 @@ def parse(
         return tyro.cli(Config, prog=PROGRAM, args=args, default=Config(**values))
 
     asked = read({})
-    if asked.resume is not None:
-        return _resumed(asked, asked.resume, read)
+    if (run := _to_resume(asked)) is not None:
+        return _resumed(asked, run, read)
     values = read_toml(asked.config) if asked.config else {}
     preset = read(values).preset
     asked = read(_preset(preset) | values)
@@ -317,8 +360,8 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what came.
     """
-    rules = *_rules_of_data(config), *_rules_of_training(config), *_rules_of_runs(config)
-    for name, holds, expected in rules:
+    groups = _rules_of_data, _rules_of_training, _rules_of_runs, _rules_of_readers
+    for name, holds, expected in (rule for rules in groups for rule in rules(config)):
         if not holds:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag}: expected {expected}, got {getattr(config, name)!r}")
@@ -342,6 +385,15 @@ FINITE = float("inf")
 AT_LEAST_0 = "a finite number of at least 0"
 
 
+def _rules_of_readers(config: Config) -> Iterator[Rule]:
+    """Refuse what was given, but has no effect."""
+    for choice, settings in READ_BY.items():
+        for name, readers in settings.items():
+            read = getattr(config, choice) in readers
+            given = getattr(config, name) != getattr(Config, name)
+            yield name, read or not given, f"--{choice} {' or '.join(readers)} with it"
+
+
 def _rules_of_data(config: Config) -> Iterator[Rule]:
     side = config.image_size
     yield "label_noise", 0 <= config.label_noise <= 1, "0 to 1"
@@ -360,19 +412,14 @@ def _rules_of_data(config: Config) -> Iterator[Rule]:
         yield name, 0 < getattr(config, name) <= 1, "above 0 to 1"
     yield "easy_scans", 1 <= config.easy_scans <= 127, "1 to 127"
     yield "easy_replay", 0 <= config.easy_replay < 1, "0 to below 1"
-    for name, wanted in SELECTING.items():
-        given = getattr(config, name) != getattr(Config, name)
-        yield (
-            name,
-            config.select in wanted or not given,
-            f"--select {' or '.join(wanted)} with it",
-        )
 
 
 def _rules_of_training(config: Config) -> Iterator[Rule]:
     clip, final, marks = config.clip_norm, config.rho_final, config.milestones
     for name in ("dropout", "label_smoothing", "momentum"):
         yield name, 0 <= getattr(config, name) < 1, "0 to below 1"
+    shares = len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas)
+    yield "betas", shares, "two numbers from 0 to below 1"
     yield "nesterov", config.momentum > 0 or not config.nesterov, "momentum with it"
     for name in ("rho", "rho_final"):
         yield name, 0 <= getattr(config, name) < FINITE, AT_LEAST_0
@@ -385,11 +432,10 @@ def _rules_of_training(config: Config) -> Iterator[Rule]:
     yield "warmup_epochs", 0 <= config.warmup_epochs <= config.epochs, "0 to all epochs"
     rising = all(a < b for a, b in pairwise((0, *(marks or ()), config.epochs)))
     yield "milestones", rising, "rising epochs from 1 on, below --epochs, or None"
-    yield (
-        "milestones",
-        marks is None or config.schedule == "step",
-        "--schedule step with it",
-    )
+    yield "lr_final", 0 <= config.lr_final <= config.lr, "0 to --lr"
+    yield "step_factor", 0 < config.step_factor <= 1, "above 0 to 1"
+    for name in ("restart_epochs", "restart_growth"):
+        yield name, getattr(config, name) >= 1, "at least 1"
 
 
 def _rules_of_runs(config: Config) -> Iterator[Rule]:
@@ -454,17 +500,44 @@ def plain_values(config: Config) -> dict[str, Any]:
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
 
+def _to_resume(asked: Config) -> Path | None:
+    """Return the run to go on with, if there is one."""
+    if not asked.auto_resume:
+        return asked.resume
+    if asked.resume is not None:
+        raise ConfigError("--auto-resume: expected --output with it, and no --resume")
+    if asked.output is None:
+        raise ConfigError("--auto-resume: expected --output with it")
+    return asked.output if (asked.output / CONFIG_FILE).exists() else None
+
+
 def _resumed(asked: Config, run: Path, read: Callable[[dict[str, Any]], Config]) -> Config:
     """Return the settings of a run, which flags may repeat, and some of them change."""
-    fresh = Config()
-    for name in ("config", "preset", "output"):
-        if getattr(asked, name) != getattr(fresh, name):
-            raise ConfigError(f"--{name}: a run is resumed with its own, drop it")
     values = read_toml(run_of(run) / CONFIG_FILE)
-    config = read(values)
-    require_same_settings(plain_values(Config(**values)), config)
+    before = Config(**values)
+    if asked.auto_resume:  # The command that began the run repeats all that it said then.
+        file = read_toml(asked.config) if asked.config else {}
+        config = read(values | _preset(read(file).preset) | file)
+        resolved = {name: getattr(before, name) for name in _unresolved(config)}
+        config = replace(config, resume=run, **resolved)
+    else:
+        for name in ("config", "preset", "output"):
+            if getattr(asked, name) != getattr(Config, name):
+                raise ConfigError(f"--{name}: a run is resumed with its own, drop it")
+        config = read(values)
+    require_same_settings(plain_values(before), config)
     validate(config)
-    return replace(config, device=str(choose_device(config.device)))
+    _require_fitting(config)
+    root = None if config.data == "digits" else root_of(config.data_dir)
+    return replace(config, data_dir=root, device=str(choose_device(config.device)))
+
+
+def _unresolved(config: Config) -> set[str]:
+    """Return the settings that do not say what they come to."""
+    names = {name for name in RESOLVED if getattr(config, name) == "auto"}
+    if config.compile == "yes" and missing_compiler(choose_device(config.device)):
+        names.add("compile")
+    return names
 
 
 def require_same_settings(before: dict[str, Any], config: Config) -> None:

@@ -29,6 +29,9 @@ from recipes.training import (
 )
 from samfn.engine import Training
 
+# How the optimizers are called in sentences.
+BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam"}
+
 
 def run(config: Config, display: Display, signals: Signals, read: Read = read_data) -> int:
     """Load the data by `read`, then train, evaluate or try, as the configuration says."""
@@ -190,7 +193,7 @@ def _average(
 def name(config: Config) -> str:
     """Return how the training algorithm is called in titles."""
     if config.rho == 0:
-        return "SGD"
+        return BASES[config.optimizer]
     text = f"{config.method}, rho {config.rho:g}"
     if config.rho_schedule != "constant":
         text += f" to {config.rho_final:g} {config.rho_schedule}"
@@ -199,7 +202,7 @@ def name(config: Config) -> str:
 
 def new_name(config: Config) -> Path:
     """Return a new directory below runs/, named for what is run and when."""
-    method = "sgd" if config.rho == 0 else config.method
+    method = config.optimizer if config.rho == 0 else config.method
     method = "-".join(re.findall(r"[\w.]+", method))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     parts = (stamp, config.data, config.model, method, f"seed{config.seed}")
@@ -217,7 +220,8 @@ def describe(task: Task) -> dict[str, str]:
         "model": f"{config.model}, {count:,} parameters",
         "method": name(config),
         "training": f"{config.epochs} epochs of {task.steps_per_epoch} steps, batch"
-        f" {config.batch_size}, lr {config.lr:g} {config.schedule}, preset {config.preset}",
+        f" {config.batch_size}, {BASES[config.optimizer]}, lr {config.lr:g}"
+        f" {config.schedule}, preset {config.preset}",
         "device": f"{task.device}, {config.precision}, torch {torch.__version__}",
         "compiled": task.compiling,
     }
@@ -236,7 +240,8 @@ def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, 
         return {"files": str(directory.path), "model": str(directory.weights)}
     best = max(rows, key=lambda row: row[chosen(task)])
     of, test = " of the average" if average else "", f"{average}test_accuracy"
-    other, compared = ("0", "plain SGD") if config.rho else ("0.05", "SAM")
+    plain = f"plain {BASES[config.optimizer]}"
+    other, compared = ("0", plain) if config.rho else ("0.05", "SAM")
     where = shlex.quote(str(directory.path))
     again = shlex.quote(str(directory.path / CONFIG_FILE))
     spared = {"skipped": selection.summarise(task, rows)} if config.select != "all" else {}

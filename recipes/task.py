@@ -1,6 +1,7 @@
 """What a run trains: network, loss, optimizer, method, schedule and data, assembled."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -93,6 +94,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     """
     digest = fingerprint(dataset)
     device = choose_device(config.device)
+    _choose_kernels(config, device)
     test = Split("test", dataset.test_images, dataset.test_labels)
     chosen_by = test
     if config.validation:
@@ -113,7 +115,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     mean, std = statistics(dataset.train_images)
     model = _model(config, dataset).to(device).to(memory_format=torch.channels_last)
     steps = config.epochs * steps_per_epoch
-    optimizer, method = _optimizer(config), _method(config, model, steps)
+    optimizer, method = _optimizer(config, model), _method(config, model, steps)
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     criterion = partial(
@@ -121,7 +123,8 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     )
     loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
     if config.decay_in_loss:
-        loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay)
+        spared = _spared(config, model)
+        loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay, without=spared)
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
     make["watch"] = config.monitor
     images = dataset.train_images[: config.batch_size].to(device).float()
@@ -134,8 +137,6 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         return samfn.find_nonfinite(state, batch, **common, rho=rho(int(state.step) - 1))
 
     compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # Every batch has the same shape.
     task = Task(
         config=replace(config, compile="yes" if compiles else "no"),
         device=device,
@@ -175,6 +176,17 @@ def generator(*key: Any, device: torch.device | str = "cpu") -> Generator:
     return Generator(device).manual_seed(seed(*key))
 
 
+def _choose_kernels(config: Config, device: torch.device) -> None:
+    """Let PyTorch take kernels that repeat their results, or else the fastest."""
+    if config.deterministic:
+        # cuBLAS reads it when it starts, with the first product of matrices.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:
+        torch.use_deterministic_algorithms(config.deterministic)  # Imports for seconds.
+    if device.type == "cuda":  # Every batch has the same shape.
+        torch.backends.cudnn.benchmark = not config.deterministic
+
+
 def _model(config: Config, dataset: Dataset) -> WideResNet:
     depth, width = parse_name(config.model)
     torch.manual_seed(seed(config.seed, "model"))
@@ -189,12 +201,25 @@ def _model(config: Config, dataset: Dataset) -> WideResNet:
     )
 
 
-def _optimizer(config: Config) -> samfn.Optimizer:
+def _optimizer(config: Config, model: WideResNet) -> samfn.Optimizer:
+    if config.optimizer == "sgd":
+        make = partial(samfn.sgd, config.momentum, config.nesterov)
+    else:
+        makers = {"adam": samfn.adam, "adamw": samfn.adamw, "nadam": samfn.nadam}
+        first, second = config.betas
+        make = partial(makers[config.optimizer], (first, second))
     decay = 0.0 if config.decay_in_loss else config.weight_decay
-    optimizer = samfn.sgd(config.momentum, config.nesterov, decay)
+    optimizer = make(weight_decay=decay)
+    if decay and (spared := _spared(config, model)):
+        optimizer = samfn.grouped(optimizer, (spared, make(weight_decay=0.0)))
     if config.clip_norm is not None:
         optimizer = samfn.clipped(optimizer, config.clip_norm)
     return optimizer
+
+
+def _spared(config: Config, model: WideResNet) -> tuple[str, ...]:
+    """Return the names of the parameters that weight decay leaves alone."""
+    return () if config.decay_norm else samfn.no_decay_parameters(model)
 
 
 def _method(config: Config, model: WideResNet, steps: int) -> samfn.Method:
@@ -209,16 +234,19 @@ def _lr(config: Config, steps_per_epoch: int) -> schedules.Schedule:
     lr, steps = config.lr, config.epochs * steps_per_epoch
     match config.schedule:
         case "cosine":
-            schedule = schedules.cosine(lr, steps)
+            schedule = schedules.cosine(lr, steps, config.lr_final)
         case "polynomial":
-            schedule = schedules.polynomial(lr, steps)
+            schedule = schedules.polynomial(lr, steps, final=config.lr_final)
         case "one-cycle":
             schedule = schedules.one_cycle(lr, steps)
+        case "warm-restarts":
+            period, growth = config.restart_epochs * steps_per_epoch, config.restart_growth
+            schedule = schedules.warm_restarts(lr, period, growth, config.lr_final)
         case "step" if config.milestones is not None:
             milestones = [epoch * steps_per_epoch for epoch in config.milestones]
-            schedule = schedules.multi_step(lr, milestones)
+            schedule = schedules.multi_step(lr, milestones, config.step_factor)
         case "step":
-            schedule = schedules.step_decay(lr, steps)
+            schedule = schedules.step_decay(lr, steps, factor=config.step_factor)
         case "constant":
             schedule = schedules.constant(lr)
     return schedules.warmup(schedule, round(config.warmup_epochs * steps_per_epoch))

@@ -355,11 +355,15 @@ class _Watch:
             self._display.warn(f"epoch {training.epoch}: {listed}")
 
     def _require_some_finite(self, training: Training) -> None:
-        if not self._meter.read()[1]:
-            raise DivergedError(
-                f"none of the {training.batch} steps of epoch {training.epoch + 1} had a"
-                " finite loss and gradient: try a lower --lr or --rho, or --warmup-epochs"
-            )
+        if self._meter.read()[1]:
+            return
+        task, among = self._task, selection.chosen(self._task, training)
+        batch = next(augmented(task, training.epoch, 0, among))
+        where = _where(task, training.state, training.step - training.batch, batch)
+        raise DivergedError(
+            f"{where}none of the {training.batch} steps of epoch {training.epoch + 1} had a"
+            " finite loss and gradient: try a lower --lr or --rho, or --warmup-epochs"
+        )
 
 
 def _require_finite(
@@ -370,10 +374,25 @@ def _require_finite(
     try:
         samfn.require_finite(state._replace(skipped_in_a_row=worst), in_a_row=allowed + 1)
     except samfn.NonFiniteError as error:
-        torch.manual_seed(seed(task.config.seed, "dropout", training.step - 1))
-        found = task.find_nonfinite(state, batch)
-        where = f"step {training.step}, {found}: " if found else ""
+        where = _where(task, state, training.step - 1, batch)
         raise DivergedError(f"{where}{error}") from error
+
+
+def _where(
+    task: Task, state: samfn.TrainState, position: int, batch: tuple[Tensor, Tensor]
+) -> str:
+    """Return the step, pass and tensor that was not finite, to begin a sentence with.
+
+    Args:
+        task: what is trained.
+        state: after steps that were all skipped since `position`.
+        position: steps that the run had taken before the one in question.
+        batch: of that one.
+    """
+    torch.manual_seed(seed(task.config.seed, "dropout", position))
+    then = state._replace(step=torch.full_like(state.step, position + 1))
+    found = task.find_nonfinite(then, batch)
+    return f"step {position + 1}, {found}: " if found else ""
 
 
 def _append(run: RunDirectory, row: Row, display: Display) -> None:

@@ -51,15 +51,22 @@ FLAGS = {
     "same_dropout": (None, True),
     "epochs": ("7", 7),
     "batch_size": ("64", 64),
+    "optimizer": ("adamw", "adamw"),
     "lr": ("0.05", 0.05),
     "momentum": ("0.8", 0.8),
     "nesterov": (None, True),
+    "betas": ("0.8 0.98", (0.8, 0.98)),
     "weight_decay": ("0.001", 0.001),
+    "decay_norm": (None, False),
     "decay_in_loss": (None, True),
     "clip_norm": ("5", 5.0),
     "label_smoothing": ("0.1", 0.1),
     "schedule": ("step", "step"),
+    "lr_final": ("0.01", 0.01),
     "milestones": ("60 120", (60, 120)),
+    "step_factor": ("0.1", 0.1),
+    "restart_epochs": ("5", 5),
+    "restart_growth": ("3", 3),
     "warmup_epochs": ("2.5", 2.5),
     "ema_decay": ("0.9", 0.9),
     "ema_start": ("0.5", 0.5),
@@ -77,12 +84,14 @@ FLAGS = {
     "max_skipped": ("3", 3),
     "device": ("meta", "meta"),
     "compile": ("no", "no"),
+    "deterministic": (None, True),
     "seed": ("3", 3),
     "monitor": (None, True),
     "save_steps": ("5", 5),
     "on_write_error": ("warn", "warn"),
     "output": ("out", Path("out")),
     "resume": None,
+    "auto_resume": (None, True),
     "resume_override": (None, True),
     "log": ("tensorboard", ("tensorboard",)),
     "export": (None, True),
@@ -97,7 +106,13 @@ NEEDS = {
     "ema_start": ["--ema-decay", "0.9"],
     "ema_copy": ["--ema-decay", "0.9"],
     "rho_final": ["--rho-schedule", "linear"],
+    "betas": ["--optimizer", "nadam"],
+    "lr_final": ["--schedule", "warm-restarts"],
     "milestones": ["--schedule", "step"],
+    "step_factor": ["--schedule", "step"],
+    "restart_epochs": ["--schedule", "warm-restarts"],
+    "restart_growth": ["--schedule", "warm-restarts"],
+    "auto_resume": ["--output", "no-such-run"],
     "select_every": ["--select", "sharpness"],
     "select_with": ["--select", "loss", "--ema-decay", "0.9"],
     "select_share": ["--select", "loss"],
@@ -163,6 +178,11 @@ def test_presets_are_the_published_settings():
     assert (foret.rho, foret100.rho, foret100.data) == (0.05, 0.1, "cifar100")
     assert foret.nesterov
     assert foret.clip_norm == 5.0
+    sairam = parse(["--preset", "sairam"])
+    assert (sairam.model, sairam.epochs, sairam.batch_size) == ("wrn-28-10", 200, 128)
+    assert (sairam.lr, sairam.momentum, sairam.weight_decay) == (0.1, 0.9, 5e-4)
+    assert (sairam.schedule, sairam.lr_final, sairam.rho) == ("cosine", 0.0, 0.05)
+    assert (sairam.cutout, sairam.label_smoothing, sairam.nesterov) == (0, 0.0, False)
     davda, adaptive = (parse(["--preset", p]) for p in ("davda54", "davda54-adaptive"))
     assert (davda.method, davda.rho) == ("sam", 0.05)
     assert (adaptive.method, adaptive.rho) == ("asam(0.0, adapts=everything)", 2.0)
@@ -311,6 +331,71 @@ def test_what_does_not_change_the_steps_is_free_and_the_rest_is_overridden(run):
     assert parse([*run, "--lr", "0.3", "--resume-override"]).lr == 0.3
 
 
+@pytest.fixture
+def again(tmp_path):
+    """Return a command, after it was given once, whatever it said, and its directory."""
+    run, file = tmp_path / "run", tmp_path / "file.toml"
+    file.write_text('preset = "digits"\ndata = "auto"\ncrop_padding = 2\n')
+    command = ["--auto-resume", "--output", str(run), "--config", str(file)]
+    command += ["--epochs", "3", "--compile", "auto", "--precision", "auto"]
+    config = parse(command)
+    assert (config.resume, config.output, config.data) == (None, run, "digits")
+    run.mkdir()
+    # As a run writes it, which has decided whether it compiles.
+    written = to_toml(dataclasses.replace(config, compile="no"))
+    (run / "config.toml").write_text(written)
+    return command, run, written
+
+
+def test_a_command_that_resumes_by_itself_can_be_given_again(again):
+    command, run, written = again
+    for flags in ([], ["--preset", "digits"], ["--data", "digits"], ["--device", "auto"]):
+        config = parse([*command, *flags])
+        assert config.resume == run
+        assert to_toml(config) == written
+    # What a preset names counts as if it were said.
+    with pytest.raises(ConfigError, match="model was 'wrn-10-1', is now 'wrn-16-8'"):
+        parse([*command, "--preset", "davda54"])
+    assert parse([*command, "--preset", "digits", "--max-skipped", "9"]).max_skipped == 9
+
+
+def test_a_command_that_resumes_by_itself_keeps_the_rules_of_resuming(again):
+    command, run, _ = again
+    with pytest.raises(ConfigError, match=r"other settings: lr was 0\.1, is now 0\.3"):
+        parse([*command, "--lr", "0.3"])
+    assert parse([*command, "--lr", "0.3", "--resume-override"]).lr == 0.3
+    with pytest.raises(ConfigError, match="go on so: seed was 0, is now 5"):
+        parse([*command, "--seed", "5", "--resume-override"])
+    with pytest.raises(ConfigError, match="expected --output with it, and no --resume"):
+        parse([*command, "--resume", str(run)])
+    with pytest.raises(ConfigError, match=r"--auto-resume: expected --output with it$"):
+        parse(["--auto-resume"])
+
+
+def test_where_nothing_compiles_a_command_can_still_be_given_again(again, monkeypatch):
+    command, _, written = again
+    with pytest.raises(ConfigError, match="compile was 'no', is now 'yes'"):
+        parse([*command, "--compile", "yes", "--device", "cpu"])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = parse([*command, "--compile", "yes", "--device", "cpu"])
+    assert config.compile == tomllib.loads(written)["compile"] == "no"
+
+
+def test_a_directory_of_images_stays_the_same_from_wherever_a_run_goes_on(
+    tmp_path, monkeypatch
+):
+    for split in ("train", "test"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    command = ["--data-dir", "images", "--output", "run", "--auto-resume"]
+    (tmp_path / "run").mkdir()
+    written = to_toml(dataclasses.replace(parse(command), compile="no"))
+    (tmp_path / "run" / "config.toml").write_text(written)
+    assert to_toml(parse(command)) == written
+    resumed = parse(["--resume", "run", "--data-dir", "images"])
+    assert resumed.data_dir == tmp_path / "images"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -322,6 +407,7 @@ def test_what_does_not_change_the_steps_is_free_and_the_rest_is_overridden(run):
         ('log = ["w"]', r"log cannot be \['w'\], expected a list of 'tensor"),
         ("method = 3", "method cannot be 3, expected str"),
         ('policy = "cutout"', "policy cannot be 'cutout', expected 'none' or 'autoa"),
+        ("betas = [0.9]", "--betas: expected two numbers from 0 to below 1, got"),
         ("milestones = [1.5]", r"cannot be \[1.5\], expected a list of int$"),
         ("milestones = [true]", r"milestones cannot be \[True\]"),
         ("milestones = 60", "milestones cannot be 60"),
@@ -357,6 +443,11 @@ def test_a_missing_file_is_named(tmp_path):
         ("--label-smoothing -1", "--label-smoothing: expected 0 to below 1"),
         ("--momentum 1", "--momentum: expected 0 to below 1"),
         ("--momentum 0 --nesterov", "--nesterov: expected momentum with it"),
+        ("--optimizer adam --momentum 0.8", "--momentum: expected --optimizer sgd with it"),
+        ("--optimizer adamw --nesterov", "--nesterov: expected --optimizer sgd with it"),
+        ("--betas 0.8 0.9", "--betas: expected --optimizer adam or adamw or nadam with it"),
+        ("--optimizer adam --betas 0.8", "--betas: expected two numbers from 0 to below"),
+        ("--optimizer adam --betas 0.8 1", "--betas: expected two numbers from 0 to below"),
         ("--weight-decay -1", "--weight-decay: expected a finite number of at least 0"),
         ("--average-best 1", "--average-best: expected at least 2, or None, got 1"),
         ("--select sharpness --rho 0", "--select: expected --rho above 0 with it"),
@@ -375,6 +466,17 @@ def test_a_missing_file_is_named(tmp_path):
         ("--cutmix-alpha inf", "--cutmix-alpha: expected a finite number of at least 0"),
         ("--rho-final -1 --rho-schedule linear", "--rho-final: expected a finite number"),
         ("--rho-final 0.1", "--rho-final: expected --rho-schedule linear or proportional"),
+        ("--lr-final 0.2", "--lr-final: expected 0 to --lr, got 0.2"),
+        ("--lr-final nan", "--lr-final: expected 0 to --lr, got nan"),
+        (
+            "--lr-final 0.01 --schedule step",
+            "--lr-final: expected --schedule cosine or pol",
+        ),
+        ("--step-factor 0.1", "--step-factor: expected --schedule step with it, got 0.1"),
+        ("--step-factor 0 --schedule step", "--step-factor: expected above 0 to 1, got 0"),
+        ("--restart-epochs 3", "--restart-epochs: expected --schedule warm-restarts with"),
+        ("--restart-growth 3", "--restart-growth: expected --schedule warm-restarts with"),
+        ("--schedule warm-restarts --restart-epochs 0", "--restart-epochs: .* least 1"),
         ("--milestones 2", "--milestones: expected --schedule step with it"),
         ("--schedule step --milestones 2 2", r"rising epochs .* got \(2, 2\)"),
         ("--schedule step --milestones 0 2", r"rising epochs .* got \(0, 2\)"),

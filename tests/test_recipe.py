@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import samfn
-from recipes import training
+from recipes import running, training
 from recipes.cifar_wrn import main
-from recipes.config import parse, read_toml
+from recipes.config import Config, parse, read_toml
 from recipes.data import hold_out, load
 from recipes.rundir import RunDirectory
 from recipes.task import assemble, generator
@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
 VARIANTS = {
     "average": ["--ema-decay", "0.9", "--ema-start", "0.3", "--ema-copy", "1"],
     "sam": ["--dropout", "0.2"],
-    "sgd": ["--rho", "0", "--nesterov"],
+    "sgd": ["--rho", "0", "--nesterov", "--no-decay-norm"],
     "asam": ["--method", "asam", "--rho", "0.5", "--precision", "bf16"],
     "mixed": [
         *("--policy", "trivialaugment", "--mixup-alpha", "0.2", "--cutmix-alpha", "1"),
@@ -211,6 +211,45 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path):
     assert rows(run) == before[1]
 
 
+def test_a_run_without_perturbation_is_called_by_its_optimizer():
+    names = [running.name(Config(rho=0, optimizer=o)) for o in ("sgd", "adamw")]
+    assert names == ["SGD", "AdamW"]
+    assert running.new_name(Config(rho=0, optimizer="adam")).name.endswith("-adam-seed0")
+
+
+def test_one_command_begins_a_run_goes_on_with_it_and_shows_its_end(
+    tmp_path, monkeypatch, capsys
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ["--no-decay-norm", "--optimizer", "adamw", "--batch-size", "128"]
+    assert train(whole, *flags) == 0
+    flags += ["--preset", "digits", "--auto-resume"]
+    assert stop_after(15, parts, monkeypatch, *flags) == 130
+    assert train(parts, *flags) == 0
+    out = capsys.readouterr().out
+    assert "resuming after 1 epochs and 4 steps" in out
+    assert "batch 128, AdamW, lr 0.1 cosine" in " ".join(out.split())
+    assert "try plain AdamW" in out
+    assert equal(tensors(whole), tensors(parts))
+    before = (parts / "metrics.jsonl").read_bytes()
+    assert train(parts, *flags) == 0
+    assert "resuming after 2 epochs and 0 steps" in (out := capsys.readouterr().out)
+    assert "best epoch" in out
+    assert (parts / "metrics.jsonl").read_bytes() == before
+    assert not list(parts.glob("config.toml.*"))
+
+
+def test_a_command_that_goes_on_by_itself_leaves_other_files_alone(tmp_path, capsys):
+    (tmp_path / "precious").write_text("x")
+    assert train(tmp_path, "--auto-resume") == 2
+    assert "expected a new or empty directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] in (
+        ["precious"],
+        ["precious", ".samfn.lock"],
+        [".samfn.lock", "precious"],
+    )
+
+
 def test_a_directory_in_use_is_refused(tmp_path, capsys):
     (tmp_path / "precious").write_text("x")
     assert train(tmp_path) == 2
@@ -285,9 +324,13 @@ def test_label_noise_lowers_training_and_never_touches_the_test_set(tmp_path):
     assert torch.equal(task.chosen_by.labels, held)
 
 
-def test_a_run_that_diverges_ends_with_its_own_code(tmp_path, capsys):
-    assert train(tmp_path / "run", "--lr", "1e30") == 3
-    assert "had a finite loss" in capsys.readouterr().err
+@pytest.mark.parametrize("more", [[], ["--rho", "0"]])
+def test_a_run_that_diverges_ends_with_its_own_code(tmp_path, capsys, more):
+    assert train(tmp_path / "run", "--lr", "1e30", *more) == 3
+    # The weights are finite, and too large, after the first epoch's first steps.
+    said = " ".join(capsys.readouterr().err.split())
+    where = r"step 23, pass 1: the (loss is nan|gradient of [\w.]+): none of the 22 steps"
+    assert re.search(f"{where} of epoch 2 had a finite loss and gradient: try", said)
 
 
 def test_a_batch_larger_than_the_training_set_is_an_error(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Each setting changes training as it says, and evaluation is what it should be."""
 
 import inspect
+import os
 from itertools import islice
 
 import pytest
@@ -50,14 +51,21 @@ def differ(left, right):
         "--method asam",
         "--method gsam",
         "--precision fp16",
+        "--optimizer adam",
+        "--optimizer adamw",
+        "--optimizer nadam",
         "--momentum 0.5",
         "--nesterov",
         "--weight-decay 0.1",
         "--decay-in-loss",
+        "--no-decay-norm",
         "--clip-norm 0.01",
         "--lr 0.2",
         "--schedule polynomial",
         "--schedule one-cycle",
+        "--schedule warm-restarts --restart-epochs 1",
+        "--lr-final 0.05",
+        "--schedule polynomial --lr-final 0.05",
         "--schedule step --epochs 1",
         "--schedule constant",
         "--rho-schedule linear",
@@ -90,6 +98,70 @@ def test_every_setting_changes_the_step(flags):
     if plain.params.keys() == changed.params.keys():
         shapes = [[p.shape for p in s.params.values()] for s in (plain, changed)]
         assert shapes[0] != shapes[1] or differ(plain, changed)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "nadam"])
+def test_an_optimizer_is_that_of_the_library_with_the_settings_of_the_run(optimizer):
+    given = {"sgd": (0.5, True), "adam": ((0.8, 0.98),)}
+    args = given.get(optimizer, given["adam"])
+    flags = ["--momentum", "0.5", "--nesterov"]
+    flags = flags if optimizer == "sgd" else ["--betas", "0.8", "0.98"]
+    flags += ["--optimizer", optimizer, "--weight-decay", "0.1", "--no-decay-norm"]
+    found, _ = after_two_steps(*flags, "--lr", "0.01", "--compile", "no")
+    make, (task, _) = getattr(samfn, optimizer), task_of("--lr", "0.01")
+    names = samfn.no_decay_parameters(task.model)
+    expected = samfn.grouped(
+        make(*args, weight_decay=0.1), (names, make(*args, weight_decay=0.0))
+    )
+    criterion = samfn.supervised(task.model, F.cross_entropy)
+    state = samfn.init(*samfn.split(task.model), optimizer=expected)
+    for index, batch in enumerate(islice(augmented(task, 0), 2)):
+        dials = {"rho": 0.05, "lr": task.lr(index), "loss_fn": criterion}
+        state, _ = samfn.sam_update(state, batch, optimizer=expected, **dials)
+    assert_close(found.params, state.params, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", [[], ["--decay-in-loss"]])
+def test_normalisation_and_biases_are_spared_decay_and_nothing_else_is(where):
+    # So large a decay that it shows at once; without perturbation only where it acts.
+    flags = ["--rho", "0", "--lr", "0.01", *where]
+    none, spared, all_of_it = (
+        after_one_step(*flags, "--weight-decay", decay, *more)
+        for decay, more in (("0", []), ("9", ["--no-decay-norm"]), ("9", []))
+    )
+    names = samfn.no_decay_parameters(task_of()[0].model)
+    assert {name.rpartition(".")[2] for name in names} == {"weight", "bias"}
+    for name in none:
+        assert torch.equal(spared[name], none[name]) == (name in names)
+    assert any(not torch.equal(spared[name], all_of_it[name]) for name in names)
+
+
+def after_one_step(*flags):
+    task, state = task_of(*flags)
+    state, _ = training.step(task, state, 0, next(augmented(task, 0)))
+    return state.params
+
+
+@pytest.fixture
+def _kernels():
+    """Whatever a test chooses, others find what they know."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("_kernels")
+def test_on_a_cpu_deterministic_kernels_take_the_same_steps(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    flags = ["--dropout", "0.3", "--cutmix-alpha", "1", "--cutout", "3"]
+    free, _ = after_two_steps(*flags)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    strict, _ = after_two_steps(*flags, "--deterministic")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not differ(free, strict)
+    task_of()  # What comes after in the process chooses for itself.
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_same_dropout_mask_changes_the_step():
@@ -136,6 +208,21 @@ def test_learning_rates_are_those_of_the_schedules():
     assert values == {1.0, 0.2, 0.04, 0.008}
     at, _ = task_of("--schedule", "step", "--milestones", "1", "--lr", "1")
     assert [at.lr(t) for t in (0, steps - 1, steps, 2 * steps)] == [1.0, 1.0, 0.2, 0.2]
+    half = ["--schedule", "step", "--step-factor", "0.5", "--lr", "1"]
+    for flags, expected in (([], {1.0, 0.5, 0.25, 0.125}), (["1"], {1.0, 0.5})):
+        task, _ = task_of(*half, *(["--milestones", *flags] if flags else []))
+        assert {task.lr(t) for t in range(2 * steps)} == expected
+    flags = ["--schedule", "warm-restarts", "--restart-epochs", "1"]
+    again, _ = task_of(*flags, "--lr", "1")
+    assert [again.lr(t) for t in (0, steps, 3 * steps)] == [1.0, 1.0, 1.0]
+    assert again.lr(2 * steps) == pytest.approx(0.5)  # The second cosine is twice as long.
+    again, _ = task_of(*flags, "--lr-final", "0.02", "--restart-growth", "1")
+    expected = samfn.schedules.warm_restarts(0.1, steps, final=0.02)
+    assert [again.lr(t) for t in range(50)] == [expected(t) for t in range(50)]
+    for name in ("cosine", "polynomial"):
+        ended, _ = task_of("--schedule", name, "--lr-final", "0.02")
+        assert ended.lr(0) == 0.1
+        assert ended.lr(2 * steps) == 0.02
     constant, _ = task_of("--schedule", "constant", "--lr", "0.3")
     assert {constant.lr(t) for t in range(2 * steps)} == {0.3}
     for name, make in (("polynomial", "polynomial"), ("one-cycle", "one_cycle")):
@@ -159,7 +246,9 @@ def test_rho_is_that_of_its_schedule():
 RHO_SCHEDULES = ("constant", "linear", "proportional")
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "one-cycle", "step"])
+@pytest.mark.parametrize(
+    "schedule", ["cosine", "polynomial", "one-cycle", "warm-restarts", "step"]
+)
 @pytest.mark.parametrize("rho_schedule", RHO_SCHEDULES)
 def test_a_rho_above_zero_is_never_zero_in_a_run(schedule, rho_schedule):
     # The number 0 would be another graph to compile, for the last step alone.
@@ -356,6 +445,38 @@ def test_a_meter_averages_the_steps_that_were_taken():
     assert again.seconds > kept["seconds"] > 0
 
 
+def train(task, state, path):
+    """Train to the end; return the rows."""
+    with RunDirectory.create(path, task.config) as run, watched() as signals:
+        display, start = Display(), Training(state)
+        keeper = Keeper(task, run.checkpoints(), display.warn)
+        assert training.train(task, start, run, keeper, display, signals)
+        return run.rows()
+
+
+def test_an_epoch_without_a_finite_step_is_searched_from_its_first_one(tmp_path):
+    task, state = task_of("--select", "loss", "--select-every", "1")
+    batches, searched = [], []
+
+    def update(state, batch, **dials):
+        batches.append(batch[0])
+        poison = float("nan") if len(batches) > 11 else 1.0
+        return task.update(state, (poison * batch[0], batch[1]), **dials)
+
+    def find_nonfinite(state, batch):
+        searched.append((int(state.step), torch.initial_seed(), batch[0]))
+        return "pass 2: the loss is nan"
+
+    task = task._replace(find_nonfinite=find_nonfinite)
+    said = "step 12, pass 2: the loss is nan: none of the 5 steps of epoch 2 had"
+    with pytest.raises(training.DivergedError, match=said):
+        train(task._replace(update=update), state, tmp_path / "run")
+    ((step, drawn, images),) = searched
+    assert (step, drawn) == (12, seed(0, "dropout", 11))
+    assert len(batches) == 11 + 5
+    assert torch.equal(images, batches[11])
+
+
 def test_skipped_steps_are_counted_in_the_row(tmp_path):
     task, state = task_of("--epochs", "1")
     taken = []
@@ -365,13 +486,7 @@ def test_skipped_steps_are_counted_in_the_row(tmp_path):
         poison = float("nan") if len(taken) == 3 else 1.0
         return task.update(state, (poison * batch[0], batch[1]), **dials)
 
-    with RunDirectory.create(tmp_path / "run", task.config) as run:
-        display, start = Display(), Training(state)
-        keeper = Keeper(task, run.checkpoints(), display.warn)
-        with watched() as signals:
-            poisoned = task._replace(update=update)
-            assert training.train(poisoned, start, run, keeper, display, signals)
-        (row,) = run.rows()
+    (row,) = train(task._replace(update=update), state, tmp_path / "run")
     assert row["skipped_steps"] == 1
     assert row["train_loss"] > 0
     assert row["step"] == task.steps_per_epoch

@@ -59,6 +59,7 @@ OWNERS = {
         "bench/compare.py",
         "bench/compile_time.py",
         "bench/memory.py",
+        "bench/monitor.py",
         "bench/methods.py",
         "bench/step_time.py",
         "bench/faults/__main__.py",

@@ -76,6 +76,7 @@ OWNERS = {
         "bench/checkpoints.py",
         "bench/gpu.py",
         "bench/methods.py",
+        "bench/monitor.py",
         "bench/networks.py",
         "bench/peers.py",
     },

@@ -6,6 +6,7 @@ import pytest
 
 from recipes import label_noise, plots, reports
 from recipes.config import of_run, parse
+from recipes.study import Cell, Result
 
 FLAGS = ["--data", "digits", "--epochs", "2", "--batch-size", "256"]
 OWN = ["--noise", "0.5", "0", "--methods", "sgd", "every(sam, 2) 0.2", "--seeds", "1"]
@@ -54,6 +55,20 @@ def test_the_table_has_last_and_best_epoch_of_each_method_by_noise(studied):
     assert "--noise 0.5 0 --methods sgd 'every(sam, 2) 0.2' --seeds 1" in text
     assert "# Wrong labels: digits, wrn-10-1, 2 epochs\n" in text
     assert (studied[0] / "label_noise.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_last_and_best_epoch_have_rows_of_their_own():
+    settings = label_noise.Settings(noise=(0.4, 0.0), methods=("sgd",))
+    results = [
+        Result(Cell(label, config, None), [{"test_accuracy": a} for a in (a, a - 5)], None)
+        for a, (label, config) in zip(
+            (60.0, 90.0), label_noise.arms(settings, parse(FLAGS)).items(), strict=True
+        )
+    ]
+    assert label_noise.table(settings, results) == (
+        ["method", "epoch", "0 %", "40 %"],
+        [["SGD", "last", "85.00", "55.00"], ["SGD", "best", "90.00", "60.00"]],
+    )
 
 
 def test_what_is_drawn_is_what_was_found(studied):

@@ -1,5 +1,6 @@
 """Many runs at once: the finished stay, the stopped go on, the diverged are told."""
 
+import io
 import json
 import os
 import re
@@ -17,7 +18,8 @@ import samfn
 from recipes import command, reports, running, study, training
 from recipes.cifar_wrn import main as train
 from recipes.config import ConfigError, parse
-from recipes.console import Display
+from recipes.console import Display, QuietConsole
+from recipes.plots import Series
 from recipes.rundir import RunDirectory
 from recipes.signals import watched
 from recipes.study import Cell, Result
@@ -347,6 +349,8 @@ def test_the_best_epoch_is_that_of_the_split_that_chooses():
     assert (by_test.last(), by_test.best(), by_test.chosen()) == (85.0, 90.0, 90.0)
     assert (by_validation.last(), by_validation.best()) == (85.0, 80.0)
     assert (by_validation.chosen(), by_validation.seconds()) == (75.0, 4.5)
+    series = reports.series_of({0.1: [by_test, by_validation], 0.2: []})
+    assert series == Series({0.1: [85.0, 85.0], 0.2: []}, {0.1: [90.0, 80.0], 0.2: []})
 
 
 def test_of_an_average_its_own_accuracy_counts():
@@ -392,6 +396,20 @@ def test_tables_hold_any_text(capsys):
     assert capsys.readouterr().out == (
         "                   a\n[bold]x  1.00 ± 2.00\ny                  3\n"
     )
+
+
+def test_a_terminal_shows_the_run_under_way_and_tables_as_they_are():
+    shown = io.StringIO()
+    console = QuietConsole(file=shown, force_terminal=True, width=100)
+    with Display(console).brief("2/3 a {x} [b]").training(2, 5, 0) as live:
+        live.step(1, 3, 0.5, 1000.0)
+    assert "2/3 a {x} [b]" in shown.getvalue()
+    assert "epoch 2/2, loss 0.500" in shown.getvalue()
+    assert "train %" not in shown.getvalue()
+    Display(console).table(["[bold]", "a"], [["[red]x", "[b]"]])
+    head, _, row = shown.getvalue().splitlines()[-3:]
+    assert "[bold]" in head
+    assert row == "[red]x   [b]"
 
 
 def test_what_is_left_is_by_arm_and_else_the_mean():

@@ -166,6 +166,7 @@ def test_rho_is_logarithmic_and_sgd_a_band_across(tmp_path, figures):
     assert not right.patches  # All of SGD diverged, or none was asked for.
     (line, _, (bars,)) = left.containers[0]
     assert line.get_xydata().tolist() == [[0.05, 85.0], [0.2, 95.0]]
+    assert right.containers[0][0].get_xydata().tolist() == [[0.05, 99.0]]
     ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
     assert ends[0] == pytest.approx([85 - 50**0.5, 85 + 50**0.5])
     assert ends[1] == [95.0, 95.0]

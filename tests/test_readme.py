@@ -234,3 +234,22 @@ def test_the_comparisons_of_methods_are_of_all_that_are_one():
         arms = {line[0].partition("(")[0] for line in map(cells, text.splitlines()) if line}
         same = {"accumulated", "same_randomness", "loss_scaled"}  # SAM's own step.
         assert MAKERS.keys() - same <= arms
+
+
+def test_what_the_table_of_features_claims_is_tested():
+    evidence = (ROOT / "bench/results/features_2026-11-21.md").read_text()
+    named = re.findall(r"tests/(test_\w+)\.py::(test_\w+)", evidence)
+    assert len(named) > 80
+    for module, test in named:
+        source = (ROOT / "tests" / f"{module}.py").read_text()
+        assert f"def {test}(" in source, f"{module}: {test}"
+    table = README.split("## Beside others")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert {len(row) for row in rows} == {8}
+    claims = [row for row in rows[2:] if row[1].strip(" –") and "**" not in row[0]]
+    assert len(claims) > 35
+    for name, own, *_ in claims:
+        found = re.search(r"\((tests/test_\w+\.py)\)$", own)
+        assert found is not None, name
+        assert (ROOT / found[1]).exists(), name
+        assert f"- {name.removeprefix('| ')}: tests/" in evidence, name

@@ -48,6 +48,47 @@ def random_crop_flip(
     return rearrange(crops_BHWC, "b h w c -> b c h w")
 
 
+def random_resized_crop(
+    images_BCHW: Tensor, generator: Generator, *, scale: float
+) -> Tensor:
+    """Cut a random part out of each image, and enlarge it to the image's size, bilinearly.
+
+    Its area is uniform from `scale` to 1 of the image's, its width against its height, both
+    in shares of the image's, log-uniform from 3/4 to 4/3, its place uniform. What would be
+    larger than the image is cut off.
+
+    Args:
+        images_BCHW: uint8.
+        generator: on the device of the images.
+        scale: above 0 to 1.
+
+    Returns:
+        Same shape and dtype.
+
+    Source:
+        Szegedy et al., 2015, arXiv:1409.4842, section 6; enlarged parts alone need no
+        filter against aliasing.
+    """
+    b, device = len(images_BCHW), images_BCHW.device
+    area, ratio, x, y = torch.rand(4, b, generator=generator, device=device)
+    area, ratio = scale + (1 - scale) * area, (4 / 3) ** (2 * ratio - 1)
+    width, height = ((area * r).sqrt().clamp(max=1) for r in (ratio, 1 / ratio))
+    nothing = torch.zeros_like(area)
+    # From -1 to 1 in the part to the same in the image: shares of its sides, and places.
+    map_B23 = torch.stack(
+        [
+            torch.stack([width, nothing, (2 * x - 1) * (1 - width)], 1),
+            torch.stack([nothing, height, (2 * y - 1) * (1 - height)], 1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(map_B23, [*images_BCHW.shape], align_corners=False)
+    parts = F.grid_sample(
+        images_BCHW.float(), grid, padding_mode="border", align_corners=False
+    )
+    return parts.round().to(images_BCHW.dtype)
+
+
 Policy = Literal["autoaugment", "trivialaugment"]
 
 

@@ -11,7 +11,9 @@ from recipes.task import Task, generator, seed
 from samfn import sampling
 
 EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
+EVAL_VALUES = 2**23  # pixels times channels in a batch of larger images: 55 of 224x224
 CHUNK = 16  # batches that are augmented at once, since each call costs as much as one does
+CHUNK_VALUES = 2**25  # pixels times channels in them at most, if more than one batch
 
 
 class StopError(Exception):
@@ -44,14 +46,16 @@ def augmented(
         cutmix_alpha=config.cutmix_alpha,
         classes=task.classes,
     )
-    for first in range(start - start % CHUNK, len(rows), CHUNK):
-        chunk = rows[first : first + CHUNK]
+    values = task.train_images[0].numel() * config.batch_size
+    together = max(1, min(CHUNK, CHUNK_VALUES // values))
+    for first in range(start - start % together, len(rows), together):
+        chunk = rows[first : first + together]
         source = generator(config.seed, "augmentation", epoch, first, device=task.device)
+        images = task.train_images[chunk.flatten()]
+        if config.crop_scale < 1:
+            images = augment.random_resized_crop(images, source, scale=config.crop_scale)
         images = augment.random_crop_flip(
-            task.train_images[chunk.flatten()],
-            source,
-            padding=config.crop_padding,
-            flip=config.flip,
+            images, source, padding=config.crop_padding, flip=config.flip
         )
         if config.policy != "none":
             draws = seed(config.seed, "policy", epoch, first)
@@ -65,6 +69,11 @@ def augmented(
                 yield mix(images, labels, seed(config.seed, "mix", epoch, index))
 
 
+def eval_batch(images: Tensor) -> int:
+    """Return how many images to evaluate at once; as large as these are, NCHW."""
+    return max(1, min(EVAL_BATCH, EVAL_VALUES // images[0].numel()))
+
+
 def clean(
     task: Task,
     images: Tensor,
@@ -76,7 +85,7 @@ def clean(
     Raises:
         StopError: `stopping`, which is asked before each batch, said so.
     """
-    tensors = (torch.split(tensor, EVAL_BATCH) for tensor in (images, labels))
+    tensors = (torch.split(tensor, eval_batch(images)) for tensor in (images, labels))
     for some, their_labels in zip(*tensors, strict=True):
         if stopping():
             raise StopError

@@ -1,4 +1,4 @@
-"""The configuration of the recipe, its presets, and how they are read and written."""
+"""The configuration of the recipes, their presets, and how they are read and written."""
 
 import contextlib
 import dataclasses
@@ -61,6 +61,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     # passes, and normalises by 0.2023, 0.1994, 0.2010, which are no standard deviations of
     # CIFAR-10's pixels; here they are measured.
     "sairam": {"model": "wrn-28-10"},
+    # Photographs of one's own; `_side` adds their size. Not tuned on any data.
+    "finetune": {
+        "data": "folder",
+        "model": "resnet18",
+        "weights": "default",
+        "crop_scale": 0.25,
+        "crop_padding": 0,
+        "epochs": 10,
+        "batch_size": 32,
+        "lr": 0.005,
+        "weight_decay": 1e-4,
+        "warmup_epochs": 1.0,
+        "compile": "no",  # It takes minutes, and many images to pay for it.
+    },
 }
 PRESETS["davda54-adaptive"] = PRESETS["davda54"] | {
     "method": "asam(0.0, adapts=everything)",
@@ -81,12 +95,12 @@ METHOD_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a Wide ResNet with sharpness-aware minimisation."""
+    """Train a network for images with sharpness-aware minimisation."""
 
     preset: str = "auto"
     """Named settings to start from: digits, small, davda54, davda54-adaptive, sairam,
-    foret2021, foret2021-cifar100, or none. auto takes digits for the digits, else small on
-    a CPU and davda54 on a GPU."""
+    foret2021, foret2021-cifar100, finetune, or none. auto takes finetune for networks of
+    torchvision, digits for the digits, else small on a CPU and davda54 on a GPU."""
     config: Path | None = None
     """TOML file of settings. It overrides the preset, the command line overrides it."""
 
@@ -94,18 +108,23 @@ class Config:
     """Images to train on. auto takes class folders or CIFAR-10 from --data-dir, else
     downloads CIFAR-10, else falls back on the digits that scikit-learn brings."""
     data_dir: Path | None = None
-    """Directory of train/<class>/* and test/<class>/* images, or of CIFAR. None is a
-    directory in the user's cache."""
+    """Directory of train/<class>/* and test/<class>/* images, or of CIFAR. None is, for
+    CIFAR, a directory in the user's cache."""
     allow_modified_data: bool = False
     """Take CIFAR even if its files are not the published ones."""
     image_size: int | None = None
-    """Side to which the images of a folder are resized, in pixels. None keeps it."""
+    """Pixels to which the shorter side of a folder's images is resized; what the longer one
+    has beside the middle is cut off. None keeps them as they are; finetune takes what
+    torchvision's weights of the network were trained on."""
     label_noise: float = 0.0
     """Share of the training labels that are replaced by another class, 0 to 1."""
     validation: float = 0.0
     """Share of the training set held out to choose the best epoch by, 0 to below 1; its
     labels stay clean. With 0 the best epoch is chosen by the test set."""
 
+    crop_scale: float = 1.0
+    """Least share of a training image that is cut out at random and enlarged to the size of
+    the image, above 0 to 1; for photographs. 1 is off."""
     crop_padding: int = 4
     """Largest shift of a training image, in pixels. 0 is off."""
     flip: bool = True
@@ -123,7 +142,15 @@ class Config:
     area; alpha as for mixup. 0 is off. With both on, each batch has one of them."""
 
     model: str = "wrn-16-8"
-    """Network, as wrn-<depth>-<width>."""
+    """Network: wrn-<depth>-<width>, or one of torchvision's for classification, as
+    resnet18, efficientnet_b0 or vit_b_16."""
+    weights: str = "none"
+    """What a network starts from: none, new ones; default, those that torchvision has for
+    it, downloaded once; or a file of a state dict, .safetensors or .pth. The last layer
+    starts anew where it has other classes."""
+    freeze: bool = False
+    """Train the last layer alone. The perturbation, and so what is sharp, is its alone; the
+    rest stays, statistics and all, and computes as in evaluation."""
     layout: Literal["standard", "davda54"] = "standard"
     """How depth is counted. davda54 has one more block in each stage, as his example."""
     zero_head: bool = False
@@ -268,6 +295,7 @@ class Config:
     """Show the configuration, take one step, and leave no run behind."""
 
 
+WEIGHTS = ("none", "default")  # beside files
 # What belongs to one call of the command and not to what it trains.
 PER_CALL = {"config", "output", "resume", "auto_resume", "resume_override", "export"}
 PER_CALL |= {"eval_only", "dry_run"}
@@ -278,7 +306,7 @@ FREE_ON_RESUME |= {"save_steps", "on_write_error", "max_skipped", "log", "averag
 # What no run can go on with if it changes: the state would fit no more, or its place in
 # the data mean nothing.
 FIXED = {"data", "image_size", "label_noise", "validation", "batch_size", "seed"}
-FIXED |= {"model", "layout"}
+FIXED |= {"model", "layout", "weights", "freeze"}
 # What may be "auto", and is kept as what it came to.
 RESOLVED = {"preset", "data", "precision", "compile"}
 
@@ -306,13 +334,19 @@ READ_BY: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def parse(
-    args: Sequence[str] | None = None, say: Callable[[str], None] = lambda line: None
+    args: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    program: str = PROGRAM,
+    base: str = "auto",
 ) -> Config:
     """Read the command line: defaults, then preset, then TOML file, then flags.
 
     Args:
         args: flags; None takes those that the program was called with.
         say: is given one line about where the images come from.
+        program: what the command is called in its help.
+        base: the preset where none is named.
 
     Returns:
         The settings, resolved: the source of the images, its directory, the device and
@@ -325,14 +359,18 @@ def parse(
     """
 
     def read(values: dict[str, Any]) -> Config:
-        return tyro.cli(Config, prog=PROGRAM, args=args, default=Config(**values))
+        default = Config(**{"preset": base} | values)
+        return tyro.cli(Config, prog=program, args=args, default=default)
 
-    asked = read({})
+    asked = read(_preset(base))
     if (run := _to_resume(asked)) is not None:
-        return _resumed(asked, run, read)
+        return _resumed(asked, run, read, base)
     values = read_toml(asked.config) if asked.config else {}
     preset = read(values).preset
     asked = read(_preset(preset) | values)
+    if preset == "auto" and not models.is_wide(asked.model):
+        preset = "finetune"
+        asked = read(_preset(preset) | values)
     _require_fitting(asked)
     source, origin = choose_source(asked.data, asked.data_dir)
     say(origin)
@@ -340,13 +378,16 @@ def parse(
     if preset == "auto":
         small = "digits" if source == "digits" else "small"
         preset = small if device.type == "cpu" or source == "digits" else "davda54"
+    config = read(PRESETS[preset] | _side(preset, source, asked.model) | values)
     config = replace(
-        read(PRESETS[preset] | values),
+        config,
         preset=preset,
         data=source,
         data_dir=None if source == "digits" else root_of(asked.data_dir),
+        weights=_resolved(config.weights),
         device=str(device),
     )
+    _require_weights(config.weights)
     if config.precision == "auto":
         precision: Any = "float32" if device.type == "cpu" else "bf16"
         config = replace(config, precision=precision)
@@ -360,7 +401,14 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what came.
     """
-    groups = _rules_of_data, _rules_of_training, _rules_of_runs, _rules_of_readers
+    _require_model(config.model)
+    groups = (
+        _rules_of_data,
+        _rules_of_networks,
+        _rules_of_training,
+        _rules_of_runs,
+        _rules_of_readers,
+    )
     for name, holds, expected in (rule for rules in groups for rule in rules(config)):
         if not holds:
             flag = "--" + name.replace("_", "-")
@@ -369,10 +417,6 @@ def validate(config: Config) -> None:
         if importlib.util.find_spec(name) is None:
             missing = f'{name} is not installed: pip install "samfn[{name}]"'
             raise ConfigError(f"--log: {missing}")
-    try:
-        models.parse_name(config.model)
-    except ValueError as error:
-        raise ConfigError(f"--model: {error}") from error
     try:
         methods.parse(config.method, steps=1, norm_layers=())
     except ValueError as error:
@@ -399,6 +443,7 @@ def _rules_of_data(config: Config) -> Iterator[Rule]:
     yield "label_noise", 0 <= config.label_noise <= 1, "0 to 1"
     yield "validation", 0 <= config.validation < 1, "0 to below 1"
     yield "image_size", side is None or side >= 4, "at least 4 pixels, or None"
+    yield "crop_scale", 0 < config.crop_scale <= 1, "above 0 to 1"
     yield "crop_padding", config.crop_padding >= 0, "at least 0 pixels"
     yield "cutout", config.cutout >= 0, "at least 0 pixels"
     for name in ("mixup_alpha", "cutmix_alpha"):
@@ -412,6 +457,15 @@ def _rules_of_data(config: Config) -> Iterator[Rule]:
         yield name, 0 < getattr(config, name) <= 1, "above 0 to 1"
     yield "easy_scans", 1 <= config.easy_scans <= 127, "1 to 127"
     yield "easy_replay", 0 <= config.easy_replay < 1, "0 to below 1"
+
+
+def _rules_of_networks(config: Config) -> Iterator[Rule]:
+    wide, named = models.is_wide(config.model), "--model wrn-<depth>-<width> with it"
+    yield "weights", config.weights != "default" or not wide, "none or a file, for a WRN"
+    yield "freeze", config.weights != "none" or not config.freeze, "--weights with it"
+    yield "layout", wide or config.layout == "standard", named
+    yield "zero_head", wide or not config.zero_head, named
+    yield "dropout", wide or config.dropout == 0, named
 
 
 def _rules_of_training(config: Config) -> Iterator[Rule]:
@@ -485,7 +539,7 @@ def to_toml(config: Config) -> str:
         for key, value in values.items()
         if value is not None and key not in PER_CALL
     }
-    text = "# Settings of a run of recipes.cifar_wrn; what is absent is off.\n"
+    text = "# Settings of a run; what is absent is off.\n"
     return text + tomli_w.dumps(written)
 
 
@@ -511,7 +565,9 @@ def _to_resume(asked: Config) -> Path | None:
     return asked.output if (asked.output / CONFIG_FILE).exists() else None
 
 
-def _resumed(asked: Config, run: Path, read: Callable[[dict[str, Any]], Config]) -> Config:
+def _resumed(
+    asked: Config, run: Path, read: Callable[[dict[str, Any]], Config], base: str
+) -> Config:
     """Return the settings of a run, which flags may repeat, and some of them change."""
     values = read_toml(run_of(run) / CONFIG_FILE)
     before = Config(**values)
@@ -522,9 +578,10 @@ def _resumed(asked: Config, run: Path, read: Callable[[dict[str, Any]], Config])
         config = replace(config, resume=run, **resolved)
     else:
         for name in ("config", "preset", "output"):
-            if getattr(asked, name) != getattr(Config, name):
+            if getattr(asked, name) != getattr(Config(preset=base), name):
                 raise ConfigError(f"--{name}: a run is resumed with its own, drop it")
         config = read(values)
+    config = replace(config, weights=_resolved(config.weights))
     require_same_settings(plain_values(before), config)
     validate(config)
     _require_fitting(config)
@@ -592,8 +649,41 @@ def _preset(name: str) -> dict[str, Any]:
     return PRESETS[name]
 
 
+def _side(preset: str, source: str, model: str) -> dict[str, int]:
+    """Return the size of images that the preset for torchvision's networks has."""
+    _require_model(model)
+    if preset != "finetune" or source != "folder" or models.is_wide(model):
+        return {}
+    return {"image_size": models.photographs(model).side}
+
+
+def _resolved(weights: str) -> str:
+    return weights if weights in WEIGHTS else str(Path(weights).resolve())
+
+
+def _require_weights(weights: str) -> None:
+    if weights not in WEIGHTS and not Path(weights).is_file():
+        close = difflib.get_close_matches(Path(weights).name, WEIGHTS, 1)
+        hint = f"; close to it: {close[0]}" if close else ""
+        raise ConfigError(
+            f"--weights: expected none, default or a file, got {weights}{hint}"
+        )
+
+
+def _require_model(name: str) -> None:
+    try:
+        models.require_known(name)
+    except ValueError as error:
+        raise ConfigError(f"--model: {error}") from error
+
+
 def _require_fitting(config: Config) -> None:
-    """Raise where a setting of the data would have no effect."""
+    """Raise where a setting of the data is missing, or would have no effect."""
+    if config.data == "folder" and config.data_dir is None:
+        raise ConfigError(
+            "--data-dir: expected the directory of your images, which holds train/<class>/*"
+            " and test/<class>/*, got none"
+        )
     if config.image_size is not None and config.data not in ("auto", "folder"):
         raise ConfigError(f"--image-size: only folders are resized, not {config.data}")
     if config.data_dir is not None and config.data == "digits":

@@ -23,7 +23,7 @@ from recipes.download import DownloadError
 from samfn import files, tensorfile
 
 SPLITS = ("train", "test")
-CACHE_FORMAT = 2  # to be raised when what is cached changes
+CACHE_FORMAT = 3  # to be raised when what is cached changes
 # What images may be. Others that Pillow knows run programs to be read.
 IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
@@ -112,8 +112,9 @@ def load(
     Args:
         source: as `choose_source` gives it.
         data_dir: as for `choose_source`.
-        image_size: resize and centre-crop the images of a folder to this side, in
-            pixels. None keeps their size, which must then be one for all.
+        image_size: pixels to which the shorter side of a folder's images is resized; a
+            square from the middle is kept. None keeps their size, which must then be one
+            for all.
         modified: take CIFAR even if its files are not the published ones.
         track: shows progress.
         warn: is told of a cache that was damaged, and of one that cannot be written.
@@ -344,14 +345,15 @@ def _read_cache(path: Path, warn: Say) -> Dataset | None:
 
 
 def _stack(samples: Iterable[tuple[str, int]], image_size: int | None) -> Tensor:
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms.v2 import functional as transforms
 
     images: list[Tensor] = []
     for path, _ in samples:
         try:
             with Image.open(path, formats=IMAGE_FORMATS) as file:
-                image = transforms.pil_to_tensor(file.convert("RGB"))
+                upright = ImageOps.exif_transpose(file)  # Cameras store how they were held.
+                image = transforms.pil_to_tensor(upright.convert("RGB"))
         except Exception as error:  # Decoders raise anything at damaged files.
             raise DataError(f"cannot read the image {path}: {error}") from error
         if image_size is not None:

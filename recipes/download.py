@@ -35,6 +35,7 @@ def download(
     *,
     sha256: str,
     size: int,
+    slack: int = 0,
     context: ssl.SSLContext | None = None,
     pause: float = 1.0,
     timeout: float = 30.0,
@@ -44,8 +45,9 @@ def download(
     Args:
         url: https.
         path: where to; whatever happens, there is either all of the file or none.
-        sha256: of the file.
+        sha256: of the file, or how it begins.
         size: of the file, in bytes.
+        slack: bytes that the size may be off by, where it is known so well only.
         context: whose certificates count; None takes the system's.
         pause: seconds before the second attempt; twice that before the third.
         timeout: seconds that the server may be silent.
@@ -62,10 +64,10 @@ def download(
             time.sleep(pause * 2 ** (attempt - 1))
         try:
             with (
-                files.replacing(path, size) as temporary,
+                files.replacing(path, size + slack) as temporary,
                 opener.open(url, timeout=timeout) as answer,
             ):
-                _copy(answer, temporary, sha256, size)
+                _copy(answer, temporary, sha256, size, slack)
             return
         except urllib.error.HTTPError as error:
             error.close()
@@ -81,19 +83,19 @@ class _WrongError(Exception):
     """What came is not the file."""
 
 
-def _copy(answer: Any, path: Path, sha256: str, size: int) -> None:
+def _copy(answer: Any, path: Path, sha256: str, size: int, slack: int) -> None:
     digest, received = hashlib.sha256(), 0
     with path.open("wb") as file:
         while chunk := answer.read(CHUNK):
             received += len(chunk)
-            if received > size:
+            if received > size + slack:
                 break  # However much more may come.
             digest.update(chunk)
             file.write(chunk)
-    if received != size:
+    if abs(received - size) > slack:
         came = f"more than {size:,}" if received > size else f"{received:,}"
         raise _WrongError(f"expected {size:,} bytes, got {came}")
-    if digest.hexdigest() != sha256:
+    if not digest.hexdigest().startswith(sha256):
         raise _WrongError(f"expected SHA-256 {sha256}, got {digest.hexdigest()}")
 
 

@@ -21,6 +21,7 @@ from recipes.config import (
 from recipes.console import Display
 from recipes.rundir import RunDirectory
 from recipes.task import Task, assemble, read_data
+from recipes.weights import begin
 from samfn import callbacks
 from samfn.engine import Training
 
@@ -98,7 +99,7 @@ def resume(
         raise ConfigError(f"--resume: {error}") from error
     if found is None:
         display.say(f"{run.path} holds no checkpoint: starting from the beginning")
-        return Training(like)
+        return Training(begin(task, like, display))
     training, metadata = _require_fitting(task, found), found.metadata
     require_same_settings(metadata["config"], task.config)
     checkpoints.drop_after(training.step)

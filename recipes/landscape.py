@@ -1,4 +1,4 @@
-"""Draw the loss around what runs of recipes.cifar_wrn have learned, on one scale.
+"""Draw the loss around what runs have learned, on one scale.
 
     python -m recipes.landscape runs/SGD runs/SAM
     python -m recipes.landscape runs/SAM --points 41 --span 0.5     # finer, and closer by
@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 
 from recipes import command, plots
-from recipes.batches import EVAL_BATCH
+from recipes.batches import eval_batch
 from recipes.config import ConfigError, plain_values, run_of
 from recipes.console import Display
 from recipes.solutions import (
@@ -146,7 +146,8 @@ def explore(
 def around(solution: Solution, settings: Settings, told: Told) -> Explored:
     """Evaluate the loss around a solution."""
     given = solution.params, solution.buffers
-    loss_fn, batches = solution.loss_fn, solution.batches(EVAL_BATCH)
+    loss_fn = solution.loss_fn
+    batches = solution.batches(eval_batch(solution.images))
     # A backward pass takes memory; batches of this size had it when the run was trained.
     small = solution.batches(solution.config.batch_size)
     source = generator(settings.seed, "directions")
@@ -167,7 +168,7 @@ def between(first: Solution, second: Solution, settings: Settings, told: Told) -
     return landscape.line(
         first.params,
         first.buffers,
-        first.batches(EVAL_BATCH),
+        first.batches(eval_batch(first.images)),
         landscape.between(
             {**first.params, **first.buffers}, {**second.params, **second.buffers}
         ),

@@ -1,14 +1,19 @@
-"""Wide residual networks (Zagoruyko and Komodakis, 2016, arXiv:1605.07146).
+"""Networks by name: wide residual ones, made here, and torchvision's for classification.
+
+WRN: Zagoruyko and Komodakis, 2016, arXiv:1605.07146.
 
 Shapes: B images, C channels, H x W pixels, K classes.
 """
 
+import difflib
 from collections import OrderedDict
-from typing import Literal, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import reduce
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 
@@ -27,6 +32,147 @@ LAYOUTS = {
     # github.com/davda54/sam, example/model/wide_res_net.py
     "davda54": Layout(1, "fan_in"),
 }
+
+
+# torchvision's, with heads beside the last one that only their first training used: name
+# -> how the names of those heads' tensors begin.
+AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+
+
+class Photographs(NamedTuple):
+    """The images that torchvision's weights of a network were trained on."""
+
+    side: int
+    """Pixels."""
+    mean: tuple[float, ...]
+    """Of the pixels of each channel, in [0, 1]."""
+    std: tuple[float, ...]
+
+
+def make(
+    name: str,
+    classes: int,
+    *,
+    shape: tuple[int, int, int],
+    dropout: float = 0.0,
+    zero_head: bool = False,
+    layout: str = "standard",
+    pretrained: bool = False,
+) -> nn.Module:
+    """Return a network with new weights, which PyTorch's generator draws.
+
+    Args:
+        name: as `require_known` takes it.
+        classes: K.
+        shape: C, H, W of the images.
+        dropout: as zero_head and layout, of a `WideResNet` alone.
+        zero_head: as there.
+        layout: as there.
+        pretrained: be what torchvision's own weights fit: with those, GoogLeNet and
+            Inception v3 first bring images to another mean and deviation.
+
+    Raises:
+        ValueError: there is no such network, or it takes no such images.
+    """
+    require_known(name)
+    if is_wide(name):
+        options: dict[str, Any] = {"dropout": dropout, "zero_head": zero_head}
+        options |= {"layout": layout, "channels": shape[0]}
+        return WideResNet(*parse_name(name), classes, **options)
+    try:
+        model = _from_torchvision(name, classes, shape, pretrained)
+        _require_images(model, shape)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        size = f"{shape[2]}x{shape[1]} with {shape[0]} channel{'s' * (shape[0] > 1)}"
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{name} takes no images of {size}: {reason}") from error
+    return model
+
+
+def require_known(name: str) -> None:
+    """Raise unless a network is called so: wrn-<depth>-<width>, or as in torchvision.
+
+    Raises:
+        ValueError: says which names are close to it.
+    """
+    if is_wide(name):
+        parse_name(name)
+    elif name not in _torchvision_names():
+        close = difflib.get_close_matches(name.lower(), _torchvision_names(), 3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise ValueError(
+            "expected wrn-<depth>-<width>, as wrn-28-10, or a network of torchvision for"
+            f" classification, as resnet18, got {name!r}{hint}"
+        )
+
+
+def is_wide(name: str) -> bool:
+    """Return whether a name is meant to be that of a wide residual network."""
+    return name.lower().startswith("wrn")
+
+
+def photographs(name: str) -> Photographs:
+    """Return what torchvision's weights of its network `name` were trained on."""
+    transform = published(name).transforms()
+    return Photographs(transform.crop_size[0], tuple(transform.mean), tuple(transform.std))
+
+
+def published(name: str) -> Any:
+    """Return where torchvision has the weights of its network `name`, and what they are."""
+    from torchvision import models
+
+    return models.get_model_weights(name).DEFAULT
+
+
+def head_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of the last layer, whose outputs are classes."""
+    names = [name for name, _ in model.named_parameters()]
+    layer = names[-1].rpartition(".")[0]
+    return tuple(name for name in names if name.rpartition(".")[0] == layer)
+
+
+def freeze(model: nn.Module) -> None:
+    """Let the last layer train alone, and all before it stay as in evaluation."""
+    head = head_of(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in head)
+    model.eval()
+    model.get_submodule(head[0].rpartition(".")[0]).train()
+
+
+@cache
+def _torchvision_names() -> tuple[str, ...]:
+    from torchvision import models
+
+    return tuple(models.list_models(module=models))
+
+
+def _from_torchvision(
+    name: str, classes: int, shape: tuple[int, int, int], pretrained: bool
+) -> nn.Module:
+    from torchvision import models
+
+    options: dict[str, Any] = {"num_classes": classes}
+    if name.startswith("vit_"):
+        options["image_size"] = shape[1]
+    elif name.startswith("maxvit_"):
+        options["input_size"] = shape[1:]
+    elif name in AUXILIARY:
+        # Else it warns that what it does without being asked will change.
+        options |= {"aux_logits": False, "init_weights": True}
+        options["transform_input"] = pretrained
+    model: nn.Module = models.get_model(name, **options)
+    return model
+
+
+def _require_images(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raise what the network raises at such images; nothing is computed."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    nowhere = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    model.eval()
+    with torch.no_grad():
+        functional_call(model, nowhere, torch.empty(2, *shape, device="meta"))
+    model.train()
 
 
 class Block(nn.Module):

@@ -27,14 +27,24 @@ from recipes.training import (
     step,
     train,
 )
+from recipes.weights import begin
 from samfn.engine import Training
 
 # How the optimizers are called in sentences.
 BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam"}
 
 
-def run(config: Config, display: Display, signals: Signals, read: Read = read_data) -> int:
-    """Load the data by `read`, then train, evaluate or try, as the configuration says."""
+def run(
+    config: Config,
+    display: Display,
+    signals: Signals,
+    read: Read = read_data,
+    program: str = PROGRAM,
+) -> int:
+    """Load the data by `read`, then train, evaluate or try, as the configuration says.
+
+    `program` is the command in the lines that say how to go on.
+    """
     try:
         dataset = read(config, display.track, display.warn)
         task, state = assemble(config, dataset)
@@ -48,7 +58,7 @@ def run(config: Config, display: Display, signals: Signals, read: Read = read_da
             return try_out(task, state, display)
         if config.eval_only:
             return evaluate_best(task, state, display)
-        return train_and_report(task, state, display, signals)
+        return train_and_report(task, state, display, signals, program)
     except (MemoryError, RuntimeError) as error:
         if not command.lacks_memory(error):
             raise
@@ -63,6 +73,7 @@ def run(config: Config, display: Display, signals: Signals, read: Read = read_da
 
 def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
     """Take one step."""
+    state = begin(task, state, display)
     prepare(task, Training(state), display)
     _, metrics = step(task, state, 0, next(augmented(task, 0)))
     display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, no run written")
@@ -84,7 +95,7 @@ def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
 
 
 def train_and_report(
-    task: Task, state: samfn.TrainState, display: Display, signals: Signals
+    task: Task, state: samfn.TrainState, display: Display, signals: Signals, program: str
 ) -> int:
     """Train, from the start or from where a run stopped, and leave a run behind."""
     with _opened(task, state, display) as (directory, training), writing():
@@ -100,10 +111,10 @@ def train_and_report(
         if keeper.missing is not None:
             raise keeper.missing
         if not finished:
-            display.say(f"stopped; {PROGRAM} --resume {where} goes on where this ended")
+            display.say(f"stopped; {program} --resume {where} goes on where this ended")
             return 128 + (signals.stop or signal.SIGINT)
         _export(task, directory, state, display)
-        facts = summarise(task, directory, seconds)
+        facts = summarise(task, directory, seconds, program)
         if task.config.average_best is not None:
             facts |= _average(task, directory, checkpoints, state)
         display.facts("done", facts)
@@ -117,6 +128,7 @@ def _opened(
     """Hold the directory of a new run or of one that goes on; yield where it stands."""
     config = task.config
     if config.resume is None:
+        state = begin(task, state, display)
         path = config.output or new_name(config)
         with RunDirectory.create(path, config) as directory:
             yield directory, Training(state)
@@ -212,12 +224,16 @@ def new_name(config: Config) -> Path:
 def describe(task: Task) -> dict[str, str]:
     """Return what the banner says of a run."""
     config = task.config
-    count = sum(parameter.numel() for parameter in task.model.parameters())
+    counts = [parameter.numel() for parameter in task.model.parameters()]
+    size = f"{sum(counts):,} parameters"
+    if config.freeze:
+        trained = [p.numel() for p in task.model.parameters() if p.requires_grad]
+        size += f", of which the last layer's {sum(trained):,} train"
     height, width = task.train_images.shape[2:]
     facts = {
         "data": f"{config.data}, {len(task.train_labels):,} training and"
         f" {len(task.test.labels):,} test images, {width}x{height}",
-        "model": f"{config.model}, {count:,} parameters",
+        "model": f"{config.model}, {size}",
         "method": name(config),
         "training": f"{config.epochs} epochs of {task.steps_per_epoch} steps, batch"
         f" {config.batch_size}, {BASES[config.optimizer]}, lr {config.lr:g}"
@@ -232,7 +248,9 @@ def describe(task: Task) -> dict[str, str]:
     return facts
 
 
-def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, str]:
+def summarise(
+    task: Task, directory: RunDirectory, seconds: float, program: str
+) -> dict[str, str]:
     """Return what the closing summary says of a run."""
     rows, config = directory.rows(), task.config
     average = "ema_" if config.ema_decay is not None else ""
@@ -254,6 +272,6 @@ def summarise(task: Task, directory: RunDirectory, seconds: float) -> dict[str, 
         "files": str(directory.path),
         "model": str(directory.weights),
         "picture": str(directory.curves),
-        f"try {compared}": f"{PROGRAM} --config {again} --rho {other}",
-        "evaluate": f"{PROGRAM} --eval-only --resume {where}",
+        f"try {compared}": f"{program} --config {again} --rho {other}",
+        "evaluate": f"{program} --eval-only --resume {where}",
     }

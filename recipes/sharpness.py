@@ -26,7 +26,7 @@ import tyro
 
 import samfn
 from recipes import command
-from recipes.batches import EVAL_BATCH
+from recipes.batches import eval_batch
 from recipes.config import (
     FREE_ON_RESUME,
     PER_CALL,
@@ -343,7 +343,7 @@ def average_case(
     """Return the mean rise in random directions, all as long as such noise is."""
     weights = sum(w.numel() for w in solution.params.values())
     found = sharpness.average_case(
-        objective(solution, EVAL_BATCH),
+        objective(solution, eval_batch(solution.images)),
         solution.params,
         rho=settings.sigma * weights**0.5,
         samples=settings.probes,

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import samfn
-from recipes import methods
+from recipes import methods, models
 from recipes.compiling import decide
 from recipes.config import Config, ConfigError, choose_device
 from recipes.data import (
@@ -26,7 +26,6 @@ from recipes.data import (
     load,
     statistics,
 )
-from recipes.models import WideResNet, parse_name
 from samfn import schedules
 from samfn.compiled import operations
 from samfn.gradient import LossFn
@@ -50,7 +49,7 @@ class Task(NamedTuple):
 
     config: Config
     device: torch.device
-    model: WideResNet
+    model: torch.nn.Module
     train_images: Tensor
     train_labels: Tensor
     chosen_by: Split
@@ -89,7 +88,8 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     """Make of a configuration and its data all that training needs.
 
     Raises:
-        ConfigError: the training set is smaller than a batch.
+        ConfigError: the training set is smaller than a batch, or the network takes no
+            such images.
         DataError: the validation set would be empty.
     """
     digest = fingerprint(dataset)
@@ -112,7 +112,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
             f"--batch-size: expected at most the {len(dataset.train_labels)} training"
             f" images, got {config.batch_size}"
         )
-    mean, std = statistics(dataset.train_images)
+    mean, std = _normalisation(config, dataset)
     model = _model(config, dataset).to(device).to(memory_format=torch.channels_last)
     steps = config.epochs * steps_per_epoch
     optimizer, method = _optimizer(config, model), _method(config, model, steps)
@@ -187,21 +187,35 @@ def _choose_kernels(config: Config, device: torch.device) -> None:
         torch.backends.cudnn.benchmark = not config.deterministic
 
 
-def _model(config: Config, dataset: Dataset) -> WideResNet:
-    depth, width = parse_name(config.model)
+def _model(config: Config, dataset: Dataset) -> torch.nn.Module:
+    channels, height, width = dataset.train_images.shape[1:]
     torch.manual_seed(seed(config.seed, "model"))
-    return WideResNet(
-        depth,
-        width,
-        len(dataset.classes),
-        channels=dataset.train_images.shape[1],
-        dropout=config.dropout,
-        zero_head=config.zero_head,
-        layout=config.layout,
-    )
+    try:
+        model = models.make(
+            config.model,
+            len(dataset.classes),
+            shape=(channels, height, width),
+            dropout=config.dropout,
+            zero_head=config.zero_head,
+            layout=config.layout,
+            pretrained=config.weights != "none",
+        )
+    except ValueError as error:
+        raise ConfigError(f"--model: {error}") from error
+    if config.freeze:
+        models.freeze(model)
+    return model
 
 
-def _optimizer(config: Config, model: WideResNet) -> samfn.Optimizer:
+def _normalisation(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Return the mean and deviation that a network's weights are for; else the data's."""
+    if config.weights == "none" or models.is_wide(config.model):
+        return statistics(dataset.train_images)
+    _, mean, std = models.photographs(config.model)
+    return torch.tensor(mean), torch.tensor(std)
+
+
+def _optimizer(config: Config, model: torch.nn.Module) -> samfn.Optimizer:
     if config.optimizer == "sgd":
         make = partial(samfn.sgd, config.momentum, config.nesterov)
     else:
@@ -217,12 +231,12 @@ def _optimizer(config: Config, model: WideResNet) -> samfn.Optimizer:
     return optimizer
 
 
-def _spared(config: Config, model: WideResNet) -> tuple[str, ...]:
+def _spared(config: Config, model: torch.nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that weight decay leaves alone."""
     return () if config.decay_norm else samfn.no_decay_parameters(model)
 
 
-def _method(config: Config, model: WideResNet, steps: int) -> samfn.Method:
+def _method(config: Config, model: torch.nn.Module, steps: int) -> samfn.Method:
     names = samfn.norm_parameters(model)
     method = methods.parse(config.method, steps=steps, norm_layers=names)
     if config.same_dropout:

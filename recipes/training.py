@@ -406,8 +406,10 @@ def _append(run: RunDirectory, row: Row, display: Display) -> None:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train()
+        for module, mode in modes:  # Of those that are frozen, none trains.
+            module.training = mode

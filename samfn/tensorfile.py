@@ -90,7 +90,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
 
 
 def read(
-    path: Path, like: Mapping[str, Tensor] | None = None
+    path: Path, like: Mapping[str, Tensor] | None = None, *, foreign: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read tensors, into memory of their own, and texts; both are what was written.
 
@@ -101,6 +101,7 @@ def read(
         path: a file that `write` wrote.
         like: by name, gives strides and device of tensors of its dtype and shape; others
             come contiguous, on the CPU.
+        foreign: take files of others too, which hold no SHA-256 to verify them by.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -112,7 +113,7 @@ def read(
         texts = _texts(path, header)
         places = _places(path, header, start, os.fstat(file.fileno()).st_size)
         expected = texts.pop(DIGEST, None)
-        if expected is None:
+        if expected is None and not foreign:
             raise CorruptError(f"{path} holds no {DIGEST}: it was not written by samfn")
         scratch = _Scratch(
             max((place.layout.nbytes for place in places.values()), default=0)
@@ -135,7 +136,7 @@ def read(
             read_all = dict(zip(places, pool.map(read_one, places), strict=True))
     tensors = {name: tensor for name, (tensor, _) in read_all.items()}
     found = _digest(tensors, (sha for _, sha in read_all.values()), texts)
-    if found != expected:
+    if expected is not None and found != expected:
         raise CorruptError(
             f"{path} is damaged: its content is not that of the SHA-256 in it"
         )

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -55,6 +57,57 @@ def test_without_padding_and_flip_nothing_changes(seed):
     images = numbered(3, 4, 5)
     result = augment.random_crop_flip(images, generator(seed), padding=0, flip=False)
     assert torch.equal(result, images)
+
+
+def parts(count, scale, seed, side=128):
+    """Return which part of each image is cut out: width, height, middle, in its shares."""
+    ramp = torch.arange(side, dtype=torch.uint8)
+    image = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side)])
+    cut = augment.random_resized_crop(
+        image.repeat(count, 1, 1, 1), generator(seed), scale=scale
+    ).double()
+    assert (cut[:, 0] - cut[:, 0, :1]).abs().max() <= 1  # Columns stay columns,
+    assert (cut[:, 1] - cut[:, 1, :, :1]).abs().max() <= 1  # and rows rows.
+    lines = torch.stack([cut[:, 0, 0], cut[:, 1, :, 0]])
+    quarter = side // 4  # The ends may be beyond the middle of the last pixel.
+    steps = (lines[..., 3 * quarter] - lines[..., quarter]) / (2 * quarter)
+    middle = lines[..., side // 2 - 1 : side // 2 + 1].mean(-1)
+    return *steps, *((middle + 0.5) / side)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5])
+def test_random_parts_have_their_areas_shapes_and_places(scale):
+    width, height, x, y = parts(400, scale, seed=1)
+    area, off = width * height, 0.02  # of rounding
+    assert scale - off < area.min() < scale + 0.05
+    # Where the larger side is that of the image, less is left.
+    free = torch.maximum(width, height) < 0.98
+    assert area[free].mean() == pytest.approx(
+        float((scale + area[free].max()) / 2), abs=0.1
+    )
+    ratio = (width / height)[free].log()
+    assert ratio.abs().max() < math.log(4 / 3) + 0.03
+    for side in (-1, 1):
+        assert (side * ratio).max() > 0.9 * math.log(4 / 3)
+    for place, size in ((x, width), (y, height)):
+        assert (place - size / 2).min() > -off
+        assert (place + size / 2).max() < 1 + off
+        shift = ((place - 0.5) / (1 - size))[size < 0.8]  # from -1/2 to 1/2
+        assert shift.mean().abs() < 0.07
+        assert shift.std() == pytest.approx(12**-0.5, rel=0.1)
+
+
+def test_random_parts_are_enlarged_bilinearly_and_depend_on_the_seed():
+    images = torch.randint(256, (3, 3, 9, 13), dtype=torch.uint8)
+    first, again, other = (
+        augment.random_resized_crop(images, generator(s), scale=0.2) for s in (0, 0, 1)
+    )
+    assert first.dtype is torch.uint8
+    assert first.shape == images.shape
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    flat = torch.full((2, 3, 6, 6), 77, dtype=torch.uint8)  # No border comes in.
+    assert torch.equal(augment.random_resized_crop(flat, generator(0), scale=0.3), flat)
 
 
 def test_the_same_seed_gives_the_same_batch_and_another_seed_another():

@@ -34,6 +34,7 @@ FLAGS = {
     "image_size": None,
     "label_noise": ("0.4", 0.4),
     "validation": ("0.1", 0.1),
+    "crop_scale": ("0.5", 0.5),
     "crop_padding": ("2", 2),
     "flip": (None, False),
     "cutout": ("16", 16),
@@ -41,6 +42,8 @@ FLAGS = {
     "mixup_alpha": ("0.2", 0.2),
     "cutmix_alpha": ("1", 1.0),
     "model": ("wrn-28-10", "wrn-28-10"),
+    "weights": (__file__, str(Path(__file__).resolve())),
+    "freeze": (None, True),
     "layout": ("davda54", "davda54"),
     "zero_head": (None, True),
     "dropout": ("0.3", 0.3),
@@ -119,6 +122,7 @@ NEEDS = {
     "easy_confidence": ["--select", "easy-skipped"],
     "easy_scans": ["--select", "easy-skipped"],
     "easy_replay": ["--select", "easy-skipped"],
+    "freeze": ["--weights", __file__],
 }
 
 
@@ -486,7 +490,15 @@ def test_a_missing_file_is_named(tmp_path):
         ("--warmup-epochs 999", "--warmup-epochs: expected 0 to all epochs"),
         ("--eval-only", "--eval-only: expected --resume with it"),
         ("--model wrn-12-1", "--model: depth must be 10, 16"),
-        ("--model resnet18", "--model: .*wrn-28-10, got 'resnet18'"),
+        ("--model resnt18", "--model: .*, got 'resnt18'; close to it: resnet18, "),
+        ("--model zzz", "--model: .*, as wrn-28-10, .* as resnet18, got 'zzz'$"),
+        ("--model resnet18 --layout davda54", "--layout: expected --model wrn-<depth>"),
+        ("--model resnet18 --zero-head", "--zero-head: expected --model wrn-<depth>"),
+        ("--model resnet18 --dropout 0.1", "--dropout: expected --model wrn-<depth>"),
+        ("--weights default", "--weights: expected none or a file, for a WRN, got 'def"),
+        ("--weights defualt", "--weights: .* got .*/defualt; close to it: default"),
+        ("--freeze", "--freeze: expected --weights with it, got True"),
+        ("--crop-scale 0", "--crop-scale: expected above 0 to 1, got 0.0"),
         ("--device gpu", "--device: 'gpu' cannot be used"),
     ],
 )

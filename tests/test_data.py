@@ -94,6 +94,23 @@ def test_images_of_several_sizes_need_a_size(tmp_path):
     assert resized.train_images.shape == (6, 3, 5, 5)
 
 
+def test_of_photographs_the_middle_is_kept_upright(tmp_path):
+    root = make_folder(tmp_path, sizes=((8, 8),))
+    image = Image.new("RGB", (16, 8), (0, 0, 0))
+    image.paste((200, 0, 0), (0, 0, 4, 8))  # the left quarter, which is cut off,
+    image.paste((0, 200, 0), (4, 0, 12, 4))  # and half of the middle
+    image.save(root / "train" / "cat" / "0.png")
+    turned = image.rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: the camera was turned, and so is what it wrote.
+    turned.save(root / "train" / "cat" / "1.png", exif=exif)
+    first, second, *_ = data.load("folder", root, image_size=8).train_images
+    assert first[0].max() == 0
+    assert first[1, :4].eq(200).all()
+    assert first[1, 4:].max() == 0
+    assert torch.equal(first, second)
+
+
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     root = make_folder(tmp_path)
     (root / "test" / "dog" / "1.png").write_bytes(b"no image")

@@ -177,6 +177,20 @@ def test_no_other_file_ever_arrives(tmp_path, server, answers, said, asked):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("off", [-7, 7])
+def test_size_and_sha256_may_be_known_in_part(tmp_path, server, off):
+    server.answers = [good]
+    url, path = f"https://localhost:{server.server_port}/file", tmp_path / "file"
+    known = {"size": len(CONTENT) + off, "context": server.trusted, "pause": 0.01}
+    download(url, path, sha256=SHA256[:8], slack=7, **known)
+    assert path.read_bytes() == CONTENT
+    with pytest.raises(DownloadError, match=r"expected 2,30\d,\d+ bytes, got"):
+        download(url, path, sha256=SHA256[:8], slack=6, **known)
+    wrong = SHA256[1:9]
+    with pytest.raises(DownloadError, match=f"expected SHA-256 {wrong}, got {SHA256}"):
+        download(url, path, sha256=wrong, slack=7, **known)
+
+
 def test_the_file_of_before_stays(tmp_path, server):
     (tmp_path / "file").write_text("old")
     with pytest.raises(DownloadError):

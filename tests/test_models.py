@@ -1,7 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+import samfn
+from recipes import models
 from recipes.models import GlobalMean, WideResNet, parse_name
 
 
@@ -83,3 +86,89 @@ def test_dropout_reaches_the_blocks():
 def test_networks_that_do_not_exist_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# One of each kind: batch statistics; dropout before a head of convolutions; squeeze and
+# excitation; auxiliary heads; stochastic depth; attention in shifted windows.
+KINDS = {
+    "shufflenet_v2_x0_5": "fc",
+    "squeezenet1_1": "classifier.1",
+    "mobilenet_v3_small": "classifier.3",
+    "googlenet": "fc",
+    "efficientnet_b0": "classifier.1",
+    "swin_t": "head",
+    "wrn-10-1": "head",
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_networks_of_every_kind_take_a_step_and_their_head_comes_last(name):
+    model = models.make(name, 3, shape=(3, 32, 32))
+    assert models.head_of(model) == (f"{KINDS[name]}.weight", f"{KINDS[name]}.bias")
+    model = model.to(memory_format=torch.channels_last)
+    loss_fn, optimizer = samfn.supervised(model, F.cross_entropy), samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    batch = images, torch.tensor([0, 1, 2, 0])
+    new, metrics = samfn.sam_update(
+        state, batch, loss_fn=loss_fn, optimizer=optimizer, rho=0.05, lr=0.01
+    )
+    assert metrics.outputs.shape == (4, 3)
+    assert metrics.finite
+    assert metrics.perturbation_norm == pytest.approx(0.05, rel=1e-3)
+    moved = [not torch.equal(new.params[n], leaf) for n, leaf in state.params.items()]
+    assert sum(moved) > 0.9 * len(moved)  # Stochastic depth leaves some out.
+
+
+def test_the_head_is_what_depends_on_the_number_of_classes():
+    for name in ("resnet18", "maxvit_t", "wrn-16-2"):
+        with torch.device("meta"):
+            few, many = (models.make(name, k, shape=(3, 224, 224)) for k in (2, 3))
+        sizes = {n: p.shape for n, p in few.named_parameters()}
+        differ = [n for n, p in many.named_parameters() if p.shape != sizes[n]]
+        assert models.head_of(few) == tuple(differ), name
+
+
+def test_transformers_are_made_for_the_size_of_the_images():
+    with torch.device("meta"):
+        model = models.make("vit_b_16", 2, shape=(3, 48, 48))
+    assert model.encoder.pos_embedding.shape == (1, 1 + 3 * 3, 768)
+
+
+def test_heads_for_the_first_training_alone_are_left_out():
+    model = models.make("googlenet", 5, shape=(3, 32, 32))
+    assert not [n for n in model.state_dict() if n.startswith("aux")]
+    assert not model.transform_input
+    model = models.make("googlenet", 5, shape=(3, 32, 32), pretrained=True)
+    assert model.transform_input
+
+
+def test_frozen_networks_train_their_head_and_evaluate_the_rest():
+    model = models.make("shufflenet_v2_x0_5", 2, shape=(3, 32, 32))
+    models.freeze(model)
+    params, buffers = samfn.split(model)
+    assert params.keys() == {"fc.weight", "fc.bias"}
+    assert "conv1.0.weight" in buffers
+    assert [n for n, m in model.named_modules() if m.training] == ["fc"]
+
+
+def test_published_weights_say_what_images_they_are_for():
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert models.photographs("resnet18") == (224, *imagenet)
+    assert models.photographs("efficientnet_v2_l") == (480, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("resnet18", (1, 8, 8), "resnet18 takes no images of 8x8 with 1 channel: "),
+        ("alexnet", (3, 32, 24), "alexnet takes no images of 24x32 with 3 channels: "),
+        ("vit_b_16", (3, 40, 40), "vit_b_16 takes no images of 40x40 .*indivisible"),
+        ("resnt50", (3, 32, 32), "got 'resnt50'; close to it: resnet50, "),
+        ("ResNet50", (3, 32, 32), "got 'ResNet50'; close to it: resnet50, "),
+        ("raft_large", (3, 32, 32), "for classification, .* got 'raft_large'"),
+    ],
+)
+def test_what_a_network_cannot_take_is_named(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        models.make(name, 2, shape=shape)

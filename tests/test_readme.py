@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.faults.rows import ROWS
+from recipes import models
 from recipes.config import PRESETS, parse
 from recipes.methods import MAKERS
 from recipes.study import split
@@ -94,7 +95,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("command", recipe_commands())
-def test_commands_of_the_recipe_run(command, tmp_path, monkeypatch, trained):
+def test_commands_of_the_recipe_run(command, tmp_path, monkeypatch, capsys, trained):
     monkeypatch.chdir(tmp_path)
     module, *args = shlex.split(command)[2:]
     # Only sizes, and the names of what a reader has, differ from what is written.
@@ -107,11 +108,31 @@ def test_commands_of_the_recipe_run(command, tmp_path, monkeypatch, trained):
         found = [path for path in tmp_path.glob(left) if path.stat().st_size]
         assert len(found) == (len(names) if "*" in left else 1)
         return
+    if module == "recipes.finetune":  # without a network
+        make_folder(tmp_path / "my-images", sizes=((40, 36), (33, 50)))
+        state = models.make("resnet18", 9, shape=(3, 32, 32)).state_dict()
+        torch.save(state, tmp_path / "resnet18.pth")
+        args += ["--weights", "resnet18.pth", "--image-size", "32", "--dry-run"]
+        run([*args, "--batch-size", "4"], module)
+        out = " ".join(capsys.readouterr().out.split())
+        assert "120 of 122 tensors" in out
+        assert "fc.weight, fc.bias start anew" in out
+        assert "dry run: one step taken" in out
+        return
     if module in STUDIES:
         own, flags = split(args)
         flags += ["--data", "digits", *SHORT]
         run([*own, *STUDIES[module], "--", *flags], module)
         assert len([*tmp_path.glob("runs/*/*.png")]) == 1
+        return
+    if module == "recipes.finetune":  # without a network
+        make_folder(tmp_path / "my-images", sizes=((40, 36), (33, 50)))
+        state = models.make("resnet18", 9, shape=(3, 32, 32)).state_dict()
+        torch.save(state, tmp_path / "resnet18.pth")
+        args += ["--weights", "resnet18.pth", "--image-size", "32", "--dry-run"]
+        out = run([*args, "--batch-size", "4"], tmp_path, module)
+        assert re.search(r"120 of 122 tensors .* fc.weight, fc.bias start anew", out)
+        assert "dry run: one step taken" in out
         return
     if "foret2021" in args:  # days on a CPU: only that it is understood
         assert parse(args).model == "wrn-28-10"

@@ -144,7 +144,7 @@ VARIANTS = {
 }
 
 
-def stop_after(steps, run, monkeypatch, *flags):
+def stop_after(steps, run, monkeypatch, *flags, start=train):
     """Start a run that is stopped, by the signal, after so many steps."""
     taken, real = [], training.step
 
@@ -156,7 +156,7 @@ def stop_after(steps, run, monkeypatch, *flags):
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "step", step)
-        return train(run, *flags)
+        return start(run, *flags)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

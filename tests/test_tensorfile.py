@@ -185,10 +185,19 @@ def test_files_without_a_header_are_refused(tmp_path, content):
         read(tmp_path / "file")
 
 
-def test_files_of_others_are_refused(tmp_path):
-    save_file({"w": torch.ones(1)}, tmp_path / "file")
+def test_files_of_others_are_refused_unless_asked_for(tmp_path):
+    path, tensors = tmp_path / "file", {"w": torch.arange(3.0)}
+    save_file(tensors, path)
     with pytest.raises(CorruptError, match="it was not written by samfn"):
-        read(tmp_path / "file")
+        read(path)
+    assert same(read(path, foreign=True)[0], tensors)
+    write(path, tensors, {})  # One that can be verified is.
+    assert same(read(path, foreign=True)[0], tensors)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptError, match="is damaged"):
+        read(path, foreign=True)
 
 
 def test_a_file_that_cannot_be_written_says_what_and_how_much(tmp_path):

@@ -151,7 +151,7 @@ def compare(settings: Settings, called: str, display: Display) -> int:
         drawn = draw(output / PICTURE, groups)
         with files.replacing(output / REPORT) as temporary:
             text = report.markdown(PICTURE if drawn else None)
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         display.fail(f"cannot write {output}: {error}")
         return command.NOT_WRITTEN
@@ -578,7 +578,7 @@ def trained_with(groups: Sequence[Group]) -> str:
         for run in group.runs
         if {"torch", "device"} <= run.versions.keys()
     )
-    return ", ".join(texts) or "unknown"
+    return printable(", ".join(texts)) or "unknown"
 
 
 def environment() -> dict[str, str]:

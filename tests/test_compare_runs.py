@@ -248,9 +248,11 @@ def test_a_run_that_has_not_begun_has_empty_cells_and_no_curve(tmp_path, capsys)
 
 def test_lines_that_lack_numbers_are_left_out_and_told(tmp_path, capsys):
     paths = [made(tmp_path / "a"), made(tmp_path / "b", "--rho 0")]
+    whole = RunDirectory(paths[0]).rows()[-1]
     with (paths[0] / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 4}\n{"epoch": 5, "train_loss": "x"}\nno JSON\n')
-    assert compared(*paths)["rows"][0]["runs"][0]["epochs"] == 3
+        for line in ('{"epoch": 4}', json.dumps(whole | {"train_loss": "x"}), "no JSON"):
+            file.write(f"{line}\n")
+    assert len(compared(*paths)["rows"][0]["runs"][0]["metrics"]) == 3
     assert "2 damaged lines left out" in capsys.readouterr().err
 
 

@@ -429,7 +429,7 @@ def test_gradients_are_not_known_where_data_decide_and_every_method_is_counted()
 def test_a_table_that_is_too_wide_for_a_terminal_is_turned(tmp_path):
     code = (
         "from recipes.console import Display;"
-        "Display().table(['', *(f'column {i}' for i in range(9))],"
+        "Display().table(['', *(f'[i]column {i}' for i in range(9))],"
         " [['[b]name', *['1.5 ± 0.5'] * 9]])"
     )
     ours, theirs = pty.openpty()
@@ -438,5 +438,5 @@ def test_a_table_that_is_too_wide_for_a_terminal_is_turned(tmp_path):
     subprocess.run([sys.executable, "-c", code], stdout=theirs, cwd=root, env=environment)
     text = os.read(ours, 10_000).decode()
     assert "[b]name" in text
-    assert re.search(r"column 3 +1.5 ± 0.5", text)
+    assert re.search(r"\[i\]column 3 +1.5 ± 0.5", text)
     assert max(map(len, text.splitlines())) <= 60

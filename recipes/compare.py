@@ -29,10 +29,12 @@ from recipes.config import (
     PER_CALL,
     Config,
     ConfigError,
+    choose_device,
     of_run,
     plain_values,
 )
 from recipes.console import Display
+from recipes.machine import hardware
 from recipes.rundir import Row, RunDirectory
 from recipes.running import name
 from recipes.sharpness import MISSING, Measuring, Record, quantity
@@ -583,24 +585,12 @@ def trained_with(groups: Sequence[Group]) -> str:
 
 def environment() -> dict[str, str]:
     """Return date, hardware and versions of this call."""
-    count = torch.get_num_threads()
-    threads = f"{count} thread{'s' * (count > 1)} of {processor()}"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else threads,
+        "device": hardware(str(choose_device("auto"))),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    return (*names, platform.processor(), platform.machine())[0]
 
 
 def draw(path: Path, groups: Sequence[Group]) -> bool:

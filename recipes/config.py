@@ -368,6 +368,7 @@ def parse(
     values = read_toml(asked.config) if asked.config else {}
     preset = read(values).preset
     asked = read(_preset(preset) | values)
+    _require_model(asked.model)
     if preset == "auto" and not models.is_wide(asked.model):
         preset = "finetune"
         asked = read(_preset(preset) | values)
@@ -651,7 +652,6 @@ def _preset(name: str) -> dict[str, Any]:
 
 def _side(preset: str, source: str, model: str) -> dict[str, int]:
     """Return the size of images that the preset for torchvision's networks has."""
-    _require_model(model)
     if preset != "finetune" or source != "folder" or models.is_wide(model):
         return {}
     return {"image_size": models.photographs(model).side}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from recipes import cifar_wrn, download, landscape, models, training, weights
+from recipes import batches, cifar_wrn, download, landscape, models, weights
 from recipes.config import ConfigError, parse, read_toml
 from recipes.console import Display
 from recipes.data import load
@@ -395,6 +395,12 @@ def test_the_preset_takes_the_size_that_the_weights_are_for(images):
     assert digits.image_size is None  # They are not resized.
 
 
+def test_what_is_wrong_with_the_name_comes_first(capsys):
+    for command in (main, cifar_wrn.main):
+        assert command(["--model", "resnt18"]) == 2
+        assert "close to it: resnet18, " in capsys.readouterr().err
+
+
 def test_a_folder_is_asked_for(capsys):
     assert main([]) == 2
     assert "--data-dir: expected the directory of your images" in capsys.readouterr().err
@@ -417,27 +423,26 @@ def test_batches_of_large_images_are_made_few_at_a_time(monkeypatch):
     config = parse(["--data", "digits", "--batch-size", "40"])
     task, _ = assemble(config, load("digits"))
     made = []
-    real = training.augment.random_crop_flip
+    real = batches.augment.random_crop_flip
 
     def counted(images, *args, **options):
         made.append(len(images))
         return real(images, *args, **options)
 
-    monkeypatch.setattr(training.augment, "random_crop_flip", counted)
-    assert len([*training.batches(task, 0)]) == 35
+    monkeypatch.setattr(batches.augment, "random_crop_flip", counted)
+    assert len([*batches.augmented(task, 0)]) == 35
     assert made == [640, 640, 120]
     made.clear()
-    monkeypatch.setattr(training, "CHUNK_VALUES", 3 * 40 * 64 + 1)
-    all_of_them = [*training.batches(task, 0)]
+    monkeypatch.setattr(batches, "CHUNK_VALUES", 3 * 40 * 64 + 1)
+    all_of_them = [*batches.augmented(task, 0)]
     assert made == [120] * 11 + [80]
     for start in (1, 17, 34):
-        rest = [*training.batches(task, 0, start)]
-        assert [n for n, _ in rest] == [*range(start, 35)]
-        for (_, one), (_, other) in zip(rest, all_of_them[start:], strict=True):
+        rest = [*batches.augmented(task, 0, start)]
+        for one, other in zip(rest, all_of_them[start:], strict=True):
             assert torch.equal(one[0], other[0])
             assert torch.equal(one[1], other[1])
-    monkeypatch.setattr(training, "CHUNK_VALUES", 1)
-    assert len([*training.batches(task, 0)]) == 35
+    monkeypatch.setattr(batches, "CHUNK_VALUES", 1)
+    assert len([*batches.augmented(task, 0)]) == 35
 
 
 def test_random_parts_are_taken_where_they_are_asked_for():
@@ -445,9 +450,9 @@ def test_random_parts_are_taken_where_they_are_asked_for():
     first = []
     for scale in ("1", "0.3"):
         task, _ = assemble(parse([*still, "--crop-scale", scale]), load("digits"))
-        first.append(next(training.batches(task, 0))[1])
-    images = task.train_images[training.order(task, 0)[0]]
-    plain = training.augment.normalise(images, task.mean, task.std)
+        first.append(next(batches.augmented(task, 0)))
+    images = task.train_images[batches.order(task, 0)[0]]
+    plain = batches.augment.normalise(images, task.mean, task.std)
     assert torch.equal(first[0][0], plain)
     assert not torch.equal(first[1][0], plain)
     assert torch.equal(first[0][1], first[1][1])
@@ -455,4 +460,4 @@ def test_random_parts_are_taken_where_they_are_asked_for():
 
 def test_fewer_large_images_are_evaluated_at_once():
     for side, count in ((8, 500), (32, 500), (224, 55), (4000, 1)):
-        assert training.eval_batch(torch.empty(1, 3, side, side, device="meta")) == count
+        assert batches.eval_batch(torch.empty(1, 3, side, side, device="meta")) == count

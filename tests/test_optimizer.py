@@ -399,7 +399,8 @@ def three_steps(way, spoil, by, skip_nonfinite, adaptive, base, settings):
     model = net()
     extra = nn.Parameter(torch.ones(2))  # without a gradient
     groups = [*groups_of(model, adaptive), {"params": [extra]}]
-    optimizer = samfn.SAM(groups, base, skip_nonfinite=skip_nonfinite, **settings)
+    asked = {"skip_nonfinite": True} if skip_nonfinite else {}
+    optimizer = samfn.SAM(groups, base, **settings, **asked)
     for number, (inputs, targets) in enumerate(data(steps=3)):
         if number == 1 and spoil is None:
             continue

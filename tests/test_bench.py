@@ -37,7 +37,7 @@ def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(t
     stopped = bench("gpu", *options, "--minutes", 0, cwd=tmp_path)
     assert "not run yet, start again to go on: peak, convolutions, checks" in stopped
     assert not lines.exists()
-    bench("gpu", *options, cwd=tmp_path)
+    bench("gpu", *options, "--minutes", 60, cwd=tmp_path)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert {row["case"] for row in rows} == gpu.cases(gpu.SMOKE).keys()
     assert not [row for row in rows if "failed" in row]

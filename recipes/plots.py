@@ -154,7 +154,7 @@ def sweep(
 
     Args:
         series: by method; rho is above 0, since the axis is logarithmic.
-        base: of SGD, at a rho of 0; drawn as a band across.
+        base: at a rho of 0; drawn as a band across.
         path: of the picture.
         title: above all.
     """
@@ -163,7 +163,7 @@ def sweep(
     for index, (axes, name) in enumerate(zip(pair, Series._fields, strict=True)):
         if base is not None and base[index][0.0]:
             mean, deviation = _spread(base[index][0.0])
-            axes.axhline(mean, color=GREY, linestyle=":", label="SGD (ρ 0)")
+            axes.axhline(mean, color=GREY, linestyle=":", label="ρ 0")
             axes.axhspan(mean - deviation, mean + deviation, color=GREY, alpha=0.2, lw=0)
         for style, (label, one) in zip(cycle(STYLES), series.items(), strict=False):
             _error_bars(axes, one[index], style, label=_text(label))

@@ -40,6 +40,7 @@ LEFT = "the same command goes on"  # when a signal ends a study
 FREE = PER_CALL | {"preset", "device", "compile", "save_steps", "on_write_error", "log"}
 # What belongs to one run, and not to all of a study.
 OF_ONE_RUN = {"output", "resume", "resume_override", "eval_only", "dry_run"}
+OF_ONE_RUN |= {"auto_resume"}
 
 
 class Cell(NamedTuple):

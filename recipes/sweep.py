@@ -17,7 +17,7 @@ from statistics import mean
 
 import tyro
 
-from recipes import command, methods, plots, reports, study
+from recipes import command, methods, plots, reports, running, study
 from recipes.config import Config, ConfigError
 from recipes.console import Display
 from recipes.reports import Table, by_label, number, series_of, summary
@@ -26,7 +26,6 @@ from recipes.study import Result, chosen_by
 
 PROGRAM = "python -m recipes.sweep"
 REPORT, PICTURE = "sweep.md", "sweep.png"
-SGD = "SGD"
 BY = {"validation": "the validation set", "test": "the test set itself, which flatters"}
 
 
@@ -36,7 +35,7 @@ class Settings:
 
     # The grid of Foret et al., 2021, arXiv:2010.01412, table 6.
     rhos: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-    """Radii of the perturbation. 0 is SGD."""
+    """Radii of the perturbation. 0 is the plain optimizer."""
     methods: tuple[str, ...] = ("sam",)
     """As --method of the recipe has them."""
     seeds: int = 3
@@ -88,9 +87,9 @@ def validate(settings: Settings) -> None:
 
 
 def arms(settings: Settings, config: Config) -> dict[str, Config]:
-    """Return the settings of all arms by label: SGD first, if it is asked for."""
-    found = {SGD: replace(config, method="sam", rho=0.0)} if 0 in settings.rhos else {}
-    return found | {
+    """Return the settings of all arms by label: rho 0 first, if it is asked for."""
+    plain = replace(config, method="sam", rho=0.0)
+    return ({running.name(plain): plain} if 0 in settings.rhos else {}) | {
         label(method, rho): replace(config, method=method, rho=rho)
         for method in settings.methods
         for rho in radii(settings)
@@ -127,7 +126,7 @@ def table(results: Sequence[Result]) -> Table:
     rows = []
     for runs in by_label(results).values():
         config = runs[0].cell.config
-        cells = [config.method if config.rho else SGD, number(config.rho)]
+        cells = [config.method if config.rho else running.name(config), number(config.rho)]
         cells += [summary(runs, Result.last), summary(runs, Result.best)]
         rows.append(cells + [summary(runs, Result.chosen)] * validated)
     return columns, rows
@@ -166,7 +165,8 @@ def draw(settings: Settings, results: Sequence[Result], title: str) -> None:
         method: series_of({rho: runs[label(method, rho)] for rho in radii(settings)})
         for method in settings.methods
     }
-    base = series_of({0.0: runs[SGD]}) if SGD in runs else None
+    plain = next((found for found in runs.values() if not found[0].cell.config.rho), None)
+    base = series_of({0.0: plain}) if plain else None
     plots.sweep(series, base, settings.output / PICTURE, title)
 
 

@@ -308,6 +308,7 @@ WRONG = [
     (["--output", "x"], "--output: it is for one run alone, drop it"),
     (["--resume=x"], "--resume: it is for one run alone"),
     (["--eval-only"], "--eval-only: it is for one run alone"),
+    (["--auto-resume"], "--auto-resume: it is for one run alone"),
     (["--no-dry-run"], "--no-dry-run: it is for one run alone"),
     (["--rho", "0.1"], "--rho: the runs differ in it, drop it after --"),
     (["--label_noise=0.1"], "--label_noise: the runs differ in it"),

@@ -171,7 +171,7 @@ def test_rho_is_logarithmic_and_sgd_a_band_across(tmp_path, figures):
     assert ends[0] == pytest.approx([85 - 50**0.5, 85 + 50**0.5])
     assert ends[1] == [95.0, 95.0]
     names = [text.get_text() for text in left.get_legend().get_texts()]
-    assert names == ["SGD (ρ 0)", "sam"]
+    assert names == ["ρ 0", "sam"]
 
 
 def test_methods_differ_in_colour_and_in_marker(tmp_path, figures):

@@ -23,12 +23,17 @@ def gradient(loss_fn, params, buffers, batch):
     return dict(zip(leaves, torch.autograd.grad(loss, [*leaves.values()]), strict=True))
 
 
+def both_gradients(state, batch, how, rho):
+    """Return the clean gradient, the perturbed parameters, and the gradient there."""
+    clean = gradient(how["loss_fn"], state.params, state.buffers, batch)
+    there = samfn.perturb(state.params, clean, rho)
+    return clean, there, gradient(how["loss_fn"], there, state.buffers, batch)
+
+
 def test_layers_are_measured_one_by_one():
     state, batch, how = problem()
     new, metrics = samfn.sam_update(state, batch, rho=0.1, lr=0.1, watch=True, **how)
-    clean = gradient(how["loss_fn"], state.params, state.buffers, batch)
-    there = samfn.perturb(state.params, clean, 0.1)
-    worst = gradient(how["loss_fn"], there, state.buffers, batch)
+    clean, there, worst = both_gradients(state, batch, how, 0.1)
     for place, (name, w) in enumerate(state.params.items()):
         expected = {
             "gradient": clean[name].norm(),
@@ -159,9 +164,7 @@ def test_alarms_of_other_shapes_are_refused():
 def test_the_cosine_of_all_layers_is_that_of_one_vector():
     state, batch, how = problem()
     _, metrics = samfn.sam_update(state, batch, rho=0.5, lr=0.1, watch=True, **how)
-    clean = gradient(how["loss_fn"], state.params, state.buffers, batch)
-    there = samfn.perturb(state.params, clean, 0.5)
-    worst = gradient(how["loss_fn"], there, state.buffers, batch)
+    clean, _, worst = both_gradients(state, batch, how, 0.5)
     flat = [torch.cat([g.flatten() for g in found.values()]) for found in (clean, worst)]
     expected = F.cosine_similarity(*flat, dim=0)
     torch.testing.assert_close(metrics.layers.overall_cosine, expected)

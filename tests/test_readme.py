@@ -125,15 +125,6 @@ def test_commands_of_the_recipe_run(command, tmp_path, monkeypatch, capsys, trai
         run([*own, *STUDIES[module], "--", *flags], module)
         assert len([*tmp_path.glob("runs/*/*.png")]) == 1
         return
-    if module == "recipes.finetune":  # without a network
-        make_folder(tmp_path / "my-images", sizes=((40, 36), (33, 50)))
-        state = models.make("resnet18", 9, shape=(3, 32, 32)).state_dict()
-        torch.save(state, tmp_path / "resnet18.pth")
-        args += ["--weights", "resnet18.pth", "--image-size", "32", "--dry-run"]
-        out = run([*args, "--batch-size", "4"], tmp_path, module)
-        assert re.search(r"120 of 122 tensors .* fc.weight, fc.bias start anew", out)
-        assert "dry run: one step taken" in out
-        return
     if "foret2021" in args:  # days on a CPU: only that it is understood
         assert parse(args).model == "wrn-28-10"
         return

@@ -22,7 +22,7 @@ OPTIMIZERS = {
     "clipped": samfn.clipped(samfn.sgd(), 0.1),
     "grouped": samfn.grouped(
         samfn.sgd(weight_decay=0.1),
-        (["0.bias", "1.weight"], samfn.scaled_lr(samfn.sgd(0.0), 0.1)),
+        (["1.bias"], samfn.scaled_lr(samfn.sgd(0.0), 0.1)),
     ),
 }
 METHODS = {

@@ -30,10 +30,11 @@ def chosen(task: Task, training: Training) -> Tensor | None:
     """
     config, memory = task.config, training.memory
     source = generator(config.seed, "selection", training.epoch)
-    if COUNTS in memory:
+    # A run may be resumed with another selection than it had.
+    if config.select == "easy-skipped" and COUNTS in memory:
         counts, limit = memory[COUNTS].cpu(), config.easy_scans
         found = sampling.kept(counts, source, limit=limit, replay=config.easy_replay)
-    elif SCORES in memory:
+    elif config.select in ("loss", "sharpness") and SCORES in memory:
         share = config.select_share
         found = sampling.draw(memory[SCORES].cpu(), share, source).sort().values
     else:
@@ -79,13 +80,17 @@ def scan(
 
 
 def summarise(task: Task, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return what skipping spared a run, in words; rows are those of its metrics."""
+    """Return what skipping spared a run, in words; rows are those of its metrics.
+
+    Epochs from before a run was resumed with a selection have all images.
+    """
     report = Report(len(task.train_labels), task.steps_per_epoch)
     before, training, scanning = 0, 0.0, 0.0
     for row in rows:
-        report = report.after(row["trained_images"], row["step"] - before)
+        trained = row.get("trained_images", report.examples)
+        report = report.after(trained, row["step"] - before)
         before, training = row["step"], training + row["seconds"]
-        scanning += row["scan_seconds"]
+        scanning += row.get("scan_seconds", 0.0)
     saved = report.steps_saved * training / max(1, before)
     return (
         f"{report.skipped_share:.1%} of the images and {report.steps_saved:,} steps, about"

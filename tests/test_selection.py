@@ -73,6 +73,22 @@ def test_fewer_images_than_a_batch_are_no_epoch():
         assert (found if found is None else len(found)) == expected
 
 
+def test_a_run_that_is_resumed_without_its_selection_has_all_images():
+    task, state = task_of()
+    memory = {"easy_counts": torch.full((1437,), 5, dtype=torch.int8)}
+    assert selection.chosen(task, Training(state, epoch=1, memory=memory)) is None
+    task, state = task_of("--select", "loss")
+    assert selection.chosen(task, Training(state, epoch=1, memory=memory)) is None
+
+
+def test_epochs_before_a_selection_spared_nothing():
+    task, _ = task_of(*EASY)
+    first = {"step": 11, "seconds": 2.0}
+    second = {"step": 16, "seconds": 1.0, "trained_images": 700, "scan_seconds": 0.5}
+    said = selection.summarise(task, [first, second])
+    assert said == "25.6% of the images and 6 steps, about 1.1 s; scans took 0.5 s"
+
+
 def test_a_share_is_drawn_that_prefers_high_scores():
     task, state = task_of("--select", "loss", "--select-share", "0.25")
     scores = torch.full((1437,), 0.01)

@@ -8,11 +8,9 @@ Runs that differ in nothing but the seed are one row: mean ± standard deviation
 What sharpness.json in a run's directory holds of the same checkpoint is not measured again.
 """
 
-import platform
 import shlex
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import tyro
 
 from recipes import command, methods, plots, sharpness
@@ -34,7 +31,7 @@ from recipes.config import (
     plain_values,
 )
 from recipes.console import Display
-from recipes.machine import hardware
+from recipes.reports import versions
 from recipes.rundir import Row, RunDirectory
 from recipes.running import name
 from recipes.sharpness import MISSING, Measuring, Record, quantity
@@ -357,7 +354,7 @@ class Report(NamedTuple):
         """Return all that is known, as JSON holds it."""
         return {
             "command": self.called,
-            **environment(),
+            **versions(str(choose_device("auto"))),
             "rows": [self.record(group) for group in self.groups],
             "settings": differing([group.runs[0] for group in self.groups]),
             "measured": sharpness.asked(self.settings) if self.settings.sharpness else None,
@@ -485,9 +482,9 @@ class Report(NamedTuple):
         remarks = [f"- {cell(remark.removeprefix('* '))}" for remark in self.remarks()]
         if remarks:
             lines += ["## To be known", "", *remarks, ""]
-        here = environment()
+        here = versions(str(choose_device("auto")))
         lines += [
-            f"{here['date']}, {here['device']}, torch {here['torch']},"
+            f"{here['date']}, {here['hardware']}, torch {here['torch']},"
             f" Python {here['python']}. Trained with: {trained_with(self.groups)}.",
             "",
             f"    {printable(self.called)}",
@@ -581,16 +578,6 @@ def trained_with(groups: Sequence[Group]) -> str:
         if {"torch", "device"} <= run.versions.keys()
     )
     return printable(", ".join(texts)) or "unknown"
-
-
-def environment() -> dict[str, str]:
-    """Return date, hardware and versions of this call."""
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": hardware(str(choose_device("auto"))),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def draw(path: Path, groups: Sequence[Group]) -> bool:

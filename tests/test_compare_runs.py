@@ -94,7 +94,7 @@ def test_the_report_has_accuracy_cost_and_what_differs(tmp_path, pictures, capsy
     assert command in text
     assert found["command"] == command.strip()
     assert found["torch"] in text
-    assert found["device"] in text
+    assert found["hardware"] in text
     assert found["settings"] == {"rho": [0.0, 0.2]}
     one, other = found["rows"]
     assert one["runs"][0] | {"versions": {}} == {

@@ -1,6 +1,15 @@
 """Sharpness-aware training as pure functions over parameter dicts."""
 
-from samfn import callbacks, engine, landscape, per_example, sampling, schedules, sharpness
+from samfn import (
+    callbacks,
+    distributed,
+    engine,
+    landscape,
+    per_example,
+    sampling,
+    schedules,
+    sharpness,
+)
 from samfn.average import mean_of, moving_average
 from samfn.checkpoint import (
     CheckpointCorruptError,
@@ -112,6 +121,7 @@ __all__ = [
     "clipped",
     "compile_update",
     "descend",
+    "distributed",
     "engine",
     "esam",
     "every",

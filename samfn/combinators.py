@@ -1,6 +1,6 @@
 """Combinators: from a method to another one, whatever it is."""
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from samfn import border, tree
 from samfn.batches import cut
 from samfn.gradient import Evaluate, Pass
-from samfn.method import Descent, Method, MethodState, Point, plain
+from samfn.method import Descended, Descent, Method, MethodState, Point, plain
 from samfn.perturb import Adapts
 from samfn.tree import Batch, Params
 
@@ -21,29 +21,34 @@ SCALE, GOOD = "loss_scale", "loss_scale_finite_steps"  # in the memory of `loss_
 SMALLEST = 2.0**-24  # scale; at 0 it would never grow again
 
 
-def accumulated(method: Method, size: int) -> Method:
+def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn") -> Method:
     """Evaluate in micro-batches of `size` examples, with one perturbation for them all.
 
     Each gradient is the mean over the micro-batches, weighted by their sizes: the same
     step as on the whole batch, in less memory. Only BatchNorm sees the difference: it
-    normalises by each micro-batch, and updates its statistics once for each.
+    normalises by each micro-batch.
 
     Args:
         method: any method.
         size: examples in a micro-batch; the last one may be smaller.
+        statistics: what becomes of the buffers, as for `per_micro_batch`.
     """
     border.require_count("size", size)
+    _require_statistics(statistics)
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         def evaluate_all(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
             total: Pass | None = None
+            seen = []
             for micro_batch, weight in cut(batch, size):
                 part = evaluate(params, buffers, micro_batch, **how)
                 total = _add_pass(total, part, weight)
-                buffers = part.buffers
-            return _joined(total)
+                seen.append((part.buffers, weight))
+                if statistics == "in turn":
+                    buffers = part.buffers
+            joined = _joined(total)
+            averaged = statistics == "averaged"
+            return joined._replace(buffers=_averaged(seen)) if averaged else joined
 
         return method.descent(evaluate_all, point, memory)
 
@@ -58,43 +63,40 @@ def per_micro_batch(
     descend with the mean over micro-batches B_j of grad L_j(w + e_j), e_j from L_j alone
 
     The mean is weighted by the sizes. Metrics are means too; outputs are concatenated,
-    and scalars among them averaged. What the method remembers passes through the
-    micro-batches in turn. BatchNorm normalises by each micro-batch.
+    and scalars among them averaged. BatchNorm normalises by each micro-batch.
 
     Args:
         method: any method.
         size: m, the examples in a micro-batch; the last one may be smaller. The whole
             batch gives back `method`.
-        statistics: what becomes of the buffers. "in turn": they pass through the clean
-            passes one after the other, so that BatchNorm counts each micro-batch.
-            "averaged": each starts from those before the step, and their mean is kept, so
-            that the step counts once, as on several devices.
+        statistics: what becomes of the buffers, and of what the method remembers. "in
+            turn": they pass through the clean passes one after the other, so that BatchNorm
+            counts each micro-batch. "averaged": each starts from those before the step, and
+            their mean is kept, so that the step counts once, as on several devices.
 
     Source:
         Foret et al., 2021, arXiv:2010.01412, section 4.1; Andriushchenko and
         Flammarion, 2022, arXiv:2206.06232.
     """
     border.require_count("size", size)
-    if statistics not in ("in turn", "averaged"):
-        raise ValueError(f'statistics must be "in turn" or "averaged", got {statistics!r}')
+    _require_statistics(statistics)
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         total: Descent | None = None
-        buffers, seen = point.buffers, []
+        buffers, seen, memories = point.buffers, [], []
         for micro_batch, weight in cut(point.batch, size):
-            part, memory = method.descent(
+            part, new = method.descent(
                 evaluate, point._replace(batch=micro_batch, buffers=buffers), memory
             )
             total = _add_descent(total, part, weight)
             seen.append((part.clean.buffers, weight))
+            memories.append((new, weight))
             if statistics == "in turn":
-                buffers = part.clean.buffers
+                buffers, memory = part.clean.buffers, new
         assert total is not None  # There is at least one micro-batch.
         clean = _joined(total.clean)
         if statistics == "averaged":
-            clean = clean._replace(buffers=_averaged(seen))
+            clean, memory = clean._replace(buffers=_averaged(seen)), _averaged(memories)
         return total._replace(clean=clean), memory
 
     return method._replace(descent=descent)
@@ -138,9 +140,7 @@ def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Meth
             )
         return method.init(params, tree.only(moved, names))
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         names = chosen(point.params, point.moved)
         return method.descent(evaluate, point._replace(moved=names), memory)
 
@@ -168,9 +168,7 @@ def every(method: Method, k: int) -> Method:
             return "plain"
         return method.kind(step // k) if method.kind else None
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         if point.kind == "plain":
             return plain(evaluate, point), memory
         return method.descent(evaluate, point, memory)
@@ -195,9 +193,7 @@ def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
     """
     border.require_share("share", share)
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         part = point._replace(share=point.share * share)
         return method.descent(evaluate, part, memory)
 
@@ -213,9 +209,7 @@ def same_randomness(method: Method) -> Method:
     hold: `samfn.compile_update` compiles the gradient alone then.
     """
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         device = next(iter(point.params.values())).device
         before = _random_state(device)
 
@@ -272,9 +266,7 @@ def loss_scaled(
         }
         return {**method.init(params, moved), **own}
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         def scaled(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
             return evaluate(params, buffers, batch, scale=memory[SCALE], **how)
 
@@ -308,14 +300,21 @@ def _matching(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if fnmatchcase(name, pattern))
 
 
-def _averaged(parts: list[tuple[Params, float]]) -> dict[str, Tensor]:
-    """Return the weighted mean of buffers; whole numbers are alike in all of them."""
-    return {
-        name: torch.stack([weight * part[name] for part, weight in parts]).sum(0)
-        if leaf.is_floating_point()
-        else leaf
-        for name, leaf in parts[-1][0].items()
-    }
+def _require_statistics(statistics: Statistics) -> None:
+    if statistics not in ("in turn", "averaged"):
+        raise ValueError(f'statistics must be "in turn" or "averaged", got {statistics!r}')
+
+
+def _averaged(parts: list[tuple[Any, float]]) -> Any:
+    """Return the weighted mean of nested mappings; whole numbers are alike in all."""
+    first = parts[0][0]
+    if isinstance(first, Mapping):
+        return {
+            key: _averaged([(part[key], weight) for part, weight in parts]) for key in first
+        }
+    if not first.is_floating_point():
+        return first
+    return torch.stack([weight * part for part, weight in parts]).sum(0)
 
 
 def _add_pass(total: Pass | None, part: Pass, weight: float) -> Pass:

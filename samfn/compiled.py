@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from samfn import border, gradient
 from samfn.descend import Optimizer
+from samfn.distributed import Placement
 from samfn.gradient import LossFn
 from samfn.method import Method
 from samfn.methods import sam
@@ -54,6 +56,7 @@ def compile_update(
     optimizer: Optimizer,
     method: Method = sam(),
     watch: bool = False,
+    placement: Placement | None = None,
     plan: Plan = "auto",
     cuda_graph: bool | None = None,
     options: Mapping[str, Any] | None = None,
@@ -75,6 +78,8 @@ def compile_update(
         optimizer: the one that the state was made with.
         method: the one that the state was made with.
         watch: measure each parameter too, in the same graph, as `Metrics.layers`.
+        placement: of the perturbation on several devices, as for `sam_update`; what the
+            ranks exchange is in the same graph.
         plan: what is compiled. "whole": the step as one graph. "gradient": one pass,
             called twice, while the rest of the step runs as it is; half the time to
             compile. "auto" takes "gradient" on a CPU where a pass has more than 1e10
@@ -93,7 +98,8 @@ def compile_update(
         for batch in batches:
             state, metrics = step(state, batch, rho=0.05, lr=0.1)
     """
-    return CompiledUpdate(loss_fn, optimizer, method, watch, plan, cuda_graph, options)
+    how: Any = {"plan": plan, "cuda_graph": cuda_graph, "options": options}
+    return CompiledUpdate(loss_fn, optimizer, method, watch, placement, **how)
 
 
 class CompiledUpdate:
@@ -105,12 +111,14 @@ class CompiledUpdate:
         optimizer: Optimizer,
         method: Method,
         watch: bool,
+        placement: Placement | None,
+        *,
         plan: Plan,
         cuda_graph: bool | None,
         options: Mapping[str, Any] | None,
     ) -> None:
         self._loss_fn, self._optimizer, self._method = loss_fn, optimizer, method
-        self._watch, self._wanted = watch, plan
+        self._watch, self._placement, self._wanted = watch, placement, plan
         self._cuda_graph, self._options = cuda_graph, options
         self._runs: dict[Hashable, Step] = {}
         self._passes: _Passes | None = None
@@ -133,14 +141,16 @@ class CompiledUpdate:
         border.require_dial("rho", rho)
         border.require_dial("lr", lr)
         if state is not self._last:
-            require_state(state, loss_fn=self._loss_fn, optimizer=self._optimizer)
+            given: Any = {"loss_fn": self._loss_fn, "optimizer": self._optimizer}
+            require_state(state, **given, placement=self._placement)
         dials = self._dial("rho", rho, state), self._dial("lr", lr, state)
         method_kind = self._method.kind
         # The number is read from a new state, and counted from there: a GPU does not wait.
         if method_kind is not None and state is not self._last:
             self._step = int(state.step)
         kind = method_kind(self._step) if method_kind else None
-        with torch.no_grad():  # Also a caller's own mode would be another graph.
+        norms = self._placement.norms() if self._placement else nullcontext()
+        with torch.no_grad(), norms:  # Also a caller's own mode would be another graph.
             if kind in self._runs:
                 result = self._runs[kind](state, batch, *dials)
             else:
@@ -173,8 +183,10 @@ class CompiledUpdate:
         device = state.step.device
         candidates: list[Mapping[str, Any]] = []
         if not (reason := missing_compiler(device)) and self.plan != "eager":
+            whole = self._placement.whole if self._placement else dict
+            params = state._replace(params=whole(state.params))
             plan = self.plan or _choose(
-                self._wanted, self._loss_fn, self._method, state, batch
+                self._wanted, self._loss_fn, self._method, params, batch
             )
             candidates = _candidates(self._options, plan, device)
         if candidates and device.type == "cpu":
@@ -204,7 +216,7 @@ class CompiledUpdate:
     ) -> Step:
         evaluate = evaluate or partial(gradient.evaluate, self._loss_fn)
         optimizer, method = optimizer or self._optimizer, self._method
-        how: Any = {"kind": kind, "watch": self._watch}
+        how: Any = {"kind": kind, "watch": self._watch, "placement": self._placement}
 
         def step(
             state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
@@ -334,8 +346,16 @@ def operations(loss_fn: LossFn, state: TrainState, batch: Batch) -> int:
     `torch.utils.flop_counter`; a multiply-add is two.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    device = state.step.device
+
+    def as_fake(leaf: Tensor) -> Tensor:
+        with fake:  # What is spread over ranks is known by its shape alone.
+            missing = leaf.device.type == "meta"
+            return torch.empty_like(leaf, device=device) if missing else leaf
+
+    given = dict(state.params), dict(state.buffers), batch
     arguments = pytree.tree_map_only(
-        Tensor, fake.from_tensor, (dict(state.params), dict(state.buffers), batch)
+        Tensor, lambda leaf: fake.from_tensor(as_fake(leaf)), given
     )
     with fake, FlopCounterMode(display=False) as counter:
         gradient.evaluate(loss_fn, *arguments)

@@ -45,6 +45,11 @@ class Descent(NamedTuple):
     """Euclidean length of the perturbation, shape (), in units of the weights."""
     beside: dict[str, Tensor] | None = None
     """A direction that goes past the optimizer: w <- w - lr beside."""
+    grad_norm: Tensor | None = None
+    """Mean of the clean gradients' norms, where several perturbations were found."""
+
+
+Descended = tuple[Descent, MethodState]
 
 
 class Method(NamedTuple):
@@ -52,7 +57,7 @@ class Method(NamedTuple):
 
     init: Callable[[Params, Params], MethodState]
     """(params, those of them that are perturbed) -> what the method remembers."""
-    descent: Callable[[Evaluate, Point, MethodState], tuple[Descent, MethodState]]
+    descent: Callable[[Evaluate, Point, MethodState], Descended]
     """(evaluate, point, memory) -> (Descent, memory)."""
     kind: Callable[[int], Hashable] | None = None
     """Number of a step -> `Point.kind`, for methods whose steps differ in their passes.
@@ -93,9 +98,7 @@ def two_pass(
             differentiates only what is perturbed.
     """
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         clean = look(evaluate, point, everywhere=combine is not None)
         up, memory = direction.update(tree.only(clean.grads, point.moved), memory)
         if is_number_zero(point.rho):

@@ -17,6 +17,7 @@ from samfn.batches import length_of
 from samfn.gradient import Evaluate, Pass
 from samfn.method import (
     Combined,
+    Descended,
     Descent,
     Direction,
     Method,
@@ -206,9 +207,7 @@ def momentum_sam(momentum: float = 0.9) -> Method:
     """
     border.require_below_one("momentum", momentum)
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         velocity = memory["momentum"]
         if is_number_zero(point.rho):
             seen = plain(evaluate, point)
@@ -247,9 +246,7 @@ def looksam(k: int = 5, alpha: float = 0.7, *, metric: Perturb = perturb) -> Met
 
     looking = two_pass(metric, combine=keep)
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         if is_number_zero(point.rho):
             return plain(evaluate, point), memory
         if point.kind == "look":
@@ -285,9 +282,7 @@ def multi_step_sam(ascents: int = 2, *, metric: Perturb = perturb) -> Method:
     """
     border.require_count("ascents", ascents)
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         if is_number_zero(point.rho):
             return plain(evaluate, point), memory
         seen = clean = look(evaluate, point)
@@ -331,9 +326,7 @@ def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:
         chosen = {n: torch.bernoulli(torch.full_like(w, beta)) for n, w in params.items()}
         return tree.add_scaled(params, 1 / beta, tree.multiply(chosen, way))
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         if is_number_zero(point.rho):
             return plain(evaluate, point), memory
         if point.share < 1:
@@ -379,9 +372,7 @@ def ae_sam(
         zero = torch.zeros((), device=next(iter(params.values())).device)
         return {"mean": zero, "variance": zero.clone(), "steps": zero.clone()}
 
-    def descent(
-        evaluate: Evaluate, point: Point, memory: MethodState
-    ) -> tuple[Descent, MethodState]:
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         clean = look(evaluate, point, everywhere=True)
         square = tree.norm(clean.grads).square().float()
         old = torch.where(memory["steps"] > 0, decay, 0.0)

@@ -1,6 +1,5 @@
 """What each layer does in a step: norms of gradient, perturbation and update."""
 
-from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -42,14 +41,13 @@ def layers(params: Params, passes: list[tuple[Params, Pass]], new_params: Params
     """
     first, last = (_whole(params, seen.grads) for _, seen in (passes[0], passes[-1]))
     shift = tree.subtract(tree.only(passes[-1][0], params.keys()), params)
-    lengths = _norms(first), _norms(last)
-    dtype = lengths[0].dtype
-    product = torch.stack([(first[n] * last[n]).sum().to(dtype) for n in params])
+    lengths = tree.norms(first), tree.norms(last)
+    product = tree.dots(first, last)
     return Layers(
         gradient=lengths[0],
-        perturbation=_norms(shift),
-        update=_norms(tree.subtract(new_params, params)),
-        weight=_norms(params),
+        perturbation=tree.norms(shift),
+        update=tree.norms(tree.subtract(new_params, params)),
+        weight=tree.norms(params),
         cosine=_cosine(product, *lengths),
         overall_cosine=_cosine(product.sum(), *map(torch.linalg.vector_norm, lengths)),
     )
@@ -133,9 +131,3 @@ def _whole(params: Params, grads: Params) -> dict[str, Tensor]:
         name: grads[name] if name in grads else torch.zeros_like(w)
         for name, w in params.items()
     }
-
-
-def _norms(leaves: Params) -> Tensor:
-    parts = list(leaves.values())
-    wide = reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
-    return torch.stack(torch._foreach_norm(parts, 2, dtype=wide))

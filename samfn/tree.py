@@ -4,7 +4,9 @@ Every function is pure: it reads mappings and returns new dicts. The `_foreach_`
 operations of PyTorch handle all tensors in one call, without a Python loop.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +14,24 @@ from torch import Tensor
 
 Params = Mapping[str, Tensor]  # also gradients: same names, same shapes
 Batch = Any  # whatever the loss function takes
+
+# Where mappings hold a part of each vector: sums a tensor over those who hold the others.
+_total: Callable[[Tensor], Tensor] | None = None
+
+
+@contextmanager
+def summed(total: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let norms and inner products be those of vectors that several processes hold.
+
+    Args:
+        total: sums a tensor over all of them, entry by entry.
+    """
+    global _total
+    before, _total = _total, total
+    try:
+        yield
+    finally:
+        _total = before
 
 
 def norm(tree: Params) -> Tensor:
@@ -28,18 +48,21 @@ def norm(tree: Params) -> Tensor:
     """
     if not tree:
         raise ValueError("norm needs at least one tensor, got an empty mapping")
+    length: Tensor = torch.linalg.vector_norm(norms(tree))
+    return length
+
+
+def norms(tree: Params) -> Tensor:
+    """Return the Euclidean norm of each tensor, shape (tensors,), float32 or wider."""
     leaves = list(tree.values())
-    dtype = torch.float32
-    for other in {leaf.dtype for leaf in leaves}:
-        dtype = torch.promote_types(dtype, other)
+    dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves), torch.float32)
     if torch.compiler.is_compiling() and leaves[0].device.type == "cpu":
         # Sums fuse with what makes the leaves; _foreach_norm would be a call from Python
         # for every leaf, a quarter of the step of a small network.
         squares = [leaf.to(dtype).square().sum() for leaf in leaves]
-        return torch.stack(squares).sum().sqrt()
-    norms = torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
-    length: Tensor = torch.linalg.vector_norm(norms)
-    return length
+        return _summed(torch.stack(squares)).sqrt()
+    lengths = torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
+    return lengths if _total is None else _summed(lengths.square()).sqrt()
 
 
 def dot(left: Params, right: Params) -> Tensor:
@@ -50,12 +73,17 @@ def dot(left: Params, right: Params) -> Tensor:
     Returns:
         Shape (), float32 or wider, as `norm`.
     """
+    return dots(left, right).sum()
+
+
+def dots(left: Params, right: Params) -> Tensor:
+    """Return the inner product of each pair of tensors, shape (tensors,), as `dot`."""
     parts = [
         (leaf.to(wide) * other.to(wide)).sum()
         for leaf, other in zip(*_aligned(left, right), strict=True)
         for wide in [torch.promote_types(leaf.dtype, torch.float32)]
     ]
-    return torch.stack(parts).sum()
+    return _summed(torch.stack(parts))
 
 
 def only(tree: Params, names: Collection[str]) -> dict[str, Tensor]:
@@ -112,6 +140,10 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
     if isinstance(old, Mapping):
         return {key: select(condition, new[key], old[key]) for key in old}
     return torch.where(condition, new, old)
+
+
+def _summed(values: Tensor) -> Tensor:
+    return values if _total is None else _total(values)
 
 
 def _aligned(left: Params, right: Params) -> tuple[list[Tensor], list[Tensor]]:

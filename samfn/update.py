@@ -1,6 +1,7 @@
 """One training step as a pure function: gradient, perturb, gradient, descend."""
 
 from collections.abc import Hashable
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from samfn import border, tree
 from samfn.descend import Optimizer, OptState
+from samfn.distributed import Placement
 from samfn.gradient import Evaluate, LossFn, Pass, evaluate
-from samfn.method import Method, MethodState, Point
+from samfn.method import Descended, Method, MethodState, Point
 from samfn.methods import sam
 from samfn.monitor import Layers, layers
 from samfn.tree import Batch, Params
@@ -96,6 +98,7 @@ def sam_update(
     lr: float | Tensor,
     method: Method = sam(),
     watch: bool = False,
+    placement: Placement | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one sharpness-aware step.
 
@@ -117,6 +120,9 @@ def sam_update(
             `torch.compile`, tensors change without recompiling.
         method: the one that `state` was made with; `samfn.sam()` by default.
         watch: measure each parameter too, as `Metrics.layers`.
+        placement: of the perturbation on several devices, as `samfn.distributed.placement`
+            makes it. All ranks take the step then, each on its own batch; the metrics are
+            those of all batches, but `outputs`. None is this process alone.
 
     Returns:
         The new state, which shares no memory that training changes with the old one,
@@ -131,12 +137,13 @@ def sam_update(
     """
     border.require_dial("rho", rho)
     border.require_dial("lr", lr)
-    require_state(state, loss_fn=loss_fn, optimizer=optimizer)
+    require_state(state, loss_fn=loss_fn, optimizer=optimizer, placement=placement)
     # A method whose steps are alike spares a GPU the wait for the number of this one.
     kind = method.kind(int(state.step)) if method.kind else None
     run = partial(evaluate, loss_fn)
-    dials: Any = {"rho": rho, "lr": lr}
-    return take_step(state, batch, run, optimizer, method, kind=kind, watch=watch, **dials)
+    how: Any = {"rho": rho, "lr": lr, "kind": kind, "watch": watch, "placement": placement}
+    with placement.norms() if placement else nullcontext():
+        return take_step(state, batch, run, optimizer, method, **how)
 
 
 class NonFiniteError(ArithmeticError):
@@ -165,6 +172,7 @@ def find_nonfinite(
     loss_fn: LossFn,
     rho: float | Tensor = 0.05,
     method: Method = sam(),
+    placement: Placement | None = None,
 ) -> str | None:
     """Take the passes of a step again, and tell what of them is not finite.
 
@@ -177,17 +185,20 @@ def find_nonfinite(
         loss_fn: as for `sam_update`.
         rho: as for `sam_update`.
         method: as for `sam_update`.
+        placement: as for `sam_update`; all ranks have to call this then, and each is told
+            of its own passes.
 
     Returns:
         As "pass 2: the gradient of conv.weight", or None if all of it is finite, as
         with `loss_scaled`, which has lowered the scale since.
     """
     passes: list[tuple[Params, Pass]] = []
-    watched = _recorded(partial(evaluate, loss_fn), passes)
     params, buffers, _, method_state, step, *_ = state
     kind = method.kind(int(step) - 1) if method.kind else None
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind)
-    method.descent(watched, point, method_state)
+    method = _placed(_recorded(method, passes), placement)
+    with placement.norms() if placement else nullcontext():
+        method.descent(partial(evaluate, loss_fn), point, method_state)
     for number, (_, seen) in enumerate(passes, 1):
         if not seen.loss.isfinite():
             return f"pass {number}: the loss is {seen.loss.item()}"
@@ -197,7 +208,13 @@ def find_nonfinite(
     return None
 
 
-def require_state(state: TrainState, *, loss_fn: LossFn, optimizer: Optimizer) -> None:
+def require_state(
+    state: TrainState,
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    placement: Placement | None = None,
+) -> None:
     """Raise unless `state` is one that `loss_fn` and `optimizer` can work with.
 
     Raises:
@@ -206,7 +223,8 @@ def require_state(state: TrainState, *, loss_fn: LossFn, optimizer: Optimizer) -
     border.require_trainable(state.params, state.buffers)
     check = getattr(loss_fn, "check", None)
     if check is not None:
-        check(state.params, state.buffers)
+        params = placement.whole(state.params) if placement else state.params
+        check(params, state.buffers)
     optimizer.check(state.opt_state, state.params)
 
 
@@ -221,6 +239,7 @@ def take_step(
     lr: float | Tensor,
     kind: Hashable = None,
     watch: bool = False,
+    placement: Placement | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take the step of `sam_update`, with arguments that were checked.
 
@@ -234,20 +253,23 @@ def take_step(
         lr: as for `sam_update`.
         kind: which of the method's kinds of step this is.
         watch: as for `sam_update`.
+        placement: as for `sam_update`, which sees to its norms.
     """
     passes: list[tuple[Params, Pass]] = []
-    if watch:
-        evaluate = _recorded(evaluate, passes)
+    placed = _placed(_recorded(method, passes) if watch else method, placement)
     params, buffers, opt_state, method_state, step, skipped, in_a_row = state
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind)
-    seen, new_method_state = method.descent(evaluate, point, method_state)
+    seen, new_method_state = placed.descent(evaluate, point, method_state)
     new_params, new_opt_state = optimizer.update(params, seen.grads, opt_state, lr)
-    grad_norm, descent_norm = tree.norm(seen.clean.grads), tree.norm(seen.grads)
+    grad_norm = tree.norm(seen.clean.grads) if seen.grad_norm is None else seen.grad_norm
+    descent_norm = tree.norm(seen.grads)
     looked_at = [seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm]
     if seen.beside is not None:
         new_params = tree.add_scaled(new_params, -lr, seen.beside)
         looked_at.append(tree.norm(seen.beside))
     found = layers(params, passes, new_params) if watch else None
+    if found is not None and placement is not None:
+        found = placement.mean(found, batch)
     finite = _all_finite(*looked_at)
     bad = finite.logical_not().to(step.dtype)
     new_state = TrainState(
@@ -271,14 +293,21 @@ def take_step(
     )
 
 
-def _recorded(evaluate: Evaluate, passes: list[tuple[Params, Pass]]) -> Evaluate:
-    """Return the function that notes what it evaluates, and where."""
+def _placed(method: Method, placement: Placement | None) -> Method:
+    return method if placement is None else placement.spread(method)
 
-    def recorded(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
-        passes.append((params, evaluate(params, buffers, batch, **how)))
-        return passes[-1][1]
 
-    return recorded
+def _recorded(method: Method, passes: list[tuple[Params, Pass]]) -> Method:
+    """Return the method that notes what it evaluates, and where."""
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        def recorded(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            passes.append((params, evaluate(params, buffers, batch, **how)))
+            return passes[-1][1]
+
+        return method.descent(recorded, point, memory)
+
+    return method._replace(descent=descent)
 
 
 def _all_finite(*values: Tensor) -> Tensor:

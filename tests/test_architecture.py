@@ -29,6 +29,7 @@ LEVELS = {
     "methods": 4,
     "sharpness": 4,
     "combinators": 4,
+    "distributed": 4,
     "per_example": 4,
     "update": 5,
     "checkpoint": 6,
@@ -92,6 +93,7 @@ OWNERS = {
     "torch.optim": {"samfn/descend.py", "samfn/optimizer.py", "samfn/stateless.py"},
     "torch._dynamo": {"samfn/compiled.py"},
     "torch._inductor": {"samfn/compiled.py"},
+    "torch.distributed": {"samfn/distributed.py"},
 }
 
 

@@ -1,0 +1,72 @@
+"""Several processes on this machine, as torchrun would start them: ranks, by gloo."""
+
+import io
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 60.0  # seconds that a rank waits for another; far more than any case takes
+
+
+def on_ranks(count, function, *arguments, timeout=TIMEOUT):
+    """Call a function of a module on `count` ranks; return the results, by rank.
+
+    The function is found again by its name, and its results are what `torch.save` takes.
+    """
+    # Processes that a server forks need not import torch again.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["samfn", "tests.ranks", "torch._dynamo"])
+    with tempfile.TemporaryDirectory() as directory:
+        store = Path(directory, "store")
+        pipes = [context.Pipe(duplex=False) for _ in range(count)]
+        processes = [
+            context.Process(
+                target=_begin,
+                args=(rank, count, store, pipes[rank][1], timeout, function, arguments),
+                daemon=True,
+            )
+            for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        for _, end in pipes:
+            end.close()
+        answers = [_answer(rank, begin) for rank, (begin, _) in enumerate(pipes)]
+        for process in processes:
+            process.join(timeout)
+    failed = [text for text, _ in answers if text is not None]
+    assert not failed, "\n".join(failed)
+    return [torch.load(io.BytesIO(data), weights_only=False) for _, data in answers]
+
+
+def _answer(rank, pipe):
+    try:
+        return pipe.recv()
+    except EOFError:
+        return f"rank {rank} ended without an answer", None
+
+
+def _begin(rank, count, store, pipe, timeout, function, arguments):
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=timeout),
+    )
+    try:
+        data = io.BytesIO()
+        torch.save(function(*arguments), data)
+        pipe.send((None, data.getvalue()))
+    except BaseException:
+        pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,388 @@
+"""Several ranks take the step of one process, and say which; they never drift apart."""
+
+import functools
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+import samfn
+from samfn import distributed
+from tests.ranks import on_ranks
+
+ROWS, STEPS = 16, 3
+METHODS = {
+    "sam": samfn.sam(),
+    "asam": samfn.asam(),
+    "fisher_sam": samfn.fisher_sam(),
+    "gsam": samfn.gsam(),
+    "wsam": samfn.wsam(),
+    "friendly_sam": samfn.friendly_sam(),
+    "vasso": samfn.vasso(),
+    "momentum_sam": samfn.momentum_sam(),
+    "looksam": samfn.looksam(2),
+    "multi_step_sam": samfn.multi_step_sam(),
+    "ae_sam": samfn.ae_sam(2 * STEPS),
+    "every": samfn.every(samfn.sam(), 2),
+    "on_parameters": samfn.on_parameters(samfn.sam(), "*.weight"),
+    "loss_scaled": samfn.loss_scaled(samfn.sam()),
+    "same_randomness": samfn.same_randomness(samfn.sam()),
+}
+PLACEMENTS = {2: ["replica", "global"], 4: ["replica", "group:2", "global"]}
+SHARDED = ["sam", "asam", "gsam", "looksam", "wsam", "on_parameters", "loss_scaled"]
+
+
+def network(batch_norm):
+    torch.manual_seed(1)
+    layers = [
+        nn.Conv2d(3, 4, 3, bias=not batch_norm),
+        nn.BatchNorm2d(4) if batch_norm else nn.Identity(),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 5),
+    ]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def batch_of(step, rows=ROWS):
+    source = torch.Generator().manual_seed(step)
+    images = torch.randn(rows, 3, 8, 8, generator=source)
+    return images, torch.randint(0, 5, (rows,), generator=source)
+
+
+def own(batch):
+    rank, size = distributed.rank(), distributed.size()
+    return tuple(part.tensor_split(size)[rank] for part in batch)
+
+
+def train(method, *, batch_norm, placement=None, rows=ROWS, steps=STEPS, **how):
+    """Train a small network; return what came of it, the same on every rank."""
+    model = network(batch_norm)
+    params, buffers = samfn.split(model)
+    optimizer = how.pop("optimizer", samfn.clipped(samfn.sgd(0.9, weight_decay=1e-3), 2.0))
+    given = {
+        "loss_fn": samfn.supervised(model, nn.CrossEntropyLoss()),
+        "optimizer": optimizer,
+        "method": method,
+    }
+    place = None
+    if placement:
+        place = distributed.placement(placement, like=params)
+        params = place.shard(params)
+    state = samfn.init(params, buffers, optimizer=optimizer, method=method)
+    update = functools.partial(samfn.sam_update, **given, placement=place)
+    if how.pop("compiled", False):
+        update = samfn.compile_update(**given, placement=place, plan="whole")
+    seen = []
+    for step in range(steps):
+        batch = batch_of(step, rows)
+        state, metrics = update(state, own(batch) if place else batch, rho=0.05, lr=0.1)
+        seen.append(metrics._replace(outputs=None, layers=None))
+        if placement:
+            distributed.require_alike(metrics._replace(outputs=None, layers=None))
+        if placement and placement != "sharded":
+            distributed.require_alike(state)
+    if place:
+        state = place.gather(state)
+        distributed.require_alike(state)
+    return state, seen, getattr(update, "plan", None)
+
+
+def difference(found, expected):
+    """Return the largest relative difference of a tensor."""
+    return max(
+        float((found[name].double() - leaf.double()).norm() / leaf.double().norm())
+        for name, leaf in expected.items()
+    )
+
+
+def train_all(placement):
+    """On a rank: train with every method."""
+    return {
+        (name, batch_norm): train(method, batch_norm=batch_norm, placement=placement)[:2]
+        for name, method in METHODS.items()
+        for batch_norm in (True, False)
+    }
+
+
+@functools.cache
+def trained(count, placement):
+    return on_ranks(count, train_all, placement)
+
+
+def on_one(method, m, placement, ranks):
+    """Return the method that is on one process what it is on all ranks."""
+    _, _, group = placement.partition(":")
+    sharing = {"replica": 1, "global": ranks}.get(placement) or int(group)
+    together = samfn.accumulated(method, m, statistics="averaged")
+    inner = method if sharing == 1 else together
+    return samfn.per_micro_batch(inner, sharing * m, statistics="averaged")
+
+
+CASES = [(count, placement) for count, names in PLACEMENTS.items() for placement in names]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("count", "placement"), CASES)
+def test_ranks_take_the_step_of_one_process(count, placement, name, batch_norm):
+    (state, seen), *_ = [found[name, batch_norm] for found in trained(count, placement)]
+    method = on_one(METHODS[name], ROWS // count, placement, count)
+    expected, metrics, _ = train(method, batch_norm=batch_norm)
+    assert difference(state.params, expected.params) < 1e-6
+    floating = {n: b for n, b in expected.buffers.items() if b.is_floating_point()}
+    if batch_norm:
+        assert difference(state.buffers, floating) < 1e-6
+    for found, wanted in zip(seen, metrics, strict=True):
+        for field in ("loss", "perturbed_loss", "perturbation_norm", "descent_norm"):
+            left, right = (float(getattr(one, field)) for one in (found, wanted))
+            assert math.isclose(left, right, rel_tol=2e-6, abs_tol=1e-7), field
+
+
+@pytest.mark.parametrize("name", ["sam", "asam", "gsam"])
+def test_placements_differ_on_the_same_data(name):
+    found = {
+        placement: trained(4, placement)[0][name, False][0].params
+        for placement in PLACEMENTS[4]
+    }
+    for one in found:
+        for other in found:
+            if one != other:
+                assert difference(found[one], found[other]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sam", "gsam"])
+def test_global_is_the_step_on_the_whole_batch_of_one_process(name):
+    state, _ = trained(4, "global")[0][name, False]
+    expected, *_ = train(METHODS[name], batch_norm=False)
+    assert difference(state.params, expected.params) < 1e-6
+
+
+def train_some(names, how):
+    return {name: train(METHODS[name], **how)[0] for name in names}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_sharded_is_the_accumulated_step_of_one_process(count):
+    found = on_ranks(
+        count, train_some, SHARDED, {"batch_norm": True, "placement": "sharded"}
+    )
+    for name in SHARDED:
+        method = on_one(METHODS[name], ROWS // count, "global", count)
+        expected, *_ = train(method, batch_norm=True)
+        assert difference(found[0][name].params, expected.params) < 1e-6, name
+
+
+@pytest.mark.parametrize("placement", ["global", "sharded"])
+def test_batches_of_different_lengths_count_by_their_examples(placement):
+    how = {"batch_norm": False, "placement": placement, "rows": 10}
+    found = on_ranks(4, train_some, ["sam"], how)[0]["sam"]
+    expected, *_ = train(samfn.sam(), batch_norm=False, rows=10)
+    assert difference(found.params, expected.params) < 1e-6
+
+
+def compiled_and_not(placement):
+    found = {}
+    for compiled in (False, True):
+        how = {"batch_norm": True, "placement": placement, "compiled": compiled}
+        found[compiled] = train(METHODS["gsam"], **how)
+    return found
+
+
+@pytest.mark.parametrize("placement", ["replica", "global", "sharded"])
+def test_collectives_are_in_the_one_compiled_graph(placement):
+    found = on_ranks(2, compiled_and_not, placement, timeout=300)[0]
+    (compiled, _, plan), (eager, *_) = found[True], found[False]
+    assert plan == "whole"
+    assert difference(compiled.params, eager.params) < 1e-5
+
+
+def poisoned(placement):
+    """On a rank: one step, whose batch has a NaN on the last rank alone."""
+    model = network(True)
+    params, buffers = samfn.split(model)
+    place = distributed.placement(placement, like=params)
+    optimizer = samfn.sgd()
+    given = {"loss_fn": samfn.supervised(model, nn.CrossEntropyLoss())}
+    state = samfn.init(place.shard(params), buffers, optimizer=optimizer)
+    images, labels = own(batch_of(0))
+    if distributed.rank() == distributed.size() - 1:
+        images = images.index_fill(0, torch.tensor([0]), math.nan)
+    batch = images, labels
+    new, metrics = samfn.sam_update(
+        state, batch, **given, optimizer=optimizer, lr=0.1, placement=place
+    )
+    told = samfn.find_nonfinite(new, batch, **given, placement=place)
+    return state, new, bool(metrics.finite), told
+
+
+@pytest.mark.parametrize("placement", ["replica", "global", "sharded"])
+def test_a_rank_that_is_not_finite_makes_all_skip(placement):
+    found = on_ranks(2, poisoned, placement)
+    for old, new, finite, _ in found:
+        assert not finite
+        assert int(new.skipped) == 1
+        for field in ("params", "buffers"):
+            for name, leaf in getattr(old, field).items():
+                assert torch.equal(leaf, getattr(new, field)[name]), name
+    assert found[1][3] == "pass 1: the loss is nan"  # On the rank that has it.
+
+
+def counted(placement):
+    """On a rank: count the collectives of a step, and what it does on its own."""
+    model = network(True)
+    params, buffers = samfn.split(model)
+    place = distributed.placement(placement, like=params)
+    optimizer = samfn.sgd()
+    loss_fn = samfn.supervised(model, nn.CrossEntropyLoss())
+    state = samfn.init(place.shard(params), buffers, optimizer=optimizer)
+    with CommDebugMode() as counter:
+        samfn.sam_update(
+            state,
+            own(batch_of(0)),
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            lr=0.1,
+            placement=place,
+        )
+    found = {str(key).split(".")[-1]: n for key, n in counter.get_comm_counts().items()}
+    return {key: n for key, n in found.items() if n}, place.m(8)
+
+
+@pytest.mark.parametrize(
+    ("placement", "expected", "m"),
+    [
+        ("replica", {"all_reduce": 1}, 8),
+        ("group:2", {"all_reduce": 3}, 16),
+        ("global", {"all_reduce": 2}, 32),
+    ],
+)
+def test_a_step_communicates_as_often_as_is_said(placement, expected, m):
+    for found in on_ranks(4, counted, placement):
+        assert found == (expected, m)
+
+
+def test_a_sharded_step_gathers_and_scatters_twice():
+    for found, _ in on_ranks(2, counted, "sharded"):
+        assert found["all_gather_into_tensor"] == 2
+        assert found["reduce_scatter_tensor"] == 2
+
+
+def resharded(data):
+    """On a rank: shard a state, and put it together again."""
+    state, like = data
+    place = distributed.placement("sharded", like=like)
+    part = place.shard(state)
+    sizes = [leaf.numel() for leaf in part.params.values()]
+    memory = sum(leaf.numel() for leaf in part.opt_state["exp_avgs"].values())
+    return place.gather(part), sum(sizes), memory
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_state_is_sharded_evenly_and_comes_back_bit_for_bit(count):
+    model = network(True)
+    params, buffers = samfn.split(model)
+    state = samfn.init(params, buffers, optimizer=samfn.adam(), method=samfn.looksam())
+    whole = sum(leaf.numel() for leaf in params.values())
+    for back, kept, memory in on_ranks(count, resharded, (state, params)):
+        assert kept == memory <= whole / count + len(params)
+        assert back.opt_state.keys() == state.opt_state.keys()
+        for name, leaf in state.params.items():
+            assert torch.equal(back.params[name], leaf)
+            assert back.params[name].stride() == leaf.stride()
+
+
+def flipped():
+    leaf = torch.arange(10.0)
+    if distributed.rank() == 1:
+        leaf[3] = leaf[3].nextafter(leaf[4])
+    swapped = torch.tensor([1.0, 2.0])
+    if distributed.rank() == 1:
+        swapped = swapped.flip(0)
+    messages = []
+    for given in ({"a": leaf}, {"b": swapped, "a": torch.ones(1)}, {"a": torch.ones(2)}):
+        try:
+            distributed.require_alike({"params": given})
+        except distributed.RanksDifferError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_ranks_that_differ_are_found():
+    for messages in on_ranks(2, flipped):
+        assert len(messages) == 2
+        assert "params/a differ" in messages[0]
+        assert "params/b differ" in messages[1]
+
+
+def exchanged():
+    rank = distributed.rank()
+    mean = distributed.mean({"loss": float(rank)}, weight=rank + 1)
+    rows = distributed.concatenated(torch.full((rank, 2), rank))
+    return mean, rows, distributed.from_first({"rank": rank})
+
+
+def test_ranks_tell_each_other():
+    for mean, rows, first in on_ranks(3, exchanged):
+        assert mean == {"loss": pytest.approx((0 + 1 * 2 + 2 * 3) / 6)}
+        assert rows.tolist() == [[1, 1], [2, 2], [2, 2]]
+        assert first == {"rank": 0}
+
+
+def test_one_process_needs_no_group():
+    assert (distributed.rank(), distributed.size()) == (0, 1)
+    assert distributed.mean({"a": 1.0}, 3) == {"a": 1.0}
+    assert distributed.from_first("x") == "x"
+    distributed.require_alike({"a": torch.ones(1)})
+    with distributed.ranks() as device:
+        assert device is None
+
+
+def test_a_placement_needs_a_process_group():
+    with pytest.raises(RuntimeError, match="torchrun"):
+        distributed.placement()
+
+
+def refused():
+    messages = []
+    for name in ("global:2", "group:0", "group:3", "group:x", "sharded", "replicas"):
+        try:
+            distributed.placement(name)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_placement_that_there_is_not_is_refused():
+    messages = on_ranks(4, refused)[0]
+    assert len(messages) == 6
+    assert "3 does not divide the number of ranks, 4" in messages[2]
+    assert "like=" in messages[4]
+
+
+def stopped():
+    """On a rank: wait for one that was stopped, no longer than the timeout."""
+    if distributed.rank() == 1:
+        parent = os.getpid()
+        if not os.fork():  # Goes on with it later, so that the test can end.
+            time.sleep(8)
+            os.kill(parent, signal.SIGCONT)
+            os._exit(0)
+        os.kill(parent, signal.SIGSTOP)
+        return None
+    begun = time.monotonic()
+    try:
+        distributed.mean({"a": 1.0}, 1)
+    except RuntimeError:
+        return time.monotonic() - begun
+    return None
+
+
+def test_a_rank_that_was_stopped_is_not_waited_for_forever():
+    waited, _ = on_ranks(2, stopped, timeout=2.0)
+    assert 1 < waited < 7

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recipes import augment
 from recipes.task import Task, generator, seed
-from samfn import sampling
+from samfn import distributed, sampling
 
 EVAL_BATCH = 500  # images; large enough to be fast, small enough for a laptop
 EVAL_VALUES = 2**23  # pixels times channels in a batch of larger images: 55 of 224x224
@@ -36,9 +36,18 @@ def order(task: Task, epoch: int, among: Tensor | None = None) -> Tensor:
 
 
 def augmented(
-    task: Task, epoch: int, start: int = 0, among: Tensor | None = None
+    task: Task,
+    epoch: int,
+    start: int = 0,
+    among: Tensor | None = None,
+    *,
+    whole: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the epoch's batches, (images, labels), from number `start` on."""
+    """Yield the epoch's batches, (images, labels), from number `start` on.
+
+    They are the same however many ranks there are. Each rank augments all of a batch, whose
+    images may be mixed with each other, and keeps its share; `whole` keeps all.
+    """
     config, rows = task.config, order(task, epoch, among)
     mix = partial(
         augment.mix,
@@ -66,7 +75,14 @@ def augmented(
         parts = torch.split(images, config.batch_size), task.train_labels[chunk]
         for index, (images, labels) in enumerate(zip(*parts, strict=True), first):
             if index >= start:
-                yield mix(images, labels, seed(config.seed, "mix", epoch, index))
+                batch = mix(images, labels, seed(config.seed, "mix", epoch, index))
+                yield batch if whole else distributed.share(batch)
+
+
+def own(count: int) -> slice:
+    """Return which of so many images this rank looks at, where together all look at all."""
+    rank, ranks = distributed.rank(), distributed.size()
+    return slice(rank * count // ranks, (rank + 1) * count // ranks)
 
 
 def eval_batch(images: Tensor) -> int:

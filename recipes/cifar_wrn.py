@@ -5,6 +5,7 @@
     python -m recipes.cifar_wrn --data digits --label-noise 0.4 --rho 0.2
     python -m recipes.cifar_wrn --data-dir my-images        # train/<class>/*, test/...
     python -m recipes.cifar_wrn --preset foret2021          # WRN-28-10, on a GPU
+    torchrun --nproc-per-node 8 -m recipes.cifar_wrn --preset foret2021
 
 A run leaves a directory with its settings, metrics, picture and checkpoints.
 """
@@ -14,14 +15,22 @@ from collections.abc import Sequence
 
 from recipes import command
 from recipes.config import parse
+from recipes.console import Display
 from recipes.running import run
+from recipes.signals import Signals
+from samfn import distributed
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the recipe; return its exit code."""
-    return command.run(
-        lambda display, signals: run(parse(args, display.say), display, signals)
-    )
+
+    def body(display: Display, signals: Signals) -> int:
+        config = parse(args, display.say)
+        with distributed.ranks(timeout=config.timeout):
+            # Before any rank writes, all have read what there is.
+            return run(distributed.from_first(config), display, signals)
+
+    return command.run(body, ranks=True)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import torch
 import samfn
 from recipes.compiling import keep_compiled
 from recipes.config import ConfigError
-from recipes.console import Display, open_standard_streams
+from recipes.console import Display, Silent, open_standard_streams
 from recipes.data import DataError
 from recipes.signals import Signals, Stopped, watched
 from recipes.training import DivergedError
+from samfn import distributed
 
 # Exit codes beside 0, finished, and 128 + N, ended by signal N: 130, 143.
-WRONG_INPUT, DIVERGED, OUT_OF_MEMORY, NOT_WRITTEN = 2, 3, 4, 5
+WRONG_INPUT, DIVERGED, OUT_OF_MEMORY, NOT_WRITTEN, RANK_LOST = 2, 3, 4, 5, 6
 
 
 class Failed(Exception):
@@ -38,6 +39,8 @@ EXPECTED = (
 def run(
     body: Callable[[Display, Signals], int],
     left: str = "nothing was saved since the last checkpoint",
+    *,
+    ranks: bool = False,
 ) -> int:
     """Call the body of a command; return its exit code, or that of what it raises.
 
@@ -47,9 +50,14 @@ def run(
     Args:
         body: of the command.
         left: what is told when a signal ends it, about what it leaves.
+        ranks: whether it can be one of several processes that torchrun starts.
     """
     open_standard_streams()
-    display = Display()
+    rank = distributed.rank()
+    display = Silent(f"rank {rank}") if rank else Display()
+    if distributed.launched() and not ranks:
+        display.fail("this command runs in one process: start it without torchrun")
+        return WRONG_INPUT
     keep_compiled()
     try:
         with watched() as signals:
@@ -71,6 +79,9 @@ def run(
         display.fail(str(error))
         return NOT_WRITTEN
     except (MemoryError, RuntimeError) as error:
+        if distributed.is_lost(error):
+            display.fail("another rank ended, or did not answer in time; torchrun ends all")
+            return RANK_LOST
         if not lacks_memory(error):
             raise
         display.fail(f"out of memory{peak()}")

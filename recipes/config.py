@@ -255,6 +255,11 @@ class Config:
     ends the run."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
+    placement: str = "replica"
+    """On several devices, which of them share a perturbation: replica, each has its own,
+    as in the paper; group:n, n of them; global, all. Of the batch, each has its share."""
+    timeout: float = 60.0
+    """Seconds that a device waits for another before all are ended, more than 0."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Compile the step. auto does so on a GPU, and on a CPU where the run is long enough
     to pay for it."""
@@ -298,7 +303,7 @@ class Config:
 WEIGHTS = ("none", "default")  # beside files
 # What belongs to one call of the command and not to what it trains.
 PER_CALL = {"config", "output", "resume", "auto_resume", "resume_override", "export"}
-PER_CALL |= {"eval_only", "dry_run"}
+PER_CALL |= {"eval_only", "dry_run", "timeout"}
 # What a run may be resumed with that it was not started with. Another device rounds
 # differently and draws other random numbers; the data are checked by their content.
 FREE_ON_RESUME = {"preset", "device", "data_dir", "allow_modified_data"}
@@ -507,6 +512,7 @@ def _rules_of_runs(config: Config) -> Iterator[Rule]:
     ):
         value = getattr(config, name)
         yield name, value is None or value >= least, f"at least {least}, or None"
+    yield "timeout", 0 < config.timeout < FINITE, "a finite number above 0"
     yield "max_skipped", config.max_skipped >= 0, "at least 0"
     yield "eval_only", bool(config.resume) or not config.eval_only, "--resume with it"
 

@@ -272,6 +272,21 @@ class _Brief(Display):
         )
 
 
+class Silent(Display):
+    """Shows nothing but what ends the run, as the ranks do that are not the first."""
+
+    def __init__(self, about: str) -> None:
+        super().__init__(QuietConsole(quiet=True))
+        self._about = about
+
+    def warn(self, text: str) -> None:
+        """Print nothing; the first rank says it."""
+
+    def fail(self, text: str) -> None:
+        """Print one line about what went wrong, and where."""
+        super().fail(f"{self._about}: {text}")
+
+
 class Live:
     """The moving part of the display while training goes on."""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from recipes.console import Display
 from recipes.rundir import RunDirectory
 from recipes.task import Task, assemble, read_data
 from recipes.weights import begin
-from samfn import callbacks
+from samfn import callbacks, distributed
 from samfn.engine import Training
 
 
@@ -36,13 +37,17 @@ class Keeper:
         self._task, self._checkpoints, self._warn = task, checkpoints, warn
 
     def save(self, training: Training, score: Mapping[str, float] | None = None) -> None:
-        """Write a checkpoint, if a step was taken.
+        """Write a checkpoint, if a step was taken; of several ranks, the first writes.
 
         Raises:
             CheckpointWriteError: it cannot be written, and the run is to end then.
             NonFiniteError: the weights are not finite.
+            RanksDifferError: the ranks have not the same state.
         """
         if not training.step:
+            return
+        distributed.require_alike(training.state)
+        if distributed.rank() != distributed.FIRST:
             return
         task = self._task
         try:
@@ -54,6 +59,7 @@ class Keeper:
                 normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
                 data=task.fingerprint,
                 versions=versions(task),
+                ranks=ranks(task),
             )
             self.missing = None
         except samfn.CheckpointWriteError as error:
@@ -61,6 +67,15 @@ class Keeper:
                 raise
             self.missing = error
             self._warn(str(error))
+
+
+def ranks(task: Task) -> dict[str, Any]:
+    """Return how the perturbation was found: on how many images, by which ranks."""
+    placement, batch = task.placement, task.config.batch_size
+    if placement is None:
+        return {"placement": "one process", "ranks": 1, "m": batch}
+    m = placement.sharing * batch / placement.ranks
+    return {"placement": placement.name, "ranks": placement.ranks, "m": m}
 
 
 def versions(task: Task) -> dict[str, str]:
@@ -72,6 +87,7 @@ def versions(task: Task) -> dict[str, str]:
         "device": torch.cuda.get_device_name(task.device) if cuda else task.device.type,
         "processor": platform.machine(),
         "threads": "" if cuda else str(torch.get_num_threads()),
+        "ranks": str(distributed.size()),
     }
 
 
@@ -94,7 +110,7 @@ def resume(
     """
     checkpoints = run.checkpoints(display.warn)
     try:
-        found = _named(path, like) or checkpoints.latest(like)
+        found = _named(path, like) or _agreed(checkpoints.latest, like)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--resume: {error}") from error
     if found is None:
@@ -102,26 +118,40 @@ def resume(
         return Training(begin(task, like, display))
     training, metadata = _require_fitting(task, found), found.metadata
     require_same_settings(metadata["config"], task.config)
-    checkpoints.drop_after(training.step)
+    if distributed.rank() == distributed.FIRST:
+        checkpoints.drop_after(training.step)
     now = versions(task)
     for name, before in metadata["versions"].items():
         if now.get(name) != before:
             text = f"{name} was {before}, is now {now.get(name)}"
             display.warn(f"{text}: going on, but not bit for bit")
+    m, before = ranks(task)["m"], metadata.get("ranks", {}).get("m", task.config.batch_size)
+    if m != before:
+        text = f"a perturbation was found on m = {before:g} images, is now on {m:g}"
+        display.warn(f"{text}: another objective; --placement and the ranks decide on m")
     return training
 
 
 def restore_best(
-    task: Task, path: Path, run: RunDirectory, like: samfn.TrainState, display: Display
+    task: Task,
+    path: Path,
+    run: RunDirectory,
+    like: samfn.TrainState,
+    display: Display,
+    *,
+    alone: bool = False,
 ) -> Training:
     """Read the checkpoint of the best epoch, or the one that `path` is.
+
+    All ranks do so together, unless this one is `alone`.
 
     Raises:
         ConfigError: there is none that is whole, or it belongs to another network or to
             other data.
     """
     best = partial(run.checkpoints(display.warn).best_whole, by=best_by(task.config))
-    return _read(task, path, like, best)
+    agreed = best if alone else partial(_agreed, best)
+    return _read(task, path, like, agreed)
 
 
 def reopen(
@@ -199,8 +229,20 @@ def mean_of_best(
         samfn.mean_of(getattr(model, what) for model in models)
         for what in ("params", "buffers")
     )
-    buffers = samfn.reestimated(task.model, params, buffers, augmented(task, 0))
+    buffers = samfn.reestimated(task.model, params, buffers, augmented(task, 0, whole=True))
     return like._replace(params=params, buffers=buffers), epochs
+
+
+def _agreed(
+    find: Callable[[samfn.TrainState], samfn.Found | None], like: samfn.TrainState
+) -> samfn.Found | None:
+    """Read what the first rank finds, which sets damaged checkpoints aside."""
+    first = distributed.rank() == distributed.FIRST
+    found = find(like) if first else None
+    path = distributed.from_first(found and str(found.path))
+    if first or path is None:
+        return found
+    return samfn.Found(Path(path), *samfn.restore(path, like))
 
 
 def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:

@@ -132,3 +132,16 @@ class RunDirectory:
                 f"--output: expected a new or empty directory, got {self.path}, which"
                 f" holds {found[0]}; --resume goes on with a run"
             )
+
+
+class Unwritten(RunDirectory):
+    """A run's directory as those ranks have it that leave writing to the first."""
+
+    def write_config(self, config: Config) -> None:
+        """Write nothing."""
+
+    def append(self, row: Row) -> None:
+        """Write nothing."""
+
+    def rewind(self, epochs: int) -> None:
+        """Write nothing."""

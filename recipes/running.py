@@ -15,9 +15,9 @@ from recipes import command, plots, selection
 from recipes.batches import augmented
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, run_of
 from recipes.console import Display
-from recipes.keeping import Keeper, mean_of_best, model_of, restore_best, resume
+from recipes.keeping import Keeper, mean_of_best, model_of, ranks, restore_best, resume
 from recipes.loggers import logged
-from recipes.rundir import RunDirectory
+from recipes.rundir import RunDirectory, Unwritten
 from recipes.signals import Signals
 from recipes.task import Read, Task, assemble, read_data
 from recipes.training import (
@@ -28,6 +28,7 @@ from recipes.training import (
     train,
 )
 from recipes.weights import begin
+from samfn import distributed
 from samfn.engine import Training
 
 # How the optimizers are called in sentences.
@@ -103,9 +104,11 @@ def train_and_report(
         count = task.config.average_best or 1
         checkpoints = directory.checkpoints(display.warn, keep_best=count)
         keeper = Keeper(task, checkpoints, display.warn)
-        with logged(directory, task.config, display.warn):
+        with _logged(directory, task.config, display):
             finished = train(task, training, directory, keeper, display, signals)
         seconds = time.perf_counter() - started
+        if distributed.rank() != distributed.FIRST:
+            return 0 if finished else 128 + (signals.stop or signal.SIGINT)
         where = shlex.quote(str(directory.path))
         _draw(task, directory, display)
         if keeper.missing is not None:
@@ -121,17 +124,35 @@ def train_and_report(
     return 0
 
 
+def _logged(
+    directory: RunDirectory, config: Config, display: Display
+) -> contextlib.AbstractContextManager[None]:
+    if distributed.rank() != distributed.FIRST:
+        return contextlib.nullcontext()
+    return logged(directory, config, display.warn)
+
+
 @contextlib.contextmanager
 def _opened(
     task: Task, state: samfn.TrainState, display: Display
 ) -> Iterator[tuple[RunDirectory, Training]]:
-    """Hold the directory of a new run or of one that goes on; yield where it stands."""
-    config = task.config
+    """Hold the directory of a new run or of one that goes on; yield where it stands.
+
+    Of several ranks, the first holds it and writes.
+    """
+    config, first = task.config, distributed.rank() == distributed.FIRST
     if config.resume is None:
         state = begin(task, state, display)
         path = config.output or new_name(config)
+        if not first:
+            yield Unwritten(path), Training(state)
+            return
         with RunDirectory.create(path, config) as directory:
             yield directory, Training(state)
+        return
+    if not first:
+        directory = Unwritten(run_of(config.resume))
+        yield directory, resume(task, config.resume, directory, state, display)
         return
     directory = RunDirectory(run_of(config.resume))
     with directory.held():
@@ -172,7 +193,7 @@ def _export(
 ) -> None:
     """Write the best epoch's model for those who have no samfn."""
     try:
-        best = restore_best(task, directory.path, directory, like, display)
+        best = restore_best(task, directory.path, directory, like, display, alone=True)
     except ConfigError as error:  # It was whole when it was written.
         text = f"no best checkpoint is left to export: {error}; --resume trains it again"
         raise samfn.CheckpointWriteError(text) from error
@@ -196,7 +217,7 @@ def _average(
     except (OSError, ValueError, ConfigError) as error:  # They were whole when written.
         raise samfn.CheckpointWriteError(f"cannot average: {error}") from error
     samfn.export_weights(directory.average, task.model, state.params, state.buffers)
-    loss, accuracy = evaluate(task, state, task.test)
+    loss, accuracy = evaluate(task, state, task.test, alone=True)
     listed = ", ".join(map(str, sorted(epochs)))
     text = f"test accuracy {accuracy:.2f} %, loss {loss:.4f}, of epochs {listed}"
     return {"average": text, "its model": str(directory.average)}
@@ -241,6 +262,12 @@ def describe(task: Task) -> dict[str, str]:
         "device": f"{task.device}, {config.precision}, torch {torch.__version__}",
         "compiled": task.compiling,
     }
+    if task.placement is not None:
+        found = ranks(task)
+        facts["ranks"] = (
+            f"{found['ranks']}, placement {found['placement']}: a perturbation for each"
+            f" m = {found['m']:g} of {config.batch_size} images"
+        )
     if config.select != "all":
         facts["images"] = f"{config.select}, a scan every {config.select_every} epochs"
     if config.label_noise:

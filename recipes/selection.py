@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import samfn
-from recipes.batches import clean
+from recipes.batches import clean, own
 from recipes.config import Config
 from recipes.task import Task, generator
-from samfn import per_example, sampling
+from samfn import distributed, per_example, sampling
 from samfn.engine import Training
 from samfn.gradient import evaluate
 from samfn.sampling import Report
@@ -55,7 +55,7 @@ def scan(
     rho: float,
     stopping: Callable[[], bool],
 ) -> dict[str, Tensor]:
-    """Look at all training images; return what goes into the run's memory.
+    """Look at all training images, each rank at its own; return what the run remembers.
 
     Args:
         task: what is trained; its model is in evaluation mode.
@@ -68,13 +68,17 @@ def scan(
         StopError: `stopping` said so.
     """
     config, given = task.config, (state.params, state.buffers)
-    images = clean(task, task.train_images, task.train_labels, stopping)
+    rows = own(len(task.train_labels))
+    images = clean(task, task.train_images[rows], task.train_labels[rows], stopping)
     if config.select == "loss":
-        return {SCORES: per_example.losses(*given, images, loss_fn=task.eval_fn)}
+        losses = per_example.losses(*given, images, loss_fn=task.eval_fn)
+        return {SCORES: distributed.concatenated(losses)}
     if config.select == "sharpness":
-        return {SCORES: torch.cat([*_sharpness(task, state, images, rho)])}
+        grown = torch.cat([*_sharpness(task, state, images, rho)])
+        return {SCORES: distributed.concatenated(grown)}
     confidence = config.easy_confidence
     easy = per_example.easy(*given, images, loss_fn=task.eval_fn, confidence=confidence)
+    easy = distributed.concatenated(easy)
     counts = memory.get(COUNTS, sampling.init(len(easy), task.device))
     return {COUNTS: sampling.update(counts, easy, limit=config.easy_scans)}
 

@@ -26,8 +26,9 @@ from recipes.data import (
     load,
     statistics,
 )
-from samfn import schedules
+from samfn import distributed, schedules
 from samfn.compiled import operations
+from samfn.distributed import Placement
 from samfn.gradient import LossFn
 from samfn.stateless import Supervised
 
@@ -62,6 +63,8 @@ class Task(NamedTuple):
     """(state, batch, rho=, lr=) -> (state, metrics), compiled or not."""
     find_nonfinite: Callable[[samfn.TrainState, Any], str | None]
     """(state, batch) of a step that was skipped -> what of it was not finite."""
+    placement: Placement | None
+    """Of the perturbation on several ranks."""
     compiling: str
     """Whether `update` is compiled, and why."""
     lr: schedules.Schedule
@@ -125,15 +128,17 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     if config.decay_in_loss:
         spared = _spared(config, model)
         loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay, without=spared)
+    placement = _placement(config)
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
-    make["watch"] = config.monitor
-    images = dataset.train_images[: config.batch_size].to(device).float()
-    batch = images, dataset.train_labels[: config.batch_size].to(device)
+    make |= {"watch": config.monitor, "placement": placement}
+    some = dataset.train_images[: config.batch_size], dataset.train_labels
+    images, labels = distributed.share((some[0], some[1][: config.batch_size]))
+    batch = images.to(device).float(), labels.to(device)
     lr = _lr(config, steps_per_epoch)
     rho = _rho(config, lr, steps)
 
     def find_nonfinite(state: samfn.TrainState, batch: Any) -> str | None:
-        common: dict[str, Any] = {"loss_fn": loss_fn, "method": method}
+        common = {name: make[name] for name in ("loss_fn", "method", "placement")}
         return samfn.find_nonfinite(state, batch, **common, rho=rho(int(state.step) - 1))
 
     compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
@@ -155,6 +160,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         if compiles
         else partial(samfn.sam_update, **make),
         find_nonfinite=find_nonfinite,
+        placement=placement,
         compiling=why,
         lr=lr,
         rho=rho,
@@ -163,6 +169,28 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         fingerprint=digest,
     )
     return task, state
+
+
+def _placement(config: Config) -> Placement | None:
+    """Return where the perturbation is the same, if there are several ranks.
+
+    Raises:
+        ConfigError: there is no such placement, or too little for each rank.
+    """
+    ranks = distributed.size()
+    if ranks == 1:
+        return None
+    if config.batch_size < 2 * ranks:
+        raise ConfigError(
+            f"--batch-size: expected at least two images for each of the {ranks} ranks, got"
+            f" {config.batch_size}"
+        )
+    if config.placement == "sharded":
+        raise ConfigError("--placement: expected replica, group:n or global, got sharded")
+    try:
+        return distributed.placement(config.placement)
+    except ValueError as error:
+        raise ConfigError(f"--placement: {error}") from error
 
 
 def seed(*key: Any) -> int:

@@ -14,14 +14,15 @@ from torch import Tensor
 
 import samfn
 from recipes import selection
-from recipes.batches import CHUNK, StopError, augmented, clean
+from recipes.batches import CHUNK, StopError, augmented, clean, own
 from recipes.console import Display, Live
-from recipes.keeping import Keeper, model_of
+from recipes.keeping import Keeper, model_of, ranks
 from recipes.layers import LayerMeter
 from recipes.rundir import Row, RunDirectory
 from recipes.signals import Signals
 from recipes.task import Split, Task, seed
-from samfn import callbacks, engine
+from samfn import callbacks, distributed, engine
+from samfn.distributed import Agreement
 from samfn.engine import Callback, Epoch, Event, Step, Training
 from samfn.monitor import alarms
 
@@ -52,8 +53,14 @@ def step(
             `position`.
     """
     place = position if place is None else place
-    torch.manual_seed(seed(task.config.seed, "dropout", position))
+    _draw_anew(task, position)
     return task.update(state, batch, rho=task.rho(place), lr=task.lr(place))
+
+
+def _draw_anew(task: Task, position: int) -> None:
+    """Seed what a step draws, as for dropout; each rank draws for its own images."""
+    rank = distributed.rank()
+    torch.manual_seed(seed(task.config.seed, "dropout", position, *[rank] * (rank > 0)))
 
 
 def prepare(task: Task, training: Training, display: Display) -> None:
@@ -69,18 +76,26 @@ def evaluate(
     state: samfn.TrainState,
     split: Split,
     stopping: Callable[[], bool] = lambda: False,
+    *,
+    alone: bool = False,
 ) -> tuple[float, float]:
     """Return the mean loss and the accuracy, in percent, on all images of a split.
+
+    Each rank looks at its own images, unless this one is `alone` in asking.
 
     Raises:
         StopError: `stopping`, which is asked before each batch, said so.
     """
-    parts = clean(task, split.images, split.labels, stopping)
+    rows = slice(None) if alone else own(len(split.labels))
+    labels = split.labels[rows]
+    parts = clean(task, split.images[rows], labels, stopping)
     measures = {"accuracy": engine.accuracy}
     with _evaluating(task.model):
         found = engine.evaluate(
             state.params, state.buffers, parts, loss_fn=task.eval_fn, measures=measures
         )
+    if not alone:
+        found = distributed.mean(found, weight=len(labels))
     return found["loss"], found["accuracy"]
 
 
@@ -97,6 +112,7 @@ class Meter:
     def __init__(self, device: torch.device, kept: Mapping[str, Any] | None = None) -> None:
         start = (kept or {}).get("sums") or (0.0,) * (len(self.NAMES) + 1)
         self.sums = torch.tensor(start, device=device)
+        self._rows = 0
         self._started: float = time.perf_counter() - (kept or {}).get("seconds", 0.0)
 
     @property
@@ -112,6 +128,7 @@ class Meter:
         if labels.ndim == 2:
             labels = labels.argmax(1)
         found = metrics.outputs.argmax(1)  # Of a part of the batch, for some methods.
+        self._rows = len(labels)
         accuracy = 100 * (found == labels[: len(found)]).float().mean()
         values = (
             metrics.loss,
@@ -129,6 +146,12 @@ class Meter:
         *sums, steps = self.sums.tolist()
         means = [total / max(steps, 1) for total in sums]
         return dict(zip(self.NAMES, means, strict=True)), int(steps)
+
+    def share(self) -> None:
+        """Average over ranks what each knows of its own images alone, the accuracy."""
+        place = self.NAMES.index("accuracy")
+        found = {"accuracy": float(self.sums[place])}
+        self.sums[place] = distributed.mean(found, self._rows)["accuracy"]
 
     def kept(self) -> dict[str, Any]:
         """Return what goes into a checkpoint. This waits for a GPU."""
@@ -173,11 +196,12 @@ def train(
             )
         except StopError:
             training.stop = "signal"
+        stopped = watch.asked_to_stop()
         if training.stop and training.batch:
             watch.save()
-    if training.stop and signals.stop is None:
+    if training.stop and not stopped:
         display.say(training.stop)
-    return training.epoch >= epochs or signals.stop is None
+    return training.epoch >= epochs or not stopped
 
 
 def _callbacks(task: Task) -> list[Callback]:
@@ -213,6 +237,7 @@ class _Watch:
     ) -> None:
         self._task, self._run, self._keeper = task, run, keeper
         self._display, self._live, self._signals = display, live, signals
+        self._agreement = Agreement(2)
 
     def batches(self, training: Training) -> Iterator[tuple[Tensor, Tensor]]:
         """Begin an epoch, or what is left of it."""
@@ -247,6 +272,7 @@ class _Watch:
     def save(self) -> None:
         """Write a checkpoint in the middle of an epoch."""
         memory = self._training.memory
+        self._meter.share()
         memory[METER] = self._meter.kept()
         if self._task.config.monitor:
             memory[LAYERS] = self._layers.sums
@@ -256,6 +282,7 @@ class _Watch:
     def evaluate(self, training: Training) -> Row:
         """Gather what is known of an epoch at its end."""
         task = self._task
+        self._meter.share()
         means, steps = self._meter.read()
         seconds = self._meter.seconds
         last = self._place(self._steps - 1)
@@ -273,6 +300,8 @@ class _Watch:
         row["skipped_steps"] = self._steps - steps
         row["seconds"] = seconds
         row["images_per_second"] = self._steps * task.config.batch_size / seconds
+        if task.placement is not None:
+            row["m"] = ranks(task)["m"]
         if task.config.monitor:
             row |= self._layers.row(training.state.params)
         if task.config.select != "all":
@@ -298,7 +327,15 @@ class _Watch:
         return self._training.epoch * whole + batch * whole // self._steps
 
     def _stopping(self) -> bool:
-        return self._signals.stop is not None
+        # Ranks that evaluate would have to agree before each batch.
+        return self._signals.stop is not None and distributed.size() == 1
+
+    def asked_to_stop(self) -> bool:
+        """Return whether a signal asked any rank to stop; waits for all of them."""
+        _, stop = self._agreement.now(0, self._signals.stop or 0)
+        if stop:  # Another may have come while this one waited; it will be asked next.
+            self._signals.stop = stop
+        return stop > 0
 
     def _step(
         self, training: Training, batch: tuple[Tensor, Tensor], metrics: samfn.Metrics
@@ -321,9 +358,11 @@ class _Watch:
         # Where an epoch ends, the checkpoint comes after its evaluation.
         every = task.config.save_steps
         due = every is not None and training.step % every == 0 and not last
-        if self._signals.take_save() or due:
+        asked = int(self._signals.take_save()), self._signals.stop or 0
+        save, stop = self._agreement.later(*asked)
+        if save or due:
             self.save()
-        if self._signals.stop is not None:
+        if stop:
             training.stop = "signal"
 
     def _epoch(self, training: Training) -> None:
@@ -340,7 +379,7 @@ class _Watch:
         }
         self._keeper.save(training, scores)
         self._live.epoch(row)
-        if self._signals.stop is not None:
+        if self.asked_to_stop():
             training.stop = "signal"
 
     def _tell_alarms(self, training: Training) -> None:
@@ -389,7 +428,7 @@ def _where(
         position: steps that the run had taken before the one in question.
         batch: of that one.
     """
-    torch.manual_seed(seed(task.config.seed, "dropout", position))
+    _draw_anew(task, position)
     then = state._replace(step=torch.full_like(state.step, position + 1))
     found = task.find_nonfinite(then, batch)
     return f"step {position + 1}, {found}: " if found else ""

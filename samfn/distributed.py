@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+from torch.utils import _pytree as pytree
 
 from samfn import tree
 from samfn.batches import length_of
@@ -459,11 +462,24 @@ def ranks(*, timeout: float = TIMEOUT) -> Iterator[torch.device | None]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    patience = timedelta(seconds=timeout)
+    store, own, count = next(rendezvous("env://", timeout=patience))
+    # torchrun may keep the store when it begins anew, with the addresses of before in it.
+    store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        backend, store=store, rank=own, world_size=count, timeout=patience
+    )
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def is_lost(error: Exception) -> bool:
+    """Return whether an error says that another rank ended, or did not answer in time."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)  # It has no type.
+    )
 
 
 def launched() -> bool:
@@ -472,13 +488,21 @@ def launched() -> bool:
 
 
 def rank() -> int:
-    """Return which of the ranks this is; 0 where there is one alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Return which of the ranks this is, or is to become; 0 where there is one alone."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def size() -> int:
     """Return how many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(batch: Batch) -> Batch:
+    """Return the rows of a batch that are this rank's, of one that all ranks have whole."""
+    own, parts = rank(), size()
+    return pytree.tree_map(lambda leaf: leaf.tensor_split(parts)[own], batch)
 
 
 def mean(values: Mapping[str, float], weight: float) -> dict[str, float]:
@@ -505,6 +529,45 @@ def concatenated(part: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([some[:count] for some, count in zip(parts, counts, strict=True)])
+
+
+class Agreement:
+    """What ranks ask for between steps, so that all do it after the same one.
+
+    Args:
+        count: how many numbers are asked for; the largest that a rank asks counts.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def later(self, *asked: int) -> list[int]:
+        """Ask, and return what was asked for in the call before; does not wait."""
+        if size() == 1:
+            return list(asked)
+        before = self._take()
+        self._begin(asked)
+        return before
+
+    def now(self, *asked: int) -> list[int]:
+        """Ask, and return what was asked for since the last call; waits for all ranks."""
+        before = self.later(*asked)
+        return [*map(max, before, self._take())] if size() > 1 else before
+
+    def _begin(self, asked: tuple[int, ...]) -> None:
+        values = torch.tensor(asked)
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True)
+        assert work is not None  # It is asynchronous, and this rank is in the group.
+        self._pending = work, values
+
+    def _take(self) -> list[int]:
+        if self._pending is None:
+            return [0] * self._count
+        work, values = self._pending
+        work.wait()
+        self._pending = None
+        return [int(value) for value in values]
 
 
 def from_first(value: Any) -> Any:

@@ -297,6 +297,72 @@ def test_a_state_is_sharded_evenly_and_comes_back_bit_for_bit(count):
             assert back.params[name].stride() == leaf.stride()
 
 
+def go_on(path, placement, steps):
+    """On a rank: train, from a checkpoint if there is one, and write the next."""
+    model = network(False)
+    params, buffers = samfn.split(model)
+    place = distributed.placement(placement, like=params)
+    optimizer = samfn.adam()
+    given = {"optimizer": optimizer, "method": samfn.gsam()}
+    state = samfn.init(params, buffers, **given)
+    if path.exists():
+        state, _ = samfn.restore(path, like=state)
+    state = place.shard(state)
+    for _ in range(steps):
+        batch = own(batch_of(int(state.step)))
+        state, _ = samfn.sam_update(
+            state,
+            batch,
+            loss_fn=samfn.supervised(model, nn.CrossEntropyLoss()),
+            lr=0.01,
+            placement=place,
+            **given,
+        )
+    whole = place.gather(state)
+    if distributed.rank() == distributed.FIRST:
+        samfn.save(path, whole)
+    return whole
+
+
+def test_a_checkpoint_goes_on_with_other_ranks_and_another_placement(tmp_path):
+    plan = [(2, "sharded"), (4, "global"), (3, "sharded"), (1, "replica")]
+    for count, placement in plan:
+        found = on_ranks(count, go_on, tmp_path / "split", placement, 2)[0]
+    expected = on_ranks(1, go_on, tmp_path / "whole", "replica", 2 * len(plan))[0]
+    assert int(found.step) == 2 * len(plan)
+    assert (
+        difference(found.params, expected.params) < 1e-5
+    )  # Adam divides by small numbers.
+    assert difference(found.opt_state["exp_avgs"], expected.opt_state["exp_avgs"]) < 1e-5
+
+
+def agreed(rank_of_signal):
+    agreement = distributed.Agreement(2)
+    asks = [0, 0, 15, 0, 0] if distributed.rank() == rank_of_signal else [0] * 5
+    return [agreement.later(1, ask)[1] for ask in asks], agreement.now(0, 0)
+
+
+def test_what_one_rank_asks_for_all_do_after_the_same_step():
+    for later, last in on_ranks(3, agreed, 1):
+        assert later == [0, 0, 0, 15, 0]
+        assert last == [1, 0]
+
+
+def test_one_process_need_not_wait_for_an_answer():
+    assert distributed.Agreement(2).later(1, 15) == [1, 15]
+    assert distributed.Agreement(2).now(0, 2) == [0, 2]
+
+
+def shared():
+    return distributed.share({"images": torch.arange(10), "labels": torch.arange(10)})
+
+
+def test_ranks_share_a_batch_without_rest():
+    parts = on_ranks(4, shared)
+    assert [len(part["images"]) for part in parts] == [3, 3, 2, 2]
+    assert torch.equal(torch.cat([part["labels"] for part in parts]), torch.arange(10))
+
+
 def flipped():
     leaf = torch.arange(10.0)
     if distributed.rank() == 1:

@@ -12,12 +12,15 @@ and a dated report in bench/results/.
 import argparse
 import gc
 import json
+import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ from bench.candidates import TOLERANCE, Samfn, candidates, compiled, started
 from bench.networks import build
 from bench.peers import RHO
 from recipes import augment
+from samfn import distributed
 
 Row = dict[str, Any]
 
@@ -157,6 +161,7 @@ def cases(setup: Setup) -> dict[str, Callable[[Setup], list[Row]]]:
         "peak": peak,
         "convolutions": convolutions,
         "checks": checks,
+        "one rank": one_rank,
         "data path": data_path,
     }
     for role, name in setup.networks.items():
@@ -403,6 +408,57 @@ def checks(setup: Setup) -> list[Row]:
         {"check": "graphs for all steps", "value": graphs, "passed": graphs == 1},
         *_random_checks(setup),
     ]
+
+
+def one_rank(setup: Setup) -> list[Row]:
+    """Check the step of several devices with one: collectives, in the graph, change nothing.
+
+    NCCL on a GPU, gloo on a CPU.
+    """
+    network = build(setup.networks["small"], setup.batch, setup.device)
+    optimizer = samfn.sgd(0.9)
+    common: Any = {
+        "loss_fn": samfn.supervised(network.model, F.cross_entropy),
+        "optimizer": optimizer,
+    }
+    batch = network.inputs, network.targets
+
+    def trained(placement: Any = None) -> tuple[dict[str, Tensor], list[float], float]:
+        params, buffers = samfn.split(network.model)
+        step = samfn.compile_update(**common, placement=placement, plan="whole")
+        own = placement.shard(params) if placement else params
+        state = samfn.init(own, buffers, optimizer=optimizer)
+        losses, begun = [], 0.0
+        for i in range(setup.steps):
+            state, seen = step(state, batch, rho=RHO, lr=0.01)
+            losses.append(float(seen.loss))
+            begun = begun or time.perf_counter()  # After the first one, which compiles.
+        seconds = (time.perf_counter() - begun) / (setup.steps - 1)
+        whole = placement.gather(state) if placement else state
+        distributed.require_alike(whole)
+        return dict(whole.params), losses, seconds
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    start = samfn.split(network.model)[0]
+    expected, losses, seconds = trained()
+    rows = []
+    with mock.patch.dict(os.environ, alone | {"MASTER_PORT": port}), distributed.ranks():
+        for name in ("replica", "global", "sharded"):
+            found = trained(distributed.placement(name, like=start))
+            worst = max(abs(a - b) for a, b in zip(found[1], losses, strict=True))
+            rows.append(
+                {
+                    "placement": name,
+                    "largest difference in loss": worst,
+                    "distance over way": measure.distance(start, found[0], expected),
+                    "of the step alone": found[2] / seconds,
+                    "passed": worst < 0.1 * losses[0],
+                }
+            )
+    return rows
 
 
 def _random_checks(setup: Setup) -> list[Row]:

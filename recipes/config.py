@@ -258,6 +258,9 @@ class Config:
     placement: str = "replica"
     """On several devices, which of them share a perturbation: replica, each has its own,
     as in the paper; group:n, n of them; global, all. Of the batch, each has its share."""
+    sync_batch_norm: bool = False
+    """On several devices, let BatchNorm normalise by the images of all of them; with
+    --placement global the step is that of one device then."""
     timeout: float = 60.0
     """Seconds that a device waits for another before all are ended, more than 0."""
     compile: Literal["auto", "yes", "no"] = "auto"

@@ -185,6 +185,11 @@ def _placement(config: Config) -> Placement | None:
             f"--batch-size: expected at least two images for each of the {ranks} ranks, got"
             f" {config.batch_size}"
         )
+    if config.sync_batch_norm and config.batch_size % ranks:
+        raise ConfigError(
+            f"--batch-size: expected a multiple of the ranks, {ranks}, with"
+            f" --sync-batch-norm, got {config.batch_size}"
+        )
     if config.placement == "sharded":
         raise ConfigError("--placement: expected replica, group:n or global, got sharded")
     try:
@@ -232,7 +237,7 @@ def _model(config: Config, dataset: Dataset) -> torch.nn.Module:
         raise ConfigError(f"--model: {error}") from error
     if config.freeze:
         models.freeze(model)
-    return model
+    return distributed.synchronised(model) if config.sync_batch_norm else model
 
 
 def _normalisation(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
@@ -34,6 +34,7 @@ from samfn.batches import length_of
 from samfn.border import some
 from samfn.gradient import Evaluate, Pass
 from samfn.method import Descended, Descent, Method, MethodState, Point
+from samfn.stateless import normalised_over
 from samfn.tree import Batch, Params
 
 TIMEOUT = 60.0  # seconds
@@ -300,6 +301,50 @@ def _wide(leaves: Any) -> torch.dtype:
 def _all_reduce(values: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """Return the sum over the ranks."""
     return _done(_OPERATIONS.all_reduce(values, "sum", group.group_name))
+
+
+class _Total(torch.autograd.Function):
+    """The sum over the ranks; what each rank's loss owes to it comes back to all."""
+
+    @staticmethod
+    def forward(values: Tensor, group: str) -> Tensor:
+        return _done(_OPERATIONS.all_reduce(values, "sum", group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+        _, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        summed = _OPERATIONS.all_reduce(grad.contiguous(), "sum", ctx.group)
+        return _done(summed), None
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum over the ranks of a tensor, for use inside of a loss function.
+
+    Its derivative is that of the sum of all ranks' losses.
+    """
+    if size() == 1:
+        return values
+    assert dist.group.WORLD is not None
+    apply: Any = _Total.apply
+    summed: Tensor = apply(values, dist.group.WORLD.group_name)
+    return summed
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose BatchNorm normalises by the batches of all ranks.
+
+    With the placement "global" the step is then that of one process on the whole batch.
+    With others, ranks see each other's perturbed activations: a perturbation depends on
+    more examples than its m. The ranks' batches must be of one length. It costs an
+    all-reduce for each layer and direction of a pass; evaluation is each rank's own.
+
+    Args:
+        model: the same module on all ranks; unchanged.
+    """
+    return normalised_over(model, total, size())
 
 
 def _all_gather(values: Tensor, group: "dist.ProcessGroup") -> Tensor:

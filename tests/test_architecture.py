@@ -72,6 +72,7 @@ OWNERS = {
     },
     "torch.func": {"samfn/gradient.py", "samfn/stateless.py", "recipes/models.py"},
     "torch.nn": {
+        "samfn/distributed.py",
         "samfn/export.py",
         "samfn/stateless.py",
         "recipes/models.py",

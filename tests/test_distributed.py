@@ -60,9 +60,9 @@ def own(batch):
     return tuple(part.tensor_split(size)[rank] for part in batch)
 
 
-def train(method, *, batch_norm, placement=None, rows=ROWS, steps=STEPS, **how):
+def train(method, *, batch_norm=True, placement=None, rows=ROWS, steps=STEPS, **how):
     """Train a small network; return what came of it, the same on every rank."""
-    model = network(batch_norm)
+    model = how.pop("model", None) or network(batch_norm)
     params, buffers = samfn.split(model)
     optimizer = how.pop("optimizer", samfn.clipped(samfn.sgd(0.9, weight_decay=1e-3), 2.0))
     given = {
@@ -295,6 +295,48 @@ def test_a_state_is_sharded_evenly_and_comes_back_bit_for_bit(count):
         for name, leaf in state.params.items():
             assert torch.equal(back.params[name], leaf)
             assert back.params[name].stride() == leaf.stride()
+
+
+def synchronised():
+    """On a rank: train with BatchNorm over all ranks."""
+    model = distributed.synchronised(network(True))
+    return [train(samfn.sam(), model=model, placement="global", **how) for how in WAYS]
+
+
+WAYS = ({}, {"compiled": True})
+
+
+def test_batch_norm_over_all_ranks_makes_the_step_that_of_one_process():
+    expected, *_ = train(samfn.sam(), model=network(True))
+    for found, _, plan in on_ranks(2, synchronised)[0]:
+        assert plan in (None, "whole")
+        assert difference(found.params, expected.params) < 2e-6
+        assert int(found.buffers["1.num_batches_tracked"]) == STEPS
+        for name in ("1.running_mean", "1.running_var"):
+            assert torch.allclose(found.buffers[name], expected.buffers[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("track", [True, False])
+def test_batch_norm_of_one_part_is_batch_norm(momentum, track):
+    given = {"momentum": momentum, "track_running_stats": track}
+    layer = nn.BatchNorm2d(4, **given)
+    other = distributed.synchronised(layer)
+    for _ in range(2):
+        inputs = 3 + torch.randn(8, 4, 5, 5)
+        left, right = (inputs.clone().requires_grad_() for _ in range(2))
+        outputs, found = layer(left), other(right)
+        assert torch.allclose(outputs, found, atol=1e-6)
+        outputs.square().mean().backward()
+        found.square().mean().backward()
+        assert torch.allclose(left.grad, right.grad, atol=1e-7)
+    for (name, own), (_, theirs) in zip(
+        layer.state_dict().items(), other.state_dict().items(), strict=True
+    ):
+        assert torch.allclose(own, theirs, atol=1e-6), name
+    assert torch.allclose(layer.eval()(inputs), other.eval()(inputs), atol=1e-6)
+    with pytest.raises(ValueError, match="4D"):
+        other(torch.ones(2, 4))
 
 
 def go_on(path, placement, steps):

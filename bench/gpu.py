@@ -411,9 +411,9 @@ def checks(setup: Setup) -> list[Row]:
 
 
 def one_rank(setup: Setup) -> list[Row]:
-    """Check the step of several devices with one: collectives, in the graph, change nothing.
+    """Check the step of several devices with one: its collectives change nothing.
 
-    NCCL on a GPU, gloo on a CPU.
+    They are in the graph; NCCL on a GPU, gloo on a CPU.
     """
     network = build(setup.networks["small"], setup.batch, setup.device)
     optimizer = samfn.sgd(0.9)
@@ -429,7 +429,7 @@ def one_rank(setup: Setup) -> list[Row]:
         own = placement.shard(params) if placement else params
         state = samfn.init(own, buffers, optimizer=optimizer)
         losses, begun = [], 0.0
-        for i in range(setup.steps):
+        for _ in range(setup.steps):
             state, seen = step(state, batch, rho=RHO, lr=0.01)
             losses.append(float(seen.loss))
             begun = begun or time.perf_counter()  # After the first one, which compiles.
@@ -444,9 +444,10 @@ def one_rank(setup: Setup) -> list[Row]:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     start = samfn.split(network.model)[0]
     expected, losses, seconds = trained()
+    names = ("replica", "global", "sharded") if setup is GPU else ("sharded",)
     rows = []
     with mock.patch.dict(os.environ, alone | {"MASTER_PORT": port}), distributed.ranks():
-        for name in ("replica", "global", "sharded"):
+        for name in names:
             found = trained(distributed.placement(name, like=start))
             worst = max(abs(a - b) for a, b in zip(found[1], losses, strict=True))
             rows.append(

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,16 +24,21 @@ ROOT = Path(__file__).parent.parent
 DIGITS = ("--data", "digits", "--batch-size", "128", "--seed", "3")
 
 
-def start(output, *flags, restarts=0, ranks=2):
-    """Start the recipe by torchrun, in a process group of its own."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    torchrun += (f"--nproc-per-node={ranks}", f"--max-restarts={restarts}")
+def start(output, *flags, restarts=0):
+    """Start the recipe on two ranks."""
+    own = ("--nproc-per-node=2", f"--max-restarts={restarts}", "-m")
     # torchrun takes --monitor for one of its own that begins so, but for the --.
-    recipe = ("-m", "--", "recipes.cifar_wrn", *DIGITS, "--output", str(output), *flags)
+    return torchrun(
+        *own, "--", "recipes.cifar_wrn", *DIGITS, "--output", str(output), *flags
+    )
+
+
+def torchrun(*arguments, cwd=ROOT):
+    """Start torchrun, in a process group of its own and at a port of its own."""
     return subprocess.Popen(
-        [*torchrun, *recipe],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -107,6 +114,26 @@ pytestmark = [
 EPOCHS = ("--epochs", "4")
 
 
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    torchrun (.*-m recipes.*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_readme_run(command, tmp_path):
+    short = ("--data", "digits", "--epochs", "1", "--batch-size", "256")
+    said = finish(torchrun(*shlex.split(command), *short, cwd=tmp_path))
+    assert "done" in said
+    assert len([*tmp_path.glob("runs/*/model.safetensors")]) == 1
+
+
+def test_the_example_of_the_readme_runs_on_two_ranks(tmp_path):
+    (example,) = re.findall(
+        r"```python\n([^`]*distributed\.ranks.*?)```", README, re.DOTALL
+    )
+    (tmp_path / "example.py").write_text(example)
+    finish(torchrun("--nproc-per-node=2", "example.py", cwd=tmp_path))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Return a run on two ranks that nothing disturbed."""
@@ -171,11 +198,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path):
     os.kill(wait_for_epoch(process, output, 2)[1], signal.SIGTERM)
     said = finish(process, code=1)
     assert "goes on where this ended" in said
-    resumed = ("-m", "recipes.cifar_wrn", "--resume", str(output))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    subprocess.run(
-        [*torchrun, "--nproc-per-node=2", *resumed], cwd=ROOT, check=True, timeout=120
-    )
+    again = ("-m", "recipes.cifar_wrn", "--resume", str(output))
+    finish(torchrun("--nproc-per-node=2", *again))
     assert same(whole[0], output)
 
 

@@ -79,6 +79,9 @@ def run(
         display.fail(str(error))
         return NOT_WRITTEN
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, distributed.RanksDifferError):
+            display.fail(f"{error}; the last checkpoint is older")
+            return RANK_LOST
         if distributed.is_lost(error):
             display.fail("another rank ended, or did not answer in time; torchrun ends all")
             return RANK_LOST

@@ -31,6 +31,9 @@ from samfn.monitor import alarms
 METER, LAYERS, GRADIENTS = "meter", "layers", "layer_gradients"
 
 
+COMPARED = 100  # steps from one comparison of the ranks' states to the next
+
+
 class DivergedError(Exception):
     """Too many steps had a loss or gradient that was not finite."""
 
@@ -346,6 +349,8 @@ class _Watch:
             self._layers.add(metrics)
         self._worst = torch.maximum(self._worst, training.state.skipped_in_a_row)
         last = done == self._steps
+        if training.step % COMPARED == 0:
+            distributed.require_alike(training.state)
         if done % CHUNK == 0 or last:  # A GPU waits for it.
             _require_finite(task, training, self._worst, batch)
         if last:

@@ -117,6 +117,11 @@ def require_tensors(what: str, mapping: Any) -> None:
     for name, value in mapping.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{what}[{name!r}] must be a tensor, got {type(value)}")
+        if type(value).__name__ == "DTensor":
+            raise TypeError(
+                f"{what}[{name!r}] must be a plain tensor, got a DTensor: take its"
+                " full_tensor(); samfn.distributed keeps parts of it on several devices"
+            )
 
 
 def require_trainable(params: Params, buffers: Params) -> None:

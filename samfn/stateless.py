@@ -14,6 +14,14 @@ from samfn import border
 from samfn.gradient import Aux
 from samfn.tree import Params
 
+# By name: importing FSDP takes a second.
+WRAPPERS = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+}
+
 
 def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copy out of a model what trains and what does not.
@@ -319,11 +327,15 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def _require_plain(model: nn.Module) -> None:
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(model, wrappers):
-        raise TypeError(
-            f"expected a plain module, got {type(model).__name__}: pass its .module"
-        )
+    """Raise where a wrapper would exchange gradients in hooks that nothing here calls."""
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if found := sorted(kinds & WRAPPERS):
+            where = f" at {name}" if name else ""
+            raise TypeError(
+                f"expected a plain module, got {found[0]}{where}: pass what it wraps;"
+                " samfn.distributed spreads a step over several devices"
+            )
 
 
 def _require_layout(expected: Params, given: Params, what: str) -> None:

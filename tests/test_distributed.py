@@ -9,6 +9,9 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import samfn
@@ -33,8 +36,18 @@ METHODS = {
     "loss_scaled": samfn.loss_scaled(samfn.sam()),
     "same_randomness": samfn.same_randomness(samfn.sam()),
 }
+# On several ranks, these choose among each rank's own examples.
+ALONE = {
+    "esam": samfn.esam(beta=1),
+    "sub_batch_ascent": samfn.sub_batch_ascent(samfn.sam(), 0.5),
+    "accumulated": samfn.accumulated(samfn.sam(), 2, statistics="averaged"),
+    "per_micro_batch": samfn.per_micro_batch(samfn.sam(), 2, statistics="averaged"),
+}
 PLACEMENTS = {2: ["replica", "global"], 4: ["replica", "group:2", "global"]}
 SHARDED = ["sam", "asam", "gsam", "looksam", "wsam", "on_parameters", "loss_scaled"]
+
+
+criterion = nn.CrossEntropyLoss(reduction="none")
 
 
 def network(batch_norm):
@@ -66,7 +79,7 @@ def train(method, *, batch_norm=True, placement=None, rows=ROWS, steps=STEPS, **
     params, buffers = samfn.split(model)
     optimizer = how.pop("optimizer", samfn.clipped(samfn.sgd(0.9, weight_decay=1e-3), 2.0))
     given = {
-        "loss_fn": samfn.supervised(model, nn.CrossEntropyLoss()),
+        "loss_fn": samfn.supervised(model, criterion, dtype=how.pop("dtype", None)),
         "optimizer": optimizer,
         "method": method,
     }
@@ -142,6 +155,32 @@ def test_ranks_take_the_step_of_one_process(count, placement, name, batch_norm):
         for field in ("loss", "perturbed_loss", "perturbation_norm", "descent_norm"):
             left, right = (float(getattr(one, field)) for one in (found, wanted))
             assert math.isclose(left, right, rel_tol=2e-6, abs_tol=1e-7), field
+
+
+def train_alone():
+    return {
+        name: train(method, placement="replica")[0].params for name, method in ALONE.items()
+    }
+
+
+def test_what_chooses_examples_does_so_on_each_replica():
+    found = on_ranks(2, train_alone)[0]
+    for name, method in ALONE.items():
+        expected, *_ = train(on_one(method, ROWS // 2, "replica", 2))
+        assert difference(found[name], expected.params) < 1e-6, name
+
+
+def train_in(dtype):
+    return train(samfn.sam(), placement="replica", dtype=dtype)[0].params
+
+
+def test_ranks_may_compute_in_bfloat16():
+    found = on_ranks(2, train_in, torch.bfloat16)[0]
+    method = on_one(samfn.sam(), ROWS // 2, "replica", 2)
+    expected, *_ = train(method, dtype=torch.bfloat16)
+    full, *_ = train(method)
+    assert difference(found, expected.params) < 1e-6
+    assert difference(found, full.params) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["sam", "asam", "gsam"])
@@ -454,6 +493,36 @@ def test_one_process_needs_no_group():
 def test_a_placement_needs_a_process_group():
     with pytest.raises(RuntimeError, match="torchrun"):
         distributed.placement()
+
+
+def wrapped():
+    """On a rank: what samfn says to the wrappers of torch.distributed."""
+    model, messages = network(False), []
+    sharded = fully_shard(nn.Linear(3, 3), mesh=init_device_mesh("cpu", (1,)))
+    parts = {"w": distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))}
+    for attempt in (
+        lambda: samfn.split(nn.parallel.DistributedDataParallel(model)),
+        lambda: samfn.supervised(nn.Sequential(nn.DataParallel(model)), criterion),
+        lambda: samfn.split(sharded),
+        lambda: samfn.init(parts, {}, optimizer=samfn.sgd()),
+    ):
+        try:
+            attempt()
+        except TypeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_wrappers_are_refused_with_the_right_way():
+    messages = on_ranks(1, wrapped)[0]
+    assert len(messages) == 4
+    for message, name in zip(
+        messages,
+        ("DistributedDataParallel", "DataParallel at 0", "FSDPModule", "DTensor"),
+        strict=True,
+    ):
+        assert name in message
+        assert "samfn.distributed" in message
 
 
 def refused():

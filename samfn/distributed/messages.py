@@ -1,0 +1,120 @@
+"""What ranks exchange in a step: sums and means, of many tensors in one message.
+
+The collectives are PyTorch's functional ones: they return new tensors, and graphs hold
+them.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from samfn.tree import Params
+
+_OPERATIONS = torch.ops._c10d_functional
+
+
+def changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is not the very same as before, as frozen weights are."""
+    return {key: value for key, value in new.items() if value is not old.get(key)}
+
+
+def mean(
+    values: Mapping[str, Any], rows: int, group: str, params: Params
+) -> tuple[dict[str, Any], Tensor]:
+    """Average nested mappings of tensors over all examples of a group, in one message.
+
+    Whole numbers, as BatchNorm's count of batches, are alike on all ranks, and stay.
+
+    Args:
+        values: what the rank found.
+        rows: from how many examples.
+        group: name of the process group.
+        params: whose layout in memory counts, as it is the same on all ranks.
+
+    Returns:
+        The means, and the number of examples, shape ().
+    """
+    leaves = [(name, leaf) for name, leaf in _leaves(values) if leaf.is_floating_point()]
+    dtype = wide(leaf for _, leaf in leaves)
+    layouts = [Layout.of(leaf, params.get(name)) for name, leaf in leaves]
+    parts = [
+        layout.flat(leaf).to(dtype)
+        for layout, (_, leaf) in zip(layouts, leaves, strict=True)
+    ]
+    count = torch.ones(1, dtype=dtype, device=parts[0].device)
+    total = all_reduce(rows * torch.cat([*parts, count]), group)
+    means = torch.split(total[:-1] / total[-1], [part.numel() for part in parts])
+    found = iter(
+        layout.whole(mean).to(leaf.dtype)
+        for layout, mean, (_, leaf) in zip(layouts, means, leaves, strict=True)
+    )
+    return _replaced(values, found), total[-1]
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in memory, so that a vector of it needs no transposition."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    """Its dimensions, from the one with the largest stride on."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, like: Tensor | None = None) -> "Layout":
+        """Return the layout of `like`, if that has the tensor's shape."""
+        if like is None or like.shape != tensor.shape:
+            return cls(tuple(tensor.shape), tuple(range(tensor.ndim)))
+        strides = like.stride()
+        order = sorted(range(like.ndim), key=lambda place: (-strides[place], place))
+        return cls(tuple(like.shape), tuple(order))
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """Return a tensor as a vector."""
+        return tensor.permute(self.order).reshape(-1)
+
+    def whole(self, vector: Tensor) -> Tensor:
+        """Return a vector as a tensor."""
+        laid = vector.view([self.shape[place] for place in self.order])
+        return laid.permute([self.order.index(place) for place in range(len(self.order))])
+
+
+def _leaves(node: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    """Return the tensors of nested mappings, each with its own key."""
+    if isinstance(node, Mapping):
+        return [leaf for key, child in node.items() for leaf in _leaves(child, key)]
+    return [] if node is None else [(name, node)]
+
+
+def _replaced(node: Any, found: Iterator[Tensor]) -> Any:
+    """Rebuild nested mappings with others in place of their floating-point tensors."""
+    if isinstance(node, Mapping):
+        return {key: _replaced(child, found) for key, child in node.items()}
+    return node if node is None or not node.is_floating_point() else next(found)
+
+
+def wide(leaves: Iterable[Tensor]) -> torch.dtype:
+    """Return the widest dtype, at least float32: half precision loses what it adds up."""
+    return reduce(torch.promote_types, {leaf.dtype for leaf in leaves}, torch.float32)
+
+
+def all_reduce(values: Tensor, group: str) -> Tensor:
+    """Return the sum over the ranks of a process group, which is given by its name."""
+    return _done(_OPERATIONS.all_reduce(values, "sum", group))
+
+
+def all_gather(values: Tensor, ranks: int, group: str) -> Tensor:
+    """Return the rows of all ranks one after the other."""
+    return _done(_OPERATIONS.all_gather_into_tensor(values, ranks, group))
+
+
+def reduce_scatter(values: Tensor, ranks: int, group: str) -> Tensor:
+    """Return this rank's rows of the sum over the ranks."""
+    return _done(_OPERATIONS.reduce_scatter_tensor(values, "sum", ranks, group))
+
+
+def _done(begun: Tensor) -> Tensor:
+    """Wait for a collective; a compiled graph does so where it needs the values."""
+    done: Tensor = _OPERATIONS.wait_tensor(begun)
+    return done

@@ -124,6 +124,27 @@ def test_same_randomness_moves_on_between_steps():
     assert str(masks[0]) != str(masks[2])
 
 
+def test_memory_passes_through_the_micro_batches_in_turn_or_is_averaged():
+    loss_fn, params, _, batch = supervised_case()
+    optimizer = samfn.sgd()
+
+    def memory_after(method, batches):
+        state = samfn.init(params, {}, optimizer=optimizer, method=method)
+        for one in batches:
+            state, _ = samfn.sam_update(
+                state, one, loss_fn=loss_fn, optimizer=optimizer, method=method, lr=0.0
+            )
+        return state.method_state["mean"]
+
+    inner, parts = samfn.vasso(0.5), [*zip(*(t.split(5) for t in batch), strict=True)]
+    in_turn = memory_after(samfn.per_micro_batch(inner, 5), [batch])
+    assert_close(in_turn, memory_after(inner, parts))
+    averaged = samfn.per_micro_batch(inner, 5, statistics="averaged")
+    left, right = (memory_after(inner, [part]) for part in parts)
+    mean = {name: (left[name] + right[name]) / 2 for name in left}
+    assert_close(memory_after(averaged, [batch]), mean)
+
+
 def test_running_statistics_can_be_averaged_instead_and_count_once():
     model = small_network()
     params, buffers = samfn.split(model)

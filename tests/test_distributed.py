@@ -170,6 +170,45 @@ def test_what_chooses_examples_does_so_on_each_replica():
         assert difference(found[name], expected.params) < 1e-6, name
 
 
+def one_step(placement, rows=slice(None)):
+    """Take a watched step, on a rank or, without a placement, on some rows alone."""
+    model = network(False)
+    params, buffers = samfn.split(model)
+    place = placement and distributed.placement(placement, like=params)
+    images, labels = own(batch_of(0)) if placement else batch_of(0)
+    optimizer = samfn.sgd()
+    _, metrics = samfn.sam_update(
+        samfn.init(place.shard(params) if place else params, buffers, optimizer=optimizer),
+        (images[rows], labels[rows]),
+        loss_fn=samfn.supervised(model, criterion),
+        optimizer=optimizer,
+        lr=0.1,
+        watch=True,
+        placement=place,
+    )
+    return metrics
+
+
+def test_norms_of_replicas_are_means_over_them():
+    left, right = on_ranks(2, one_step, "replica")
+    first, second = (one_step(None, rows) for rows in (slice(8), slice(8, 16)))
+    assert first.grad_norm != second.grad_norm
+    for found in (left, right):
+        assert torch.allclose(found.grad_norm, (first.grad_norm + second.grad_norm) / 2)
+        for name in ("gradient", "perturbation", "cosine"):
+            ours, *theirs = (getattr(one.layers, name) for one in (found, first, second))
+            assert torch.allclose(ours, (theirs[0] + theirs[1]) / 2, atol=1e-6), name
+
+
+@pytest.mark.parametrize("placement", ["global", "sharded"])
+def test_norms_of_a_shared_perturbation_are_those_of_one_process(placement):
+    expected = one_step(None)
+    for found in on_ranks(2, one_step, placement):
+        assert torch.allclose(found.grad_norm, expected.grad_norm)
+        for ours, theirs in zip(found.layers, expected.layers, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def train_in(dtype):
     return train(samfn.sam(), placement="replica", dtype=dtype)[0].params
 

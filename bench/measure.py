@@ -85,13 +85,13 @@ def peak_memory(step: Callable[[], Any]) -> int:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Starts a new peak.
-    before = _resident("VmRSS")
+    before = resident()
     for _ in range(3):
         step()
     synchronize()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def start_of_peak() -> int:
@@ -108,7 +108,8 @@ def reserved_at_peak() -> int:
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
 
-def _resident(what: str) -> int:
+def resident(what: str = "VmRSS") -> int:
+    """Return the bytes that the process has now, or had at its peak with "VmHWM"."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what + ":"):
             return 1024 * int(line.split()[1])

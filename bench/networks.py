@@ -52,6 +52,14 @@ def mlp(batch: int) -> Network:
     return Network("mlp", model, torch.randn(batch, 64), torch.randint(10, (batch,)))
 
 
+def wide_mlp(batch: int) -> Network:
+    """Return four layers of width 2048: many parameters, each used once for an example."""
+    layers = [layer for _ in range(4) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(2048, 10))
+    images = torch.randn(batch, 2048)
+    return Network("mlp-2048", model, images, torch.randint(10, (batch,)))
+
+
 def transformer(batch: int) -> Network:
     """Return four layers of width 64 on sequences of 64."""
     tokens = torch.randint(64, (batch, 64))
@@ -73,6 +81,7 @@ def wide_resnet(name: str, batch: int, side: int, layout: str = "standard") -> N
 
 NETWORKS: dict[str, Callable[[int], Network]] = {
     "mlp": mlp,
+    "mlp-2048": wide_mlp,
     "transformer": transformer,
     "wrn-10-1 8x8": lambda batch: wide_resnet("wrn-10-1", batch, 8),
     "wrn-10-1": lambda batch: wide_resnet("wrn-10-1", batch, 32),

@@ -4,15 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import candidates, gpu, measure
+from bench import candidates, gpu, measure, scaling
 from bench.candidates import Samfn
 from bench.networks import build
 from bench.peers import peers
+from tests.ranks import on_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,3 +167,78 @@ def test_faults_are_reported(tmp_path):
     assert "F4 | disk full from a random byte on | 5 | 0 |" in out
     rows = [line for line in report.read_text().splitlines() if line.startswith("| F")]
     assert len(rows) == 2
+
+
+def test_a_line_is_found_from_messages_that_lie_on_it():
+    line = scaling.Line(latency=2e-4, bandwidth=5e8)
+    found = scaling.fit(scaling.SIZES, [line(size) for size in scaling.SIZES])
+    assert found.latency == pytest.approx(line.latency)
+    assert found.bandwidth == pytest.approx(line.bandwidth)
+
+
+def timed_step(step, seconds):
+    about = {"mode": "eager", "step": step, "seconds": {"median": seconds}}
+    return about | {"ranks": 2, "parameters": 1e6, "buffers": 0, "tensors": 1}
+
+
+def test_a_step_is_the_sum_of_what_it_is_made_of_and_the_model_knows_its_messages():
+    kinds = (scaling.WHOLE, scaling.ALONE, scaling.BESIDE, "replica", "global")
+    rows = [*map(timed_step, kinds, (1.0, 0.6, 0.7, 0.78, 0.85))]
+    lines = {("all-reduce", 2): scaling.Line(latency=0.01, bandwidth=1e8)}
+    replica, both = scaling.account(rows, lines)
+    parts = [replica[key] for key in ("shared out", "does not shrink", "cores", "messages")]
+    assert parts == pytest.approx([500, 100, 100, 80])
+    assert replica["ms"] == pytest.approx(sum(parts))
+    assert both["messages"] == pytest.approx(150)
+    assert both["most lost to"] == "messages"
+    assert replica["messages, model"] == pytest.approx(10 + 40, rel=1e-3)
+    assert both["messages, model"] == pytest.approx(2 * (10 + 40), rel=1e-3)
+    assert replica["ms, model"] == pytest.approx(650, rel=1e-3)
+
+
+def scaled(options):
+    return {name: worker(options) for name, worker in scaling.WORKERS.items()}
+
+
+def test_what_ranks_take_is_measured_and_reported(monkeypatch, tmp_path, capsys):
+    report, lines = tmp_path / "report.md", tmp_path / "lines.jsonl"
+    options = scaling.Options(
+        case=("mlp:8",), mode=("eager",), rounds=2, held="mlp", held_by=(1, 2)
+    )
+    placed = replace(options, placement=scaling.PLACEMENTS)
+    found = {count: on_ranks(count, scaled, placed)[0] for count in (1, 2)}
+
+    def started(worker, ranks, options, *more):
+        return [measure.environment() | row for row in found[ranks][worker]]
+
+    monkeypatch.setattr(scaling, "started", started)
+    scaling.main(replace(options, report=report, output=lines))
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(rows) == 6 + 3 * len(scaling.SIZES) + 2 * 2
+    assert all(row["seconds"]["median"] > 0 for row in rows if "seconds" in row)
+    held = {(row["placement"], row["ranks"]): row for row in rows if "state" in row}
+    whole = held["global", 1]["state"]
+    assert held["global", 2]["state"] == whole
+    assert held["sharded", 2]["state"] == pytest.approx(whole / 2, rel=0.01)
+    for row in held.values():  # Beside the model's there are a few counters.
+        assert row["state"] == pytest.approx(row["state, model"], rel=0.01)
+    text = report.read_text()
+    assert text in capsys.readouterr().out
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) == (2 + 6) + (2 + 3) + (2 + len(scaling.SIZES)) + (2 + 3) + (2 + 4)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(SystemExit, match="2 ranks do not divide the batch"):
+        scaling.main(scaling.Options(case=("mlp:7",)))
+
+
+@pytest.mark.slow
+def test_scaling_starts_its_own_ranks(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    rows = scaling.started("memory", 2, scaling.Options(held="mlp", rounds=2))
+    assert [(row["placement"], row["ranks"]) for row in rows] == [
+        ("global", 2),
+        ("sharded", 2),
+    ]
+    assert rows[0]["device"].endswith("1 thread")

@@ -271,7 +271,6 @@ WORKERS: dict[str, Callable[[Options], list[Row]]] = {
 
 def work(options: Options) -> None:
     """On a rank: measure; the first one writes what was found."""
-    torch.set_num_threads(1)
     with distributed.ranks(timeout=PATIENCE):
         rows = WORKERS[options.worker](options)
         if distributed.rank() == distributed.FIRST:

@@ -72,14 +72,19 @@ def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(tmp_path):
     assert 0 < row["warm s"] < row["cold s"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_a_step_is_at_least_what_it_allocates():
+def peak_of_64_mebibytes():
     held = []
 
     def step():
         held.append(torch.ones(64, 2**18).sum())  # 64 MiB, and gone
 
-    assert measure.peak_memory(step) > 0.9 * 2**26
+    return measure.peak_memory(step)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_step_is_at_least_what_it_allocates():
+    # In a process that has freed none before, which a step could take again.
+    assert on_ranks(1, peak_of_64_mebibytes)[0] > 0.9 * 2**26
 
 
 def test_another_computation_is_not_timed(monkeypatch):
@@ -236,6 +241,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused():
 @pytest.mark.slow
 def test_scaling_starts_its_own_ranks(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     rows = scaling.started("memory", 2, scaling.Options(held="mlp", rounds=2))
     assert [(row["placement"], row["ranks"]) for row in rows] == [
         ("global", 2),

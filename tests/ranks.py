@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMEOUT = 60.0  # seconds that a rank waits for another; far more than any case takes
 
@@ -70,3 +71,19 @@ def _begin(rank, count, store, pipe, timeout, function, arguments):
         pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
     finally:
         dist.destroy_process_group()
+
+
+class Sent(TorchDispatchMode):
+    """Notes what is exchanged: operation, bytes of the whole vector, ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "_c10d_functional" and "wait_tensor" not in str(func):
+            name = func.name().split("::")[1]
+            size = max(args[0].nbytes, result.nbytes)
+            self.found.append((name, size, args[-1]))
+        return result

@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import samfn
 from bench import cost_model, measure
 from bench.cost_model import Link, Machine, Message, Network, duration, memory, predict
 from bench.networks import build
 from samfn import distributed
-from tests.ranks import on_ranks
+from tests.ranks import Sent, on_ranks
 
 PLACEMENTS = ("replica", "group:2", "global", "sharded")
 ENDLESS = Link(math.inf, 0.0)
@@ -116,22 +115,6 @@ def test_a_group_pays_only_where_links_between_nodes_are_less_than_half_as_fast(
 def test_a_group_has_to_divide_the_ranks():
     with pytest.raises(ValueError, match=r"group:3.* 3 does not divide 4"):
         cost_model.messages(NETWORK, "group:3", 4)
-
-
-class Sent(TorchDispatchMode):
-    """Notes what is exchanged: operation, bytes of the whole vector, ranks."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "_c10d_functional" and "wait_tensor" not in str(func):
-            name = func.name().split("::")[1]
-            size = max(args[0].nbytes, result.nbytes)
-            self.found.append((name, size, args[-1]))
-        return result
 
 
 def exchanged(method):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -12,11 +13,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
 
 import samfn
 from samfn import distributed
-from tests.ranks import on_ranks
+from tests.ranks import Sent, on_ranks
 
 ROWS, STEPS = 16, 3
 METHODS = {
@@ -319,7 +319,7 @@ def counted(placement):
     optimizer = samfn.sgd()
     loss_fn = samfn.supervised(model, nn.CrossEntropyLoss())
     state = samfn.init(place.shard(params), buffers, optimizer=optimizer)
-    with CommDebugMode() as counter:
+    with Sent() as sent:
         samfn.sam_update(
             state,
             own(batch_of(0)),
@@ -328,8 +328,7 @@ def counted(placement):
             lr=0.1,
             placement=place,
         )
-    found = {str(key).split(".")[-1]: n for key, n in counter.get_comm_counts().items()}
-    return {key: n for key, n in found.items() if n}, place.m(8)
+    return dict(Counter(name for name, *_ in sent.found)), place.m(8)
 
 
 @pytest.mark.parametrize(

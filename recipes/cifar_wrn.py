@@ -12,25 +12,15 @@ A run leaves a directory with its settings, metrics, picture and checkpoints.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from recipes import command
 from recipes.config import parse
-from recipes.console import Display
-from recipes.running import run
-from recipes.signals import Signals
-from samfn import distributed
+from recipes.running import start
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the recipe; return its exit code."""
-
-    def body(display: Display, signals: Signals) -> int:
-        config = parse(args, display.say)
-        with distributed.ranks(timeout=config.timeout):
-            # Before any rank writes, all have read what there is.
-            return run(distributed.from_first(config), display, signals)
-
-    return command.run(body, ranks=True)
+    return start(partial(parse, args))
 
 
 if __name__ == "__main__":

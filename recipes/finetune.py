@@ -11,24 +11,17 @@ on with a run of the other.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from recipes import command
 from recipes.config import parse
-from recipes.running import run
+from recipes.running import start
 
 PROGRAM = "python -m recipes.finetune"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Train; return the exit code."""
-    return command.run(
-        lambda display, signals: run(
-            parse(args, display.say, program=PROGRAM, base="finetune"),
-            display,
-            signals,
-            program=PROGRAM,
-        )
-    )
+    return start(partial(parse, args, program=PROGRAM, base="finetune"), PROGRAM)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +33,24 @@ from samfn.engine import Training
 
 # How the optimizers are called in sentences.
 BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam"}
+
+
+def start(parsed: Callable[[Callable[[str], None]], Config], program: str = PROGRAM) -> int:
+    """Do what a command that trains is there for; return its exit code.
+
+    Args:
+        parsed: (what is told a line) -> the settings, as `parse` reads them.
+        program: the command in the lines that say how to go on.
+    """
+
+    def body(display: Display, signals: Signals) -> int:
+        config = parsed(display.say)
+        with distributed.ranks(timeout=config.timeout):
+            # Before any rank writes, all have read what there is.
+            config = distributed.from_first(config)
+            return run(config, display, signals, program=program)
+
+    return command.run(body, ranks=True)
 
 
 def run(

@@ -45,13 +45,23 @@ def mean(
         for layout, (_, leaf) in zip(layouts, leaves, strict=True)
     ]
     count = torch.ones(1, dtype=dtype, device=parts[0].device)
-    total = all_reduce(rows * torch.cat([*parts, count]), group)
-    means = torch.split(total[:-1] / total[-1], [part.numel() for part in parts])
+    flat, examples = _mean_of(torch.cat([*parts, count]).mul_(rows), group)
+    means = torch.split(flat, [part.numel() for part in parts])
     found = iter(
         layout.whole(mean).to(leaf.dtype)
         for layout, mean, (_, leaf) in zip(layouts, means, leaves, strict=True)
     )
-    return _replaced(values, found), total[-1]
+    return _replaced(values, found), examples
+
+
+def _mean_of(weighted: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Return the mean of vectors that end in their weight, and the sum of the weights."""
+    if torch.compiler.is_compiling():  # A graph plans its memory itself.
+        total = all_reduce(weighted, group)
+        return total[:-1] / total[-1], total[-1]
+    # In place, since such a vector takes longer to allocate than to fill.
+    total = _done(_OPERATIONS.all_reduce_(weighted, "sum", group))
+    return total[:-1].div_(total[-1]), total[-1]
 
 
 class Layout(NamedTuple):

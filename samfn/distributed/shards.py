@@ -110,8 +110,8 @@ class Parts:
         """Return this rank's part of the mean gradient, which took one message."""
         dtype = wide(grads.values())
         columns = [self._rows(name, grad).to(dtype) for name, grad in grads.items()]
-        flat = rows * torch.cat(columns, dim=1).view(-1)
-        own = reduce_scatter(flat, self._ranks, self._group) / examples
+        flat = torch.cat(columns, dim=1).view(-1).mul_(rows)
+        own = reduce_scatter(flat, self._ranks, self._group).div_(examples)
         parts = torch.split(own, [self._sizes[name] for name in grads])
         return {
             name: part.to(grad.dtype)

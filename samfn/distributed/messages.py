@@ -45,7 +45,7 @@ def mean(
         for layout, (_, leaf) in zip(layouts, leaves, strict=True)
     ]
     count = torch.ones(1, dtype=dtype, device=parts[0].device)
-    flat, examples = _mean_of(torch.cat([*parts, count]).mul_(rows), group)
+    flat, examples = _mean_of(weighted([*parts, count], rows), group)
     means = torch.split(flat, [part.numel() for part in parts])
     found = iter(
         layout.whole(mean).to(leaf.dtype)
@@ -54,13 +54,23 @@ def mean(
     return _replaced(values, found), examples
 
 
-def _mean_of(weighted: Tensor, group: str) -> tuple[Tensor, Tensor]:
+# Long vectors take longer to allocate than to fill: eager code works in place, where a
+# graph plans its memory itself, and fuses what makes a part with its weight.
+
+
+def weighted(parts: list[Tensor], rows: int, dim: int = 0) -> Tensor:
+    """Return the parts as one tensor, times the number of examples they are from."""
+    if torch.compiler.is_compiling():
+        return torch.cat([rows * part for part in parts], dim)
+    return torch.cat(parts, dim).mul_(rows)
+
+
+def _mean_of(vector: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Return the mean of vectors that end in their weight, and the sum of the weights."""
-    if torch.compiler.is_compiling():  # A graph plans its memory itself.
-        total = all_reduce(weighted, group)
+    if torch.compiler.is_compiling():
+        total = all_reduce(vector, group)
         return total[:-1] / total[-1], total[-1]
-    # In place, since such a vector takes longer to allocate than to fill.
-    total = _done(_OPERATIONS.all_reduce_(weighted, "sum", group))
+    total = _done(_OPERATIONS.all_reduce_(vector, "sum", group))
     return total[:-1].div_(total[-1]), total[-1]
 
 

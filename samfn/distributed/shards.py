@@ -21,6 +21,7 @@ from samfn.distributed.messages import (
     changed,
     mean,
     reduce_scatter,
+    weighted,
     wide,
 )
 from samfn.distributed.replicas import Placement, alike
@@ -110,7 +111,7 @@ class Parts:
         """Return this rank's part of the mean gradient, which took one message."""
         dtype = wide(grads.values())
         columns = [self._rows(name, grad).to(dtype) for name, grad in grads.items()]
-        flat = torch.cat(columns, dim=1).view(-1).mul_(rows)
+        flat = weighted(columns, rows, dim=1).view(-1)
         own = reduce_scatter(flat, self._ranks, self._group).div_(examples)
         parts = torch.split(own, [self._sizes[name] for name in grads])
         return {

@@ -261,7 +261,7 @@ class Config:
     sync_batch_norm: bool = False
     """On several devices, let BatchNorm normalise by the images of all of them; with
     --placement global the step is that of one device then."""
-    timeout: float = 60.0
+    timeout: float = 300.0
     """Seconds that a device waits for another before all are ended, more than 0."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Compile the step. auto does so on a GPU, and on a CPU where the run is long enough

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,12 @@ def start(parsed: Callable[[Callable[[str], None]], Config], program: str = PROG
 
     def body(display: Display, signals: Signals) -> int:
         config = parsed(display.say)
-        with distributed.ranks(timeout=config.timeout):
+        kind: Any = torch.device(config.device).type
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(distributed.ranks(timeout=config.timeout, kind=kind))
+            except ValueError as error:
+                raise ConfigError(f"torchrun --nproc-per-node: {error}") from error
             # Before any rank writes, all have read what there is.
             config = distributed.from_first(config)
             return run(config, display, signals, program=program)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.utils import _pytree as pytree
 
 import samfn
 from samfn import distributed
@@ -168,6 +169,35 @@ def test_what_chooses_examples_does_so_on_each_replica():
     for name, method in ALONE.items():
         expected, *_ = train(on_one(method, ROWS // 2, "replica", 2))
         assert difference(found[name], expected.params) < 1e-6, name
+
+
+def kept_memory(placement):
+    """On a rank: bytes of the storages that a state and its metrics keep alive."""
+    model = network(True)
+    params, buffers = samfn.split(model)
+    place = distributed.placement(placement, like=params)
+    method, optimizer = samfn.vasso(), samfn.sgd()
+    state = samfn.init(place.shard(params), buffers, optimizer=optimizer, method=method)
+    state, metrics = samfn.sam_update(
+        state,
+        own(batch_of(0)),
+        loss_fn=samfn.supervised(model, criterion),
+        optimizer=optimizer,
+        method=method,
+        lr=0.1,
+        placement=place,
+    )
+    longer = [
+        leaf.untyped_storage().nbytes() - leaf.nbytes
+        for leaf in pytree.tree_leaves((state, metrics._replace(outputs=None)))
+        if leaf is not None
+    ]
+    return max(longer)
+
+
+@pytest.mark.parametrize("placement", ["replica", "global", "sharded"])
+def test_what_outlives_a_step_keeps_no_message_alive(placement):
+    assert set(on_ranks(2, kept_memory, placement)) == {0}
 
 
 def one_step(placement, rows=slice(None)):

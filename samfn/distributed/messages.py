@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from samfn.tree import Params
 
@@ -35,7 +36,8 @@ def mean(
         params: whose layout in memory counts, as it is the same on all ranks.
 
     Returns:
-        The means, and the number of examples, shape ().
+        The means, and the number of examples, shape (). Those of "grads" and "beside" are
+        parts of one long vector; all that may outlive the step has memory of its own.
     """
     leaves = [(name, leaf) for name, leaf in _leaves(values) if leaf.is_floating_point()]
     dtype = wide(leaf for _, leaf in leaves)
@@ -46,12 +48,15 @@ def mean(
     ]
     count = torch.ones(1, dtype=dtype, device=parts[0].device)
     flat, examples = _mean_of(weighted([*parts, count], rows), group)
-    means = torch.split(flat, [part.numel() for part in parts])
+    pieces = torch.split(flat, [part.numel() for part in parts])
     found = iter(
-        layout.whole(mean).to(leaf.dtype)
-        for layout, mean, (_, leaf) in zip(layouts, means, leaves, strict=True)
+        layout.whole(piece).to(leaf.dtype)
+        for layout, piece, (_, leaf) in zip(layouts, pieces, leaves, strict=True)
     )
-    return _replaced(values, found), examples
+    means = _replaced(values, found)
+    for key in means.keys() - {"grads", "beside"}:
+        means[key] = pytree.tree_map(torch.clone, means[key])
+    return means, examples.clone()
 
 
 # Long vectors take longer to allocate than to fill: eager code works in place, where a

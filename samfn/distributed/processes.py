@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from samfn.border import some
 from samfn.tree import Batch
 
-TIMEOUT = 60.0  # seconds
+TIMEOUT = 300.0  # seconds; compiling may take one rank longer than another
 FIRST = 0  # the rank that prints and writes
 GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, odd, as a signed number
 
@@ -26,7 +26,9 @@ class RanksDifferError(RuntimeError):
 
 
 @contextlib.contextmanager
-def ranks(*, timeout: float = TIMEOUT) -> Iterator[torch.device | None]:
+def ranks(
+    *, timeout: float = TIMEOUT, kind: Literal["cuda", "cpu"] | None = None
+) -> Iterator[torch.device | None]:
     """Join the other processes that torchrun started, until the end.
 
     A collective that a rank waits for longer than the timeout, as for one that was killed
@@ -35,6 +37,7 @@ def ranks(*, timeout: float = TIMEOUT) -> Iterator[torch.device | None]:
 
     Args:
         timeout: in seconds, from a fast rank to the slowest.
+        kind: of device; None takes GPUs where there are any.
 
     Yields:
         The device of this rank; None where torchrun started nothing, and this does nothing.
@@ -47,7 +50,7 @@ def ranks(*, timeout: float = TIMEOUT) -> Iterator[torch.device | None]:
         return
     device = torch.device("cpu")
     backend = "gloo"
-    if torch.cuda.is_available():
+    if kind == "cuda" or (kind is None and torch.cuda.is_available()):
         local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= found:
             raise ValueError(f"rank {local} of this machine has no GPU: {found} found")

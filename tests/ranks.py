@@ -83,7 +83,7 @@ class Sent(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func.namespace == "_c10d_functional" and "wait_tensor" not in str(func):
-            name = func.name().split("::")[1]
+            name = func.name().split("::")[1].rstrip("_")  # Some work in place.
             size = max(args[0].nbytes, result.nbytes)
             self.found.append((name, size, args[-1]))
         return result

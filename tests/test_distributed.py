@@ -298,11 +298,11 @@ def compiled_and_not(placement):
     found = {}
     for compiled in (False, True):
         how = {"batch_norm": True, "placement": placement, "compiled": compiled}
-        found[compiled] = train(METHODS["gsam"], **how)
+        found[compiled] = train(samfn.sam(), **how)
     return found
 
 
-@pytest.mark.parametrize("placement", ["replica", "global", "sharded"])
+@pytest.mark.parametrize("placement", ["replica", "sharded"])  # global: see BatchNorm.
 def test_collectives_are_in_the_one_compiled_graph(placement):
     found = on_ranks(2, compiled_and_not, placement, timeout=300)[0]
     (compiled, _, plan), (eager, *_) = found[True], found[False]
@@ -378,6 +378,25 @@ def test_a_sharded_step_gathers_and_scatters_twice():
     for found, _ in on_ranks(2, counted, "sharded"):
         assert found["all_gather_into_tensor"] == 2
         assert found["reduce_scatter_tensor"] == 2
+
+
+def gathered_by_the_first(placement):
+    """On a rank: gather a state for a checkpoint."""
+    params, buffers = samfn.split(network(True))
+    place = distributed.placement(placement, like=params)
+    optimizer = samfn.adam()
+    state = samfn.init(place.shard(params), buffers, optimizer=optimizer)
+    whole = place.gather(state, "meta" if distributed.rank() else "cpu")
+    devices = {leaf.device.type for leaf in pytree.tree_leaves(whole)}
+    return devices, {name: tuple(w.shape) for name, w in whole.params.items()}
+
+
+@pytest.mark.parametrize("placement", ["replica", "sharded"])
+def test_a_state_can_be_gathered_where_it_is_written_alone(placement):
+    (first, shapes), (other, same) = on_ranks(2, gathered_by_the_first, placement)
+    assert (first, other) == ({"cpu"}, {"meta"})
+    expected = {n: tuple(w.shape) for n, w in samfn.split(network(True))[0].items()}
+    assert shapes == same == expected
 
 
 def resharded(data):

@@ -114,6 +114,15 @@ ROWS = (
     Row("F21", "8 processes, one data set", processes.one_data_set, 10),
     Row("F22", "out of memory", by_tests("test_crashes.py::memory"), 0),
     Row(
+        "F23",
+        "of several ranks, one killed, stopped, signalled, or not finite",
+        by_tests(
+            "test_torchrun.py::killed or hangs or signal",
+            "test_distributed.py::stopped or asks or skip",
+        ),
+        0,
+    ),
+    Row(
         "F24",
         "other settings or versions on resuming",
         by_tests("test_config.py::resumed or overridden", "test_crashes.py::since"),

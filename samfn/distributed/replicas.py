@@ -5,6 +5,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from samfn import tree
 from samfn.batches import length_of
 from samfn.distributed.messages import all_reduce, changed, mean
@@ -24,8 +28,10 @@ class Placement(NamedTuple):
     """Of the method on one rank, make the one on all of them."""
     shard: Callable[[Any], Any]
     """Of a whole state or tree of it, make what this rank keeps."""
-    gather: Callable[[Any], Any]
-    """Of what the ranks keep, make the whole, on every rank; all have to call it."""
+    gather: Callable[..., Any]
+    """Of what the ranks keep, make the whole, on every rank; all have to call it. A second
+    argument is the device that each tensor goes to as soon as it is whole: for a checkpoint
+    "cpu" on the first rank, and "meta", which holds nothing, on the others."""
     whole: Callable[[Params], Params]
     """Of what a rank keeps, tell the whole tensors' shapes and dtypes."""
     mean: Callable[[Any, Batch], Any]
@@ -70,11 +76,18 @@ def replicated(name: str, ranks: int, sharing: int, inner: str, everyone: str) -
         return method._replace(descent=descent)
 
     average = alike if sharing == ranks else partial(_mean_fields, everyone)
-    return Placement(name, ranks, sharing, spread, _same, _same, _same, average)
+    return Placement(name, ranks, sharing, spread, _same, put, _same, average)
 
 
 def _same(values: Any) -> Any:
     return values
+
+
+def put(values: Any, device: torch.device | str | None = None) -> Any:
+    """Return a tree with its tensors on a device; None leaves them where they are."""
+    if device is None:
+        return values
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), values)
 
 
 def alike(values: Any, batch: Batch) -> Any:

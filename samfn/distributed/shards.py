@@ -24,7 +24,7 @@ from samfn.distributed.messages import (
     weighted,
     wide,
 )
-from samfn.distributed.replicas import Placement, alike
+from samfn.distributed.replicas import Placement, alike, put
 from samfn.gradient import Evaluate, Pass
 from samfn.method import Descended, Method, MethodState, Point
 from samfn.tree import Batch, Params
@@ -46,7 +46,7 @@ def sharded(params: Params, rank: int, ranks: int, group: str) -> Placement:
         sharing=ranks,
         spread=spread,
         shard=partial(_mapped, parts.keep, parts.shapes),
-        gather=partial(_mapped, parts.restore, parts.kept_shapes),
+        gather=parts.gather,
         whole=parts.whole,
         mean=alike,
         sharded=group,
@@ -68,10 +68,16 @@ class Parts:
         """Return this rank's part of a tensor."""
         return self._rows(name, tensor)[self._rank].clone()
 
-    def restore(self, name: str, part: Tensor) -> Tensor:
-        """Return the tensor that the ranks hold parts of."""
-        joined = self._joined(name, all_gather(part, self._ranks, self._group))
-        return joined.clone(memory_format=torch.preserve_format)
+    def gather(self, kept: Any, device: torch.device | str | None = None) -> Any:
+        """Return what the ranks hold parts of; one tensor after the other."""
+
+        def whole(name: str, part: Tensor) -> Tensor:
+            joined = self._joined(name, all_gather(part, self._ranks, self._group))
+            if device is None:
+                return joined.clone(memory_format=torch.preserve_format)
+            return joined.to(device, copy=True)
+
+        return put(_mapped(whole, self.kept_shapes, kept), device)
 
     def whole(self, kept: Params) -> dict[str, Tensor]:
         """Return the whole tensors, without their values."""

@@ -465,6 +465,59 @@ def test_batch_norm_of_one_part_is_batch_norm(momentum, track):
         other(torch.ones(2, 4))
 
 
+class Odd(nn.Module):
+    """Has a tied weight, a frozen one, a small one, an unused one, and one of any dtype."""
+
+    def __init__(self, dtype, shape):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.scale = nn.Parameter(torch.full(shape, 1.5))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.wide = nn.Parameter(torch.randn(4, 3, dtype=dtype))
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        hidden = self.frozen(self.embed(tokens)) * self.scale
+        beside = hidden.to(self.wide.dtype) @ self.wide
+        return self.head(
+            hidden * (1 + beside.square().sum(1, keepdim=True)).to(hidden.dtype)
+        )
+
+
+def train_odd(placement, *of):
+    torch.manual_seed(2)
+    model = Odd(*of)
+    params, buffers = samfn.split(model)
+    place = placement and distributed.placement(placement, like=params)
+    given = {"optimizer": samfn.nadam(), "method": samfn.gsam()}
+    state = samfn.init(place.shard(params) if place else params, buffers, **given)
+    for step in range(STEPS):
+        tokens = torch.arange(12).add(step) % 7
+        batch = tokens, (3 * tokens) % 7
+        state, _ = samfn.sam_update(
+            state,
+            own(batch) if place else batch,
+            loss_fn=samfn.supervised(model, criterion),
+            lr=0.01,
+            placement=place,
+            **given,
+        )
+    return place.gather(state) if place else state
+
+
+@pytest.mark.parametrize("of", [(torch.float64, (1,)), (torch.float32, ())])
+@pytest.mark.parametrize("placement", ["global", "sharded"])
+def test_ranks_take_any_model_that_one_process_takes(placement, of):
+    found, expected = on_ranks(3, train_odd, placement, *of)[0], train_odd(None, *of)
+    assert found.params.keys() == expected.params.keys()
+    assert "frozen.weight" in found.buffers
+    for name, leaf in expected.params.items():
+        assert found.params[name].dtype == leaf.dtype
+        assert torch.allclose(found.params[name], leaf, rtol=1e-5, atol=1e-7), name
+
+
 def go_on(path, placement, steps):
     """On a rank: train, from a checkpoint if there is one, and write the next."""
     model = network(False)

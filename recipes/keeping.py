@@ -74,8 +74,8 @@ def ranks(task: Task) -> dict[str, Any]:
     placement, batch = task.placement, task.config.batch_size
     if placement is None:
         return {"placement": "one process", "ranks": 1, "m": batch}
-    m = placement.sharing * batch / placement.ranks
-    return {"placement": placement.name, "ranks": placement.ranks, "m": m}
+    found = {"placement": placement.name, "ranks": placement.ranks}
+    return found | {"m": placement.m(batch)}
 
 
 def versions(task: Task) -> dict[str, str]:

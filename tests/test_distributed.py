@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 import samfn
 from samfn import distributed
+from samfn.compiled import operations
 from tests.ranks import Sent, on_ranks
 
 ROWS, STEPS = 16, 3
@@ -310,6 +311,23 @@ def test_collectives_are_in_the_one_compiled_graph(placement):
     assert difference(compiled.params, eager.params) < 1e-5
 
 
+def counted_operations():
+    """On a rank: the operations of a gradient, of a whole state and of a sharded one."""
+    model = network(True)
+    params, buffers = samfn.split(model)
+    place = distributed.placement("sharded", like=params)
+    loss_fn = samfn.supervised(model, criterion)
+    whole = samfn.init(params, buffers, optimizer=samfn.sgd())
+    parts = samfn.init(place.shard(params), buffers, optimizer=samfn.sgd())
+    known = parts._replace(params=place.whole(parts.params))
+    return [operations(loss_fn, state, batch_of(0)) for state in (whole, known)]
+
+
+def test_the_plan_of_a_sharded_step_is_chosen_by_its_whole_parameters():
+    for whole, parts in on_ranks(2, counted_operations):
+        assert whole == parts > 0
+
+
 def poisoned(placement):
     """On a rank: one step, whose batch has a NaN on the last rank alone."""
     model = network(True)
@@ -358,15 +376,15 @@ def counted(placement):
             lr=0.1,
             placement=place,
         )
-    return dict(Counter(name for name, *_ in sent.found)), place.m(8)
+    return dict(Counter(name for name, *_ in sent.found)), place.m(ROWS)
 
 
 @pytest.mark.parametrize(
     ("placement", "expected", "m"),
     [
-        ("replica", {"all_reduce": 1}, 8),
-        ("group:2", {"all_reduce": 3}, 16),
-        ("global", {"all_reduce": 2}, 32),
+        ("replica", {"all_reduce": 1}, ROWS / 4),
+        ("group:2", {"all_reduce": 3}, ROWS / 2),
+        ("global", {"all_reduce": 2}, ROWS),
     ],
 )
 def test_a_step_communicates_as_often_as_is_said(placement, expected, m):

@@ -12,7 +12,7 @@ placement, which `sam_update` and `compile_update` take:
                    a part of every tensor
 
 Nothing of this happens inside of the function that is differentiated. What a pass has to
-share travels in one message.
+share travels in one message; "sharded" adds small sums, as for norms.
 """
 
 import torch.distributed as dist

@@ -39,9 +39,9 @@ class Placement(NamedTuple):
     sharded: str | None = None
     """Name of the group of ranks that each keep a part of every tensor."""
 
-    def m(self, rows: int) -> int:
-        """Return how many examples a perturbation is found on, with `rows` on each rank."""
-        return self.sharing * rows
+    def m(self, examples: int) -> float:
+        """Return how many of a step's examples a perturbation is found on, on average."""
+        return examples * self.sharing / self.ranks
 
     @contextlib.contextmanager
     def norms(self) -> Iterator[None]:

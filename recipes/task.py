@@ -30,7 +30,6 @@ from samfn import distributed, schedules
 from samfn.compiled import operations
 from samfn.distributed import Placement
 from samfn.gradient import LossFn
-from samfn.stateless import Supervised
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
 Read = Callable[[Config, Track, Say], Dataset]
@@ -58,7 +57,7 @@ class Task(NamedTuple):
     test: Split
     mean: Tensor
     std: Tensor
-    eval_fn: Supervised
+    eval_fn: LossFn
     update: Update
     """(state, batch, rho=, lr=) -> (state, metrics), compiled or not."""
     find_nonfinite: Callable[[samfn.TrainState, Any], str | None]

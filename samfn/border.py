@@ -5,15 +5,18 @@ the values of tensors, which would make a GPU wait.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from samfn.tree import Params
 
 
-def require_dial(name: str, value: float | Tensor) -> None:
-    """Raise unless `value` is a 0-d tensor or a finite number that is not negative.
+def require_dial(name: str, value: float | Tensor) -> float | Tensor:
+    """Return a 0-d tensor as it is, and a finite number that is not negative as Python's.
 
     Raises:
         TypeError: `value` is neither a number nor a tensor.
@@ -25,12 +28,14 @@ def require_dial(name: str, value: float | Tensor) -> None:
             raise ValueError(
                 f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}"
             )
-    elif not isinstance(value, int | float):
+        return value
+    if not isinstance(value, int | float | Real):  # NumPy's numbers are the last.
         raise TypeError(
             f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
         )
-    elif not 0 <= value < float("inf"):
+    if not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    return float(value)
 
 
 def require_count(name: str, value: int, least: int = 1) -> None:
@@ -130,13 +135,21 @@ def require_trainable(params: Params, buffers: Params) -> None:
     Raises:
         TypeError: not mappings to tensors.
         ValueError: `params` is empty, or holds a tensor that requires grad or is not
-            floating point; the tensors are on several devices.
+            floating point, or is sparse, or without values, or inside of torch.func; the
+            tensors are on several devices.
     """
     require_tensors("params", params)
     require_tensors("buffers", buffers)
     if not params:
         raise ValueError("params must hold at least one tensor, got none")
     for name, value in params.items():
+        if value.layout is not torch.strided:
+            raise ValueError(f"params must be dense, {name} is {value.layout}")
+        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(value):
+            raise ValueError(
+                f"params must be plain tensors, {name} is one inside of torch.vmap or"
+                " another transform of torch.func: take steps outside of these"
+            )
         if not value.is_floating_point():
             raise ValueError(
                 f"params must be floating point, {name} is {value.dtype}: make it a buffer"
@@ -147,6 +160,11 @@ def require_trainable(params: Params, buffers: Params) -> None:
                 " samfn.split does"
             )
     device = next(iter(params.values())).device
+    if device.type == "meta":
+        raise ValueError(
+            f"params must have values, {next(iter(params))} is on the device meta: make the"
+            " model with values, as by model.to_empty(device=...) and its initialisation"
+        )
     for name, value in (*params.items(), *buffers.items()):
         if value.device != device:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Combinators: from a method to another one, whatever it is."""
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -24,9 +24,9 @@ SMALLEST = 2.0**-24  # scale; at 0 it would never grow again
 def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn") -> Method:
     """Evaluate in micro-batches of `size` examples, with one perturbation for them all.
 
-    Each gradient is the mean over the micro-batches, weighted by their sizes: the same
-    step as on the whole batch, in less memory. Only BatchNorm sees the difference: it
-    normalises by each micro-batch.
+    Each gradient is the mean over the micro-batches, weighted by what their losses are
+    means over: the same step as on the whole batch, in less memory. Only BatchNorm sees
+    the difference: it normalises by each micro-batch.
 
     Args:
         method: any method.
@@ -40,10 +40,10 @@ def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn"
         def evaluate_all(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
             total: Pass | None = None
             seen = []
-            for micro_batch, weight in cut(batch, size):
+            for micro_batch, rows, weight in _parts(batch, size, point.weigh):
                 part = evaluate(params, buffers, micro_batch, **how)
                 total = _add_pass(total, part, weight)
-                seen.append((part.buffers, weight))
+                seen.append((part.buffers, rows))
                 if statistics == "in turn":
                     buffers = part.buffers
             joined = _joined(total)
@@ -62,8 +62,9 @@ def per_micro_batch(
 
     descend with the mean over micro-batches B_j of grad L_j(w + e_j), e_j from L_j alone
 
-    The mean is weighted by the sizes. Metrics are means too; outputs are concatenated,
-    and scalars among them averaged. BatchNorm normalises by each micro-batch.
+    The mean is weighted by what the losses are means over. Metrics are means too; outputs
+    are concatenated, and scalars among them averaged. BatchNorm normalises by each
+    micro-batch.
 
     Args:
         method: any method.
@@ -84,13 +85,13 @@ def per_micro_batch(
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         total: Descent | None = None
         buffers, seen, memories = point.buffers, [], []
-        for micro_batch, weight in cut(point.batch, size):
+        for micro_batch, rows, weight in _parts(point.batch, size, point.weigh):
             part, new = method.descent(
                 evaluate, point._replace(batch=micro_batch, buffers=buffers), memory
             )
             total = _add_descent(total, part, weight)
-            seen.append((part.clean.buffers, weight))
-            memories.append((new, weight))
+            seen.append((part.clean.buffers, rows))
+            memories.append((new, rows))
             if statistics == "in turn":
                 buffers, memory = part.clean.buffers, new
         assert total is not None  # There is at least one micro-batch.
@@ -305,6 +306,21 @@ def _require_statistics(statistics: Statistics) -> None:
         raise ValueError(f'statistics must be "in turn" or "averaged", got {statistics!r}')
 
 
+def _parts(
+    batch: Batch, size: int, weigh: Callable[[Batch], int | Tensor]
+) -> list[tuple[Batch, float, float | Tensor]]:
+    """Return the micro-batches, each with its share of the rows and of what counts."""
+    parts = cut(batch, size)
+    weights = [weigh(part) for part, _ in parts]
+    if not any(isinstance(weight, Tensor) for weight in weights):
+        return [(part, share, share) for part, share in parts]
+    total = sum(weights)
+    return [
+        (part, share, weight / total)
+        for (part, share), weight in zip(parts, weights, strict=True)
+    ]
+
+
 def _averaged(parts: list[tuple[Any, float]]) -> Any:
     """Return the weighted mean of nested mappings; whole numbers are alike in all."""
     first = parts[0][0]
@@ -317,7 +333,7 @@ def _averaged(parts: list[tuple[Any, float]]) -> Any:
     return torch.stack([weight * part for part, weight in parts]).sum(0)
 
 
-def _add_pass(total: Pass | None, part: Pass, weight: float) -> Pass:
+def _add_pass(total: Pass | None, part: Pass, weight: float | Tensor) -> Pass:
     """Add a micro-batch to the weighted mean; outputs are gathered in a list."""
     return Pass(
         loss=_add(total and total.loss, part.loss, weight),
@@ -328,7 +344,7 @@ def _add_pass(total: Pass | None, part: Pass, weight: float) -> Pass:
     )
 
 
-def _add_descent(total: Descent | None, part: Descent, weight: float) -> Descent:
+def _add_descent(total: Descent | None, part: Descent, weight: float | Tensor) -> Descent:
     norm = total and total.perturbation_norm
     return Descent(
         grads=_add_tree(total and total.grads, part.grads, weight),
@@ -343,15 +359,22 @@ def _cat(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     return part if total is None or part is None else torch.cat([total, part])
 
 
-def _add(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
-    return part * weight if total is None else total + part * weight
+def _counting(part: Tensor, weight: float | Tensor) -> Tensor:
+    # What has no weight is the mean of nothing, NaN, which a weight of 0 would not remove.
+    return torch.where(weight > 0, part, 0) if isinstance(weight, Tensor) else part
+
+
+def _add(total: Tensor | None, part: Tensor, weight: float | Tensor) -> Tensor:
+    part = _counting(part, weight) * weight
+    return part if total is None else total + part
 
 
 def _add_tree(
-    total: dict[str, Tensor] | None, part: dict[str, Tensor], weight: float
+    total: dict[str, Tensor] | None, part: dict[str, Tensor], weight: float | Tensor
 ) -> dict[str, Tensor]:
     if not part:
         return {}
+    part = {name: _counting(leaf, weight) for name, leaf in part.items()}
     if total is None:
         return tree.scale(part, weight)
     return tree.add_scaled(total, weight, part)
@@ -367,7 +390,8 @@ def _joined(total: Pass | None) -> Pass:
             return parts[0]
         if parts[0].ndim:
             return torch.cat(parts)
-        return torch.stack([p * w for p, w in zip(parts, weights, strict=True)]).sum()
+        each = [_counting(p, w) * w for p, w in zip(parts, weights, strict=True)]
+        return torch.stack(each).sum()
 
     return total._replace(outputs=pytree.tree_map(join, *outputs))
 

@@ -11,8 +11,8 @@ import shutil
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Collection, Hashable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -21,19 +21,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from samfn import border, gradient
 from samfn.descend import Optimizer
 from samfn.distributed import Placement
-from samfn.gradient import LossFn
+from samfn.gradient import Loss, LossFn, as_loss
 from samfn.method import Method
 from samfn.methods import sam
+from samfn.randomness import random_state, set_random_state
 from samfn.tree import Batch, Params
 from samfn.update import Metrics, TrainState, require_state, take_step
 
-Plan = Literal["auto", "whole", "gradient"]
+Parts = Literal["whole", "gradient", "loss"]
+Plan = Literal["auto", "whole", "gradient", "loss"]
 Step = Callable[
     [TrainState, Batch, "float | Tensor", "float | Tensor"], tuple[TrainState, Metrics]
 ]
@@ -46,6 +49,8 @@ ARITHMETIC = 1e10
 # On a CPU. Dynamo's guards have checked what these asserts would check again, and waking a
 # second thread takes as long as a loop over ten thousand numbers.
 LEAN = {"size_asserts": False, "alignment_asserts": False, "cpp.min_chunk_size": 16384}
+RECOMPUTES = "one graph cannot hold what is computed again (gradient checkpointing)"
+
 # Calls the kernels from C++. On a GPU, a CUDA graph does away with the calls altogether.
 FROM_CPP = {"cpp_wrapper": True}
 
@@ -71,7 +76,7 @@ def compile_update(
     Numbers and tensors as dials change without recompiling; so do batches of equal shapes.
     The number 0 as `rho` has a graph of its own, with one pass; so has each kind of step of
     a method as `looksam`. Where nothing can be compiled, a warning says why, and the step
-    is that of `sam_update`.
+    is that of `sam_update`; so it is for single steps, as of the ninth shape of a batch.
 
     Args:
         loss_fn: (params, buffers, batch) -> loss or (loss, Aux), as `supervised` makes.
@@ -82,8 +87,11 @@ def compile_update(
             ranks exchange is in the same graph.
         plan: what is compiled. "whole": the step as one graph. "gradient": one pass,
             called twice, while the rest of the step runs as it is; half the time to
-            compile. "auto" takes "gradient" on a CPU where a pass has more than 1e10
-            operations, and for methods that do not trace; otherwise "whole".
+            compile. "loss": the loss function, whose graph autograd goes back through, as
+            for gradient checkpointing, which the others cannot hold. "auto" takes
+            "gradient" on a CPU where a pass has more than 1e10 operations, and for methods
+            that do not trace; otherwise "whole"; and what comes next in this list where
+            that cannot be compiled.
         cuda_graph: record the step as a CUDA graph, and replay it. None does so on a GPU
             where the method traces.
         options: of `torch.compile`, instead of those chosen here.
@@ -126,7 +134,8 @@ class CompiledUpdate:
         self._last: TrainState | None = None
         self._step = 0
         self._dials: dict[str, tuple[float, Tensor]] = {}
-        self.plan: Literal["whole", "gradient", "eager"] | None = None
+        self._warned = False
+        self.plan: Parts | Literal["eager"] | None = None
         """What runs; None until the first call."""
 
     def __call__(
@@ -138,8 +147,7 @@ class CompiledUpdate:
         lr: float | Tensor,
     ) -> tuple[TrainState, Metrics]:
         """Take one step; `state` is the one that the step before returned, or a new one."""
-        border.require_dial("rho", rho)
-        border.require_dial("lr", lr)
+        rho, lr = border.require_dial("rho", rho), border.require_dial("lr", lr)
         if state is not self._last:
             given: Any = {"loss_fn": self._loss_fn, "optimizer": self._optimizer}
             require_state(state, **given, placement=self._placement)
@@ -152,7 +160,7 @@ class CompiledUpdate:
         norms = self._placement.norms() if self._placement else nullcontext()
         with torch.no_grad(), norms:  # Also a caller's own mode would be another graph.
             if kind in self._runs:
-                result = self._runs[kind](state, batch, *dials)
+                result = self._take(kind, state, batch, *dials)
             else:
                 result = self._start(kind, state, batch, *dials)
         self._last = result[0]
@@ -172,41 +180,72 @@ class CompiledUpdate:
             self._dials[name] = value, tensor
         return self._dials[name][1]
 
-    def _start(
-        self,
-        kind: Hashable,
-        state: TrainState,
-        batch: Batch,
-        rho: float | Tensor,
-        lr: float | Tensor,
+    def _take(
+        self, kind: Hashable, state: TrainState, batch: Batch, *dials: float | Tensor
     ) -> tuple[TrainState, Metrics]:
+        """Take a step of a kind that was taken before, maybe of another shape."""
+        try:
+            return self._runs[kind](state, batch, *dials)
+        except Exception as error:
+            if not _is_of_the_compiler(error):
+                raise
+            reason = _reason(error)
+        result = self._eager(kind)(state, batch, *dials)
+        self._warn(f"samfn takes a step uncompiled: {reason}")
+        return result
+
+    def _start(
+        self, kind: Hashable, state: TrainState, batch: Batch, *dials: float | Tensor
+    ) -> tuple[TrainState, Metrics]:
+        """Take the first step of a kind, with the first plan that can be compiled."""
         device = state.step.device
-        candidates: list[Mapping[str, Any]] = []
+        eager: Step = self._eager(kind)
+        result: tuple[TrainState, Metrics] | None = None
         if not (reason := missing_compiler(device)) and self.plan != "eager":
-            whole = self._placement.whole if self._placement else dict
-            params = state._replace(params=whole(state.params))
-            plan = self.plan or _choose(
-                self._wanted, self._loss_fn, self._method, params, batch
-            )
-            candidates = _candidates(self._options, plan, device)
-        if candidates and device.type == "cpu":
-            _import_quietly()
-        for options in candidates:
-            run = self._compile(plan, options, device, kind)
-            try:
-                result = run(state, batch, rho, lr)
-            except Exception as error:
-                if not _could_not_compile(error):
-                    raise
-                reason = str(error).strip().split("\n", 1)[0]
-            else:
-                self._runs[kind], self.plan = run, plan
-                return result
+            if device.type == "cpu":
+                _import_quietly()
+            random = random_state()
+            for plan, options in self._plans(state, batch, device):
+                run = self._compile(plan, options, device, kind)
+                found, reason = _attempt(run, plan, state, batch, *dials)
+                if found is not None:
+                    self._runs[kind], self.plan = run, plan
+                    return found
+                set_random_state(random)
+                if (
+                    result is None
+                ):  # What is the caller's mistake is told by the caller's code.
+                    result = eager(state, batch, *dials)
+                    after = random_state()
+                    set_random_state(random)
         if self.plan != "eager":
-            message = f"samfn goes on uncompiled: {reason}"
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-        self._runs[kind], self.plan = self._eager(kind), "eager"
-        return self._runs[kind](state, batch, rho, lr)
+            self._warn(f"samfn goes on uncompiled: {reason}")
+        self._runs[kind], self.plan = eager, "eager"
+        if result is None:
+            return eager(state, batch, *dials)
+        set_random_state(after)
+        return result
+
+    def _plans(
+        self, state: TrainState, batch: Batch, device: torch.device
+    ) -> Iterator[tuple[Parts, Mapping[str, Any]]]:
+        """Yield what to try, the fastest first."""
+        if self.plan in ("whole", "gradient", "loss"):
+            first: Parts = self.plan
+        else:
+            whole = self._placement.whole if self._placement else dict
+            known = state._replace(params=whole(state.params))
+            first = _choose(self._wanted, self._loss_fn, self._method, known, batch)
+        last = first if self._wanted != "auto" else "loss"
+        order: tuple[Parts, ...] = ("whole", "gradient", "loss")
+        for plan in order[order.index(first) : order.index(last) + 1]:
+            for options in _candidates(self._options, plan, device):
+                yield plan, options
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+        self._warned = True
 
     def _eager(
         self,
@@ -217,6 +256,7 @@ class CompiledUpdate:
         evaluate = evaluate or partial(gradient.evaluate, self._loss_fn)
         optimizer, method = optimizer or self._optimizer, self._method
         how: Any = {"kind": kind, "watch": self._watch, "placement": self._placement}
+        how["weigh"] = as_loss(self._loss_fn).weigh
 
         def step(
             state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
@@ -229,14 +269,15 @@ class CompiledUpdate:
 
     def _compile(
         self,
-        plan: Literal["whole", "gradient"],
+        plan: Parts,
         options: Mapping[str, Any],
         device: torch.device,
         kind: Hashable,
     ) -> Step:
-        self._passes = self._passes or _Passes(self._loss_fn, options)
+        if self._passes is None or self._passes.plan != plan:
+            self._passes = _Passes(self._loss_fn, options, plan)
         if device.type != "cuda":
-            if plan == "gradient":
+            if plan != "whole":
                 return self._eager(kind, self._passes)
             whole: Step = compiled(self._eager(kind), options)
             return whole
@@ -262,8 +303,8 @@ def compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
 class _Passes:
     """A loss function, compiled once for each set of parameters that it is derived by."""
 
-    def __init__(self, loss_fn: LossFn, options: Mapping[str, Any]) -> None:
-        self._loss_fn, self._options = loss_fn, options
+    def __init__(self, loss_fn: LossFn, options: Mapping[str, Any], plan: Parts) -> None:
+        self._loss_fn, self._options, self.plan = loss_fn, options, plan
         self._made: dict[Any, Any] = {}
 
     def __call__(
@@ -275,6 +316,10 @@ class _Passes:
         wrt: Collection[str] | None = None,
         scale: Tensor | None = None,
     ) -> gradient.Pass:
+        if self.plan == "loss":
+            return gradient.evaluate(
+                self._forward(), params, buffers, batch, wrt=wrt, scale=scale
+            )
         key = wrt if wrt is None else tuple(wrt)
         if key not in self._made:
 
@@ -288,6 +333,23 @@ class _Passes:
             self._made[key] = compiled(evaluate, self._options)
         result: gradient.Pass = self._made[key](params, buffers, batch, scale)
         return result
+
+    def _forward(self) -> Loss:
+        """Return the loss function with forward and backward pass compiled."""
+        if "loss" not in self._made:
+            function = as_loss(self._loss_fn).function
+
+            def forward(params: Params, buffers: Params, batch: Batch) -> Any:
+                return function(params, buffers, batch)
+
+            run = compiled(forward, self._options)
+
+            def differentiating(*given: Any) -> AbstractContextManager[Any]:
+                return nullcontext(run(*given))
+
+            self._made["loss"] = Loss(run, differentiating=differentiating)
+        found: Loss = self._made["loss"]
+        return found
 
     def optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Return the optimizer with its update compiled, once."""
@@ -316,27 +378,53 @@ def missing_compiler(device: torch.device) -> str | None:
     return None
 
 
-def _could_not_compile(error: Exception) -> bool:
+def _attempt(
+    run: Step, plan: Parts, state: TrainState, batch: Batch, *dials: float | Tensor
+) -> tuple[tuple[TrainState, Metrics] | None, str]:
+    """Return what a step gives that was not compiled before, or None and why not."""
+    # A compilation of torch.func that fails would leave these hooks forbidden.
+    forbidden = nullcontext() if plan == "loss" else disable_saved_tensors_hooks(RECOMPUTES)
+    try:
+        with forbidden:
+            return run(state, batch, *dials), ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return None, _reason(error)
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
     # Imported here, since they take a second, and fix PyTorch's cache directory.
-    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    return isinstance(error, BackendCompilerFailed | InductorError)
+    return isinstance(error, TorchDynamoException | InductorError)
+
+
+def _reason(error: BaseException) -> str:
+    """Return in one line why something was not compiled."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _choose(
     wanted: Plan, loss_fn: LossFn, method: Method, state: TrainState, batch: Batch
-) -> Literal["whole", "gradient"]:
+) -> Parts:
     if wanted == "whole" and not method.traces:
         raise ValueError('this method does not trace: expected plan "gradient" or "auto"')
     if wanted != "auto":
         return wanted
+    try:
+        count = operations(loss_fn, state, batch)
+    except gradient.GradientError:
+        raise
+    except Exception:  # Whatever a model does that needs real values.
+        count = 0
     if not method.traces:
         return "gradient"
-    if state.step.device.type != "cpu":
-        # One graph reads and writes every weight least often.
-        return "whole"
-    return "gradient" if operations(loss_fn, state, batch) > ARITHMETIC else "whole"
+    # On a GPU, one graph reads and writes every weight least often.
+    few = state.step.device.type != "cpu" or count <= ARITHMETIC
+    return "whole" if few else "gradient"
 
 
 def operations(loss_fn: LossFn, state: TrainState, batch: Batch) -> int:

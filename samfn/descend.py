@@ -71,7 +71,7 @@ def descend(
             was made by another optimizer or for other parameters.
     """
     border.require_gradients(params, grads)
-    border.require_dial("lr", lr)
+    lr = border.require_dial("lr", lr)
     optimizer.check(opt_state, params)
     return optimizer.update(params, grads, opt_state, lr)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from samfn.batches import length_of
-from samfn.gradient import Aux, LossFn
+from samfn.gradient import Aux, LossFn, as_loss
 from samfn.tree import Batch, Params
 from samfn.update import Metrics, TrainState
 
@@ -178,7 +178,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the mean loss over all examples, as "loss", and the mean of each measure.
 
-    The sums stay on the device until the end.
+    The sums stay on the device until the end. Where the criterion leaves examples out or
+    weighs them, as by `ignore_index`, the mean loss is that of all batches as one.
 
     Args:
         params: where.
@@ -193,32 +194,56 @@ def evaluate(
         ValueError: there are no batches.
     """
     sums: dict[str, Tensor] = {}
-    count = 0
+    counted, weight = 0, torch.zeros((), dtype=torch.float64)
+    known = as_loss(loss_fn)
     for batch in batches:
-        returned = loss_fn(params, buffers, batch)
+        returned = known.function(params, buffers, batch)
         loss, aux = returned if isinstance(returned, tuple) else (returned, Aux(None, {}))
-        length = length_of(batch)
-        found = {"loss": length * loss.double()}
+        part = torch.as_tensor(known.weigh(batch), dtype=torch.float64, device=loss.device)
+        found = {"loss": torch.where(part > 0, part * loss.double(), 0.0)}
         for name, measure in (measures or {}).items():
             found[name] = measure(aux.outputs, batch).double().sum()
         sums = {name: sums.get(name, 0) + value for name, value in found.items()}
-        count += length
-    if not count:
+        counted, weight = counted + length_of(batch), weight.to(loss.device) + part
+    if not counted:
         raise ValueError("expected at least one batch, got none")
-    return {name: float(total) / count for name, total in sums.items()}
+    over = {name: weight if name == "loss" else counted for name in sums}
+    return {name: float(total / over[name]) for name, total in sums.items()}
 
 
 def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
     """Return for each example 100 where the class is right, else 0; so the mean is in %.
 
+    A largest score that is not finite is wrong.
+
     Args:
-        outputs: scores of the classes, shape (examples, classes).
-        batch: (inputs, targets); targets are classes, shape (examples,), or their
-            probabilities, shape (examples, classes).
+        outputs: scores of the classes, shape (examples, classes), of two classes or more.
+        batch: (inputs, targets); targets are classes, shape (examples,) or (examples, 1),
+            or their probabilities, shape (examples, classes).
+
+    Raises:
+        ValueError: outputs or targets have other shapes, as a single score has, of which
+            this cannot know where the classes part.
     """
     targets = batch[1]
-    classes = targets.argmax(1) if targets.ndim > 1 else targets
-    right: Tensor = outputs.argmax(1) == classes
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise ValueError(
+            "accuracy expects scores of shape (examples, classes), of two classes or more,"
+            f" got {tuple(outputs.shape)}: for one score give a measure of your own, as"
+            " lambda outputs, batch: 100.0 * ((outputs[:, 0] > 0) == batch[1])"
+        )
+    examples = len(outputs)
+    if targets.shape == outputs.shape:
+        classes = targets.argmax(1)
+    elif tuple(targets.shape) in ((examples,), (examples, 1)):
+        classes = targets.view(examples)
+    else:
+        raise ValueError(
+            f"accuracy expects targets of shape ({examples},) or {tuple(outputs.shape)},"
+            f" got {tuple(targets.shape)}"
+        )
+    score, found = outputs.max(1)
+    right: Tensor = (found == classes) & score.isfinite()
     return 100.0 * right
 
 

@@ -1,20 +1,24 @@
 """From a pure loss function to its gradient: the one module that differentiates.
 
 A loss function takes `(params, buffers, batch)` and returns the loss, a 0-d tensor,
-alone or together with an `Aux`. It reads no other state and changes nothing. It may have
-two attributes: `pure`, whether that is known, and `check(params, buffers)`, which raises
-where they are not its own.
+alone or together with an `Aux`. It reads no other state and changes nothing. Any function
+will do; a `Loss` is one of which more is known.
 """
 
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from samfn import border, tree
+from samfn.batches import length_of
 from samfn.tree import Batch, Params
 
 
@@ -30,6 +34,38 @@ class Aux(NamedTuple):
 
 
 LossFn = Callable[[Params, Params, Batch], "Tensor | tuple[Tensor, Aux]"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss function, and what is known of it; it is called as the function itself."""
+
+    function: LossFn
+    """(params, buffers, batch) -> loss or (loss, Aux)."""
+    check: Callable[[Params, Params], None] = lambda params, buffers: None
+    """(params, buffers): raises where they are not the function's own."""
+    differentiating: Callable[..., AbstractContextManager[Any]] | None = None
+    """(params, buffers, batch, twice=False) -> a context that gives what `function`
+    returns, and in which a backward pass may read again what the forward pass has read; or
+    two of them, with `twice`. None where it is not known whether the function is pure."""
+    weigh: Callable[[Batch], "int | Tensor"] = length_of
+    """batch -> what its loss is a mean over, shape (): the number of examples, or of those
+    that count, or the sum of their weights."""
+
+    def __call__(
+        self, params: Params, buffers: Params, batch: Batch
+    ) -> "Tensor | tuple[Tensor, Aux]":
+        """Evaluate the function."""
+        return self.function(params, buffers, batch)
+
+
+def as_loss(loss_fn: LossFn) -> Loss:
+    """Return a function with what is known of it: of one that is no `Loss`, nothing."""
+    return loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn)
+
+
+class GradientError(ValueError):
+    """A loss depends on no parameter, or on one that is not among those given."""
 
 
 class Pass(NamedTuple):
@@ -89,70 +125,132 @@ def evaluate(
         TypeError: `loss_fn` returned neither a loss nor a pair of loss and `Aux`.
         ValueError: the loss is no floating-point scalar, or the buffers changed in names,
             shapes or dtypes.
+        GradientError: the loss depends on none of the parameters.
         RuntimeError: `loss_fn` changes a tensor that it was not given.
     """
-
-    def scaled(leaves: Params) -> tuple[Tensor, tuple[Tensor, Any]]:
-        given = leaves if wrt is None else {**params, **leaves}
-        loss, aux = _loss_and_aux(loss_fn(given, buffers, batch), buffers)
-        seen = loss, (aux.outputs, dict(aux.buffers), aux.losses)
-        return loss if scale is None else loss * scale, seen
-
-    leaves = dict(params) if wrt is None else {name: params[name] for name in wrt}
-    if not leaves:
+    loss_fn = as_loss(loss_fn)
+    names = tuple(params if wrt is None else wrt)
+    given = params, buffers, batch
+    if not names:
         with torch.no_grad():
-            seen, grads = scaled(leaves)[1], leaves
+            loss, aux = _loss_and_aux(loss_fn.function(*given), buffers)
+            grads: dict[str, Tensor] = {}
     # torch.func refuses a function that changes what it captured, such as a module's own
     # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
     # the operations of a small network; a function that is known to be pure is spared it.
-    elif getattr(loss_fn, "pure", False) and not torch.compiler.is_compiling():
-        seen, grads = _by_autograd(scaled, leaves)
+    elif loss_fn.differentiating and not torch.compiler.is_compiling():
+        loss, aux, grads = _by_autograd(loss_fn.differentiating, *given, names, scale)
     else:
-        seen, grads = _by_func(scaled, leaves)
+        loss, aux, grads = _by_func(loss_fn.function, *given, names, scale)
+    if wrt is None and not grads:
+        raise GradientError(
+            f"the loss depends on none of the parameters ({border.some([*params])}): it"
+            " must be computed from the `params` that the loss function is given"
+        )
     if scale is not None and grads:
         grads = tree.scale(grads, scale.reciprocal())
-    loss, (outputs, new_buffers, losses) = seen
-    return Pass(loss, outputs, new_buffers, grads, losses)
+    grads = {
+        name: grads[name] if name in grads else torch.zeros_like(params[name])
+        for name in names
+    }
+    return Pass(loss, aux.outputs, dict(aux.buffers), grads, aux.losses)
 
 
-Scaled = Callable[[Params], tuple[Tensor, Any]]
+Evaluated = tuple[Tensor, Aux, dict[str, Tensor]]
+"""Loss, what came beside it, and the gradient: of those parameters that the loss reaches,
+or of all if it reaches any; detached."""
 
 
-def _by_autograd(scaled: Scaled, params: Params) -> tuple[Any, dict[str, Tensor]]:
-    leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
-    with torch.enable_grad():
-        loss, seen = scaled(leaves)
-    if loss.requires_grad:
-        grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    else:
-        grads = tuple(map(torch.zeros_like, params.values()))
-    return pytree.tree_map(_detached, seen), dict(zip(params, grads, strict=True))
+def _by_autograd(
+    differentiating: Callable[..., AbstractContextManager[Any]],
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    names: Collection[str],
+    scale: Tensor | None,
+) -> Evaluated:
+    if torch.is_inference_mode_enabled():
+        raise GradientError(
+            "under torch.inference_mode() there are no gradients: leave it out here"
+        )
+    leaves = {name: params[name].detach().requires_grad_() for name in names}
+    batch = pytree.tree_map_only(Tensor, _own_leaf, batch)
+    given = {**params, **leaves}, buffers, batch
+    with torch.enable_grad(), differentiating(*given) as returned:
+        loss, aux = _loss_and_aux(returned, buffers)
+        if loss.requires_grad:
+            # Unlike autograd.grad, it also runs the checkpoints that are reentrant.
+            torch.autograd.backward(loss if scale is None else loss * scale)
+    grads = {
+        name: _dense(leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None
+    }
+    return loss.detach(), pytree.tree_map(_detached, aux), grads
+
+
+def _own_leaf(leaf: Tensor) -> Tensor:
+    """Return a tensor whose gradient, if it asks for one, is not the caller's."""
+    return leaf.detach().requires_grad_() if leaf.requires_grad else leaf
+
+
+def _dense(gradient: Any) -> Tensor:
+    dense: Tensor = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    return dense
 
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
-def _by_func(scaled: Scaled, params: Params) -> tuple[Any, dict[str, Tensor]]:
+def _by_func(
+    function: LossFn,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    names: Collection[str],
+    scale: Tensor | None,
+) -> Evaluated:
     around: list[Any] = []
 
-    def objective(params: Params) -> tuple[Tensor, list[Tensor]]:
-        loss, seen = scaled(params)
-        leaves, structure = pytree.tree_flatten(seen)
+    def objective(leaves: Params) -> tuple[Tensor, list[Tensor]]:
+        returned = function({**params, **leaves}, buffers, batch)
+        loss, aux = _loss_and_aux(returned, buffers)
+        flat, structure = pytree.tree_flatten((loss, aux))
         # torch.func lets tensors through and nothing else; the rest goes around it.
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        around[:] = others, is_tensor, structure
-        return loss, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        is_tensor = [isinstance(leaf, Tensor) for leaf in flat]
+        around[:] = others, is_tensor, structure, loss.requires_grad
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        return loss if scale is None else loss * scale, tensors
 
-    grads, (_, tensors) = grad_and_value(objective, has_aux=True)(dict(params))
-    others, is_tensor, structure = around
+    with _explained():
+        grads, (_, tensors) = grad_and_value(objective, has_aux=True)(
+            {name: params[name] for name in names}
+        )
+    others, is_tensor, structure, reached = around
     through = iter(tensors)
-    leaves = [
+    flat = [
         next(through) if through_it else other
         for other, through_it in zip(others, is_tensor, strict=True)
     ]
-    return pytree.tree_unflatten(leaves, structure), grads
+    loss, aux = pytree.tree_unflatten(flat, structure)
+    return loss, aux, grads if reached else {}
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do where torch.func meets a function that recomputes."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error)
+        if "saved tensor hooks" not in told and "setup_context" not in told:
+            raise
+        raise RuntimeError(
+            "torch.func cannot differentiate this loss function, which recomputes (gradient"
+            " checkpointing) or has an autograd.Function of the old form. A loss of"
+            " samfn.supervised(model, criterion) needs no torch.func: give it to the step"
+            " as it is, and put what you add to it into the criterion"
+        ) from error
 
 
 def hessian_product(
@@ -174,19 +272,91 @@ def hessian_product(
     """
     border.require_same_layout(params, direction, names="params and direction")
 
+    loss_fn = as_loss(loss_fn)
+    if loss_fn.differentiating:
+        return _product_by_autograd(
+            loss_fn.differentiating, params, buffers, batch, direction
+        )
+
     def loss(params: Params) -> Tensor:
-        return _loss_and_aux(loss_fn(params, buffers, batch), buffers)[0]
+        return _loss_and_aux(loss_fn.function(params, buffers, batch), buffers)[0]
 
     product: dict[str, Tensor]
-    with torch.no_grad():  # BatchNorm's second derivative leaves a graph behind.
+    with torch.no_grad(), _explained():  # BatchNorm leaves a graph behind otherwise.
         backward = vjp(grad(loss), dict(params))[1]
         (product,) = backward({name: direction[name] for name in params})
     return product
 
 
+def _product_by_autograd(
+    differentiating: Callable[..., AbstractContextManager[Any]],
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    direction: Params,
+) -> dict[str, Tensor]:
+    leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
+    inputs = list(leaves.values())
+    given: Any = leaves, buffers, pytree.tree_map_only(Tensor, _own_leaf, batch)
+    with (
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        _ByFormula(),
+        differentiating(*given, twice=True) as returned,
+    ):
+        loss, _ = _loss_and_aux(returned, buffers)
+        if not loss.requires_grad:
+            raise GradientError(f"the loss depends on none of {border.some([*params])}")
+        slopes = torch.autograd.grad(
+            loss, inputs, create_graph=True, materialize_grads=True
+        )
+        # Where the loss is linear, the slope is no function of the parameters.
+        curved = {
+            name: _dense(slope)
+            for name, slope in zip(leaves, slopes, strict=True)
+            if slope.requires_grad
+        }
+        if not curved:
+            return tree.zeros_like(params)
+        products = torch.autograd.grad(
+            list(curved.values()),
+            inputs,
+            [direction[name] for name in curved],
+            materialize_grads=True,
+        )
+    return {name: _dense(leaf) for name, leaf in zip(leaves, products, strict=True)}
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [place for place in range(v.ndim) if dim != -1 and place != dim % v.ndim]
+    length: Tensor = torch.linalg.vector_norm(v, dim=others or None, keepdim=dim != -1)
+    return v * (g / length)
+
+
+def _hardswish(x: Tensor, inplace: bool = False) -> Tensor:
+    return x * (x + 3).clamp(0, 6) / 6
+
+
+class _ByFormula(TorchFunctionMode):
+    """Computes by formulas where PyTorch's kernel has no second derivative, or a wrong one.
+
+    On a CPU that of `torch._weight_norm` (2.11 to 2.14) is wrong in the direction. The
+    fused kernels of attention have another that serves, which is chosen beside this.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        formulas: dict[Any, Callable[..., Tensor]] = {
+            torch._weight_norm: _weight_norm,
+            torch.nn.functional.hardswish: _hardswish,
+        }
+        return formulas.get(function, function)(*args, **(kwargs or {}))
+
+
 def l2_regularized(
     loss_fn: LossFn, weight_decay: float, *, without: Collection[str] = ()
-) -> LossFn:
+) -> Loss:
     """Return the loss function with weight decay inside the loss.
 
     loss(w) + weight_decay / 2 * ||w||^2
@@ -211,8 +381,10 @@ def l2_regularized(
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     spared = frozenset(without)
 
-    def regularized(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        loss, aux = _loss_and_aux(loss_fn(params, buffers, batch), buffers)
+    loss_fn = as_loss(loss_fn)
+
+    def penalised(returned: Any, params: Params, buffers: Params) -> tuple[Tensor, Aux]:
+        loss, aux = _loss_and_aux(returned, buffers)
         decaying = [w for name, w in params.items() if name not in spared]
         if not decaying:
             return loss, aux
@@ -221,14 +393,28 @@ def l2_regularized(
             aux = aux._replace(losses=aux.losses + penalty)
         return loss + penalty, aux
 
+    def regularized(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+        returned = loss_fn.function(params, buffers, batch)
+        return penalised(returned, params, buffers)
+
     def check(params: Params, buffers: Params) -> None:
         border.require_names_of(params, spared, what="without")
-        if (inner := getattr(loss_fn, "check", None)) is not None:
-            inner(params, buffers)
+        loss_fn.check(params, buffers)
 
-    regularized.check = check  # type: ignore[attr-defined]
-    regularized.pure = getattr(loss_fn, "pure", False)  # type: ignore[attr-defined]
-    return regularized
+    @contextmanager
+    def differentiating(
+        params: Params, buffers: Params, batch: Batch, **how: bool
+    ) -> Iterator[Any]:
+        inner = cast(Any, loss_fn.differentiating)
+        with inner(params, buffers, batch, **how) as returned:
+            yield penalised(returned, params, buffers)
+
+    return replace(
+        loss_fn,
+        function=regularized,
+        check=check,
+        differentiating=differentiating if loss_fn.differentiating else None,
+    )
 
 
 def _sum_of_squares(leaves: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from samfn import border, tree
 from samfn.batches import length_of, repeatable
-from samfn.gradient import LossFn, evaluate
+from samfn.gradient import LossFn, as_loss, evaluate
 from samfn.objective import Objective
 from samfn.perturb import rate
 from samfn.tree import Batch, Params
@@ -346,9 +346,7 @@ def _coordinates(name: str, values: Coordinates) -> Tensor:
 def _require_solution(params: Params, buffers: Params, loss_fn: LossFn) -> None:
     border.require_trainable(params, buffers)
     border.require_apart(params, buffers)
-    check = getattr(loss_fn, "check", None)
-    if check is not None:
-        check(params, buffers)
+    as_loss(loss_fn).check(params, buffers)
 
 
 def _require_direction(start: Params, direction: Params) -> None:

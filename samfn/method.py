@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from samfn import tree
-from samfn.batches import first_rows
+from samfn.batches import first_rows, length_of
 from samfn.gradient import Evaluate, Pass
 from samfn.perturb import Perturb, perturb
 from samfn.tree import Batch, Params
@@ -32,6 +32,8 @@ class Point(NamedTuple):
     """Share of the batch that the ascent looks at; the first rows of it."""
     kind: Hashable = None
     """Which of the method's kinds of step this is."""
+    weigh: Callable[[Batch], int | Tensor] = length_of
+    """What the loss of a batch is a mean over, as `Loss.weigh`."""
 
 
 class Descent(NamedTuple):
@@ -122,7 +124,7 @@ def look(evaluate: Evaluate, point: Point, *, everywhere: bool = False) -> Pass:
         point: where.
         everywhere: differentiate by all parameters, and not only by what is perturbed.
     """
-    params, buffers, batch, rho, moved, share, _ = point
+    params, buffers, batch, rho, moved, share, *_ = point
     if is_number_zero(rho):  # No other pass will follow.
         return evaluate(params, buffers, batch)
     if share < 1:

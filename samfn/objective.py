@@ -8,7 +8,7 @@ from torch import Tensor
 
 from samfn import border, tree
 from samfn.batches import cut, length_of, repeatable
-from samfn.gradient import LossFn, evaluate, hessian_product
+from samfn.gradient import LossFn, as_loss, evaluate, hessian_product
 from samfn.tree import Batch, Params
 
 # What a pass costs, in gradient evaluations: a forward pass is a third of one, and a
@@ -19,7 +19,8 @@ LOSS, GRADIENT, PRODUCT = 1 / 3, 1.0, 3.0
 class Objective:
     """The mean loss over all examples of some batches, with gradient and curvature.
 
-    L(w) = sum over batches b of n_b L_b(w) / sum of n_b, n_b the examples in b
+    L(w) = sum over batches b of n_b L_b(w) / sum of n_b, n_b the examples in b, or what
+    else L_b is a mean over
 
     Every call goes through all batches, in their order, and what the loss function does to
     its buffers is dropped. With `supervised(model, criterion)`, call `model.eval()` first,
@@ -89,15 +90,22 @@ class Objective:
     def _mean(
         self, of_batch: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        total, count = torch.zeros((), dtype=torch.float64), 0.0
         sums: dict[str, Tensor] = {}
+        batches = 0
         for batch in self._batches:
-            length = length_of(batch)
+            batches += 1
+            # A number, as everything here waits for the values of each batch anyway.
+            length = float(as_loss(self._loss_fn).weigh(batch))
+            if not length:
+                continue
             value, leaves = of_batch(batch)
             total = total.to(value.device) + length * value.double()
             scaled = tree.scale(leaves, length) if leaves else {}
             sums = tree.add(sums, scaled) if sums else scaled
             count += length
-        if not count:
+        if not batches:
             raise ValueError("expected at least one batch, got none")
+        if not count:
+            raise ValueError("expected an example that counts in the loss, got none")
         return total / count, tree.scale(sums, 1 / count) if sums else {}

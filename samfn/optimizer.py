@@ -4,6 +4,7 @@ New code wants `samfn.sam_update`, which overwrites nothing; this is for loops t
 written already.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, cast
 
@@ -76,9 +77,11 @@ class SAM(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
-        border.require_dial("rho", rho)
+        rho = cast(float, border.require_dial("rho", rho))
         super().__init__(cast(Any, params), {"rho": rho, "adaptive": adaptive, **kwargs})
+        _require_plain([p for _, p, _ in self._parameters()])
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        _require_no_closure(self.base_optimizer)
         self.defaults.update(self.base_optimizer.defaults)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
@@ -95,7 +98,8 @@ class SAM(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have a `rho` and `adaptive` of its own."""
         if "rho" in param_group:
-            border.require_dial("rho", param_group["rho"])
+            rho = border.require_dial("rho", param_group["rho"])
+            param_group = {**param_group, "rho": rho}
         super().add_param_group(param_group)
 
     # Dynamo would lose what it sets, and has nothing to win on foreach kernels.
@@ -155,17 +159,19 @@ class SAM(torch.optim.Optimizer):
         """Take both steps, or the second one.
 
         With a closure, which computes the loss, calls backward and returns the loss, this
-        is the whole step. If gradients of a backward pass since the last step are there,
-        they are those of the first pass, and the closure is called once; otherwise twice.
-        With a rho of 0 in all groups it is called once, for the base optimizer's step.
-        Without one this is `second_step`, as `torch.amp.GradScaler.step` calls it.
+        is the whole step, and calls it twice; once after `first_step`, or with a rho of 0
+        in all groups, for the base optimizer's step. For accumulated gradients, it is a
+        closure that goes through all micro-batches. Without one this is `second_step`, as
+        `torch.amp.GradScaler.step` calls it.
 
         Returns:
             What the closure returned, the first time that it was called.
 
         Raises:
-            RuntimeError: there is no closure, and `first_step` was not called; or the
-                closure came through a GradScaler, or it scaled the first pass alone.
+            RuntimeError: there is no closure, and `first_step` was not called; there are
+                gradients of another backward pass, which might be of another batch than
+                the closure's; or the closure came through a GradScaler, or it scaled the
+                first pass alone.
         """
         if closure is None:
             self._scaled_second_step()
@@ -176,18 +182,36 @@ class SAM(torch.optim.Optimizer):
                 " they are. Call first_step after the first scaled backward pass, and"
                 " scaler.step(optimizer) after the second"
             )
+        if self._clean is not None:
+            return self._closed(closure)
+        if self._has_new_gradients():
+            self._refuse(
+                "step(closure) found gradients of a backward pass outside of the closure."
+                " If they are of its batch, call first_step(zero_grad=True) before, or"
+                " leave that pass out, since step calls the closure for both. If they are"
+                " accumulated from other batches, the closure has to go through all of them"
+            )
         one_pass = all(_is_zero(group["rho"]) for group in self.param_groups)
-        losses = []
+        self.zero_grad()
         with torch.enable_grad():
-            if one_pass or not self._has_new_gradients():
-                self.zero_grad()
-                losses.append(closure())
+            loss = closure()
         self.first_step(zero_grad=not one_pass)
-        if not one_pass:
+        if one_pass:
+            self.second_step()
+        else:
+            self._closed(closure)
+        return loss
+
+    def _closed(self, closure: Callable[[], Any]) -> Any:
+        """Take the second pass by a closure, and the second step."""
+        try:
             with torch.enable_grad():
-                losses.append(closure())
+                loss = closure()
+        except BaseException:
+            self._restore()
+            raise
         self.second_step()
-        return losses[0]
+        return loss
 
     def _scaled_second_step(self) -> None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -234,7 +258,12 @@ class SAM(torch.optim.Optimizer):
 
     def _restore(self) -> None:
         if self._clean is None:
-            self._refuse("call first_step, and backward again, before second_step")
+            self._refuse(
+                "call first_step, and backward again, before second_step, which step is"
+                " without a closure: SAM takes two passes a step. A loop that calls step"
+                " alone has to give it a closure that computes the loss, calls backward and"
+                " returns the loss"
+            )
         if self._clean:
             params = [p for name, p, _ in self._parameters() if name in self._clean]
             torch._foreach_copy_(params, list(self._clean.values()))
@@ -336,6 +365,24 @@ class _Watch:
 
     def end(self) -> None:
         self._handle.remove()
+
+
+def _require_plain(parameters: list[Tensor]) -> None:
+    if any(type(p).__name__ == "DTensor" for p in parameters):
+        raise TypeError(
+            "expected plain tensors, got DTensors, as of fully_shard or"
+            " parallelize_module, which samfn.SAM does not spread over devices: use it with"
+            " DistributedDataParallel, or samfn.sam_update with samfn.distributed"
+        )
+
+
+def _require_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"expected an optimizer whose step needs no closure, got"
+            f" {type(optimizer).__name__}, which evaluates the loss by itself"
+        )
 
 
 def _dense(grad: Any) -> Tensor:

@@ -40,7 +40,7 @@ def perturb(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Ten
         add 1e-12 to the norm, and so fall short of rho where the gradient is small;
         here the length is rho, or 0 where the norm cannot be told from 0.
     """
-    _check(params, grads, rho)
+    rho = _checked(params, grads, rho)
     return tree.add_scaled(params, rate(tree.norm(grads), rho), grads)
 
 
@@ -77,7 +77,7 @@ def perturb_adaptive(
         Kwon et al., 2021, arXiv:2102.11600, algorithm 1; the choice of names and
         eta = 0.01 from github.com/SamsungLabs/ASAM, asam.py.
     """
-    _check(params, grads, rho)
+    rho = _checked(params, grads, rho)
     return _perturb_in(adaptive_metric(params, eta, adapts=adapts), params, grads, rho)
 
 
@@ -121,7 +121,7 @@ def perturb_fisher(
     Source:
         Kim et al., 2022, arXiv:2206.04920.
     """
-    _check(params, grads, rho)
+    rho = _checked(params, grads, rho)
     _require_eta(eta)
     metric = {name: (1 + eta * g.square()).rsqrt() for name, g in grads.items()}
     return _perturb_in(metric, params, grads, rho)
@@ -153,9 +153,9 @@ def rate(length: Tensor, rho: float | Tensor) -> Tensor:
     return torch.where(length > smallest, rho / length, 0.0)
 
 
-def _check(params: Params, grads: Params, rho: float | Tensor) -> None:
+def _checked(params: Params, grads: Params, rho: float | Tensor) -> float | Tensor:
     border.require_gradients(params, grads)
-    border.require_dial("rho", rho)
+    return border.require_dial("rho", rho)
 
 
 def _require_eta(eta: float) -> None:

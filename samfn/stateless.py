@@ -1,18 +1,32 @@
 """The border to torch.nn: the one module that knows nn.Module."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.optim.swa_utils import update_bn
+from torch.utils import _pytree as pytree
 
 from samfn import border
-from samfn.gradient import Aux
-from samfn.tree import Params
+from samfn.batches import length_of
+from samfn.gradient import Aux, GradientError, Loss
+from samfn.lending import (
+    WRITES,
+    ReadOnly,
+    address,
+    changes_gradients,
+    graph,
+    hooks_of,
+    lending,
+    places_of,
+)
+from samfn.tree import Batch, Params
 
 # By name: importing FSDP takes a second.
 WRAPPERS = {
@@ -21,6 +35,13 @@ WRAPPERS = {
     "FullyShardedDataParallel",
     "FSDPModule",
 }
+
+RECOMPUTES = (
+    "this model computes parts of its forward pass again during the backward pass (gradient"
+    " checkpointing), and would read its own weights then: take the gradient by a step or a"
+    " measure of samfn, or by samfn.gradient.evaluate, which lends it `params` until the"
+    " backward pass is done"
+)
 
 
 def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -47,6 +68,7 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if not params:
         raise ValueError("the model has no parameter that requires grad")
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    _require_memory_apart(*_references(model))
     return params, frozen | buffers
 
 
@@ -207,10 +229,8 @@ def normalised_over(
     return copied
 
 
-class Supervised:
-    """The loss of a model on `(inputs, targets)` as a pure function; see `supervised`."""
-
-    pure = True  # `__call__` gives the model a copy of every tensor that it may change.
+class _Supervised:
+    """What makes the functions of `supervised`: a model that lends its forward pass."""
 
     def __init__(
         self,
@@ -221,32 +241,43 @@ class Supervised:
         _require_plain(model)
         self._model, self._criterion, self._dtype = model, criterion, dtype
         self._params, self._buffers = _references(model)
-        self._mutable = [name for name, _ in model.named_buffers()]
-        self._tied = _tied(model)
+        self._places = places_of(model)
+        self._hooked = hooks_of(model)
+        self._examined = False
 
-    def __call__(
-        self, params: Params, buffers: Params, batch: tuple[Any, Any]
-    ) -> tuple[Tensor, Aux]:
+    def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         """Return the loss and, beside it, the model's outputs and new buffers."""
-        # functional_call would take the model's own tensor for a missing name.
-        border.require_same_names(self._params, params, names="the model and params")
-        border.require_same_names(self._buffers, buffers, names="the model and buffers")
-        inputs, targets = batch
-        if isinstance(targets, Tensor) and targets.numel() == 0:
+        recorded = torch.is_grad_enabled() and any(w.requires_grad for w in params.values())
+        if not recorded or torch.compiler.is_compiling():
+            return self._forward(params, buffers, batch)
+        with disable_saved_tensors_hooks(RECOMPUTES):
+            loss, aux = self._forward(params, buffers, batch)
+        if any(node.name() == "CheckpointFunctionBackward" for node in graph(loss)):
+            raise RuntimeError(RECOMPUTES)
+        return loss, aux
+
+    @contextmanager
+    def differentiating(
+        self, params: Params, buffers: Params, batch: Batch, *, twice: bool = False
+    ) -> Iterator[tuple[Tensor, Aux]]:
+        """Give what `function` returns, and lend the parameters to the backward pass.
+
+        Gradient checkpointing runs parts of the model again, and hooks and functions of
+        users may read it: they find what the forward pass found.
+        """
+        if twice and (hooked := changes_gradients(self._model)):
             raise ValueError(
-                "expected a batch of at least one example, got targets of shape"
-                f" {tuple(targets.shape)}"
+                f"{hooked} has a hook that may change gradients; the second derivative of"
+                " the loss is another thing than that of what hooks make of the first"
             )
-        # BatchNorm writes its statistics in place; these copies are what it writes to.
-        fresh = {**buffers, **{name: buffers[name].clone() for name in self._mutable}}
-        given = {**params, **fresh}
-        given |= {alias: given[name] for alias, name in self._tied.items()}
-        with self._precision(next(iter(params.values())).device.type):
-            outputs = functional_call(self._model, given, inputs, tie_weights=False)
-            loss = self._criterion(outputs, targets)
-        if loss.ndim == 1:
-            return loss.mean(), Aux(outputs, fresh, loss)
-        return loss, Aux(outputs, fresh)
+        if self._examined:
+            loss, aux = self._forward(params, buffers, batch)
+        else:
+            loss, aux = self._examine(params, buffers, batch)
+        # What is computed again writes statistics again: to copies that nobody reads.
+        again = {name: _copied(buffers[name]) for name in self._written()}
+        with lending(self._model, self._places, {**params, **buffers, **again}):
+            yield loss, aux
 
     def check(self, params: Params, buffers: Params) -> None:
         """Raise unless `params` and `buffers` are what `split(model)` gives.
@@ -256,7 +287,9 @@ class Supervised:
                 with the model's own.
         """
         if torch.compiler.is_compiling():
-            return  # `__call__` compares the names, and a graph knows no addresses.
+            return  # `function` compares the names, and a graph knows no addresses.
+        self._places = places_of(self._model)
+        self._hooked = hooks_of(self._model)
         try:
             self._require_own(params, buffers)
         except ValueError:  # The model may have been moved or cast since it was wrapped.
@@ -264,11 +297,44 @@ class Supervised:
             self._require_own(params, buffers)
         for own, given in ((self._params, params), (self._buffers, buffers)):
             for name, tensor in given.items():
-                if tensor.data_ptr() == own[name].data_ptr() and tensor.numel():
+                strided = tensor.layout is torch.strided and tensor.numel()
+                if strided and tensor.data_ptr() == own[name].data_ptr():
                     raise ValueError(
                         f"{name} shares its memory with the model; expected copies, as"
                         " samfn.split(model) makes"
                     )
+
+    def _forward(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+        if not torch.compiler.is_compiling():  # The model may have got other layers.
+            self._places, self._hooked = places_of(self._model), hooks_of(self._model)
+        # The model's own tensor would stand in for a missing name.
+        border.require_same_names(self._params, params, names="the model and params")
+        border.require_same_names(self._buffers, buffers, names="the model and buffers")
+        # What a forward pass writes, it writes to copies.
+        inputs, targets = pytree.tree_map_only(Tensor, _copied, _pair(batch))
+        fresh = {name: _copied(buffers[name]) for name in self._written()}
+        given = {**params, **buffers, **fresh, **self._with_hooks(params)}
+        precision = self._precision(next(iter(params.values())).device.type)
+        with lending(self._model, self._places, given) as new, precision:
+            outputs = self._model(*_arguments(inputs))
+            loss = _loss_of(self._criterion(outputs, targets))
+        aux = Aux(outputs, {**buffers, **new})
+        return (loss.mean(), aux._replace(losses=loss)) if loss.ndim == 1 else (loss, aux)
+
+    def _with_hooks(self, params: Params) -> dict[str, Tensor]:
+        """Return the parameters that have hooks in the model, with these hooks."""
+        if self._hooked and torch.compiler.is_compiling():
+            raise RuntimeError(f"hooks of parameters: {[*self._hooked]}")
+        found: dict[str, Tensor] = {}
+        for name, hooks in self._hooked.items():
+            found[name] = params[name].view_as(params[name])
+            for hook in hooks if params[name].requires_grad else ():
+                found[name].register_hook(hook)  # type: ignore[no-untyped-call]
+        return found
+
+    def _written(self) -> list[str]:
+        """Return the names of what a forward pass may write: the model's buffers."""
+        return [place.name for place in self._places if place.kind == "_buffers"]
 
     def _precision(self, device: str) -> AbstractContextManager[Any]:
         if self._dtype is None and not torch.is_autocast_enabled(device):
@@ -279,32 +345,155 @@ class Supervised:
         _require_layout(self._params, params, "params")
         _require_layout(self._buffers, buffers, "buffers")
 
+    def _examine(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+        """Go forward for the first time, and look what it writes and what it depends on."""
+        aliases = {name: buffer.detach() for name, buffer in buffers.items()}
+        given = {**params, **aliases}
+        addresses = {name: address(tensor) for name, tensor in given.items()}
+        with ReadOnly(given):
+            loss, aux = self._forward(params, aliases, batch)
+        for name, tensor in given.items():
+            if address(tensor) != addresses[name]:
+                raise ValueError(WRITES.format(name))
+        self._require_own_leaves(loss)
+        self._examined = True
+        return loss, aux._replace(
+            buffers={
+                name: buffers[name] if new is aliases[name] else new
+                for name, new in aux.buffers.items()
+            }
+        )
+
+    def _require_own_leaves(self, loss: Tensor) -> None:
+        """Raise where a gradient would go to a parameter that nobody trains."""
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        for node in graph(loss):
+            foreign = getattr(node, "variable", None)
+            if isinstance(foreign, nn.Parameter):
+                name = names.get(id(foreign), f"one of shape {tuple(foreign.shape)}")
+                raise GradientError(
+                    f"the loss depends on a parameter that is not in params: {name}. Make"
+                    " it a part of the model, or let it not require grad"
+                )
+
 
 def supervised(
     model: nn.Module,
     criterion: Callable[[Any, Any], Tensor],
     *,
     dtype: torch.dtype | None = None,
-) -> Supervised:
+) -> Loss:
     """Turn a model and a criterion into a pure loss function.
 
     (params, buffers, (inputs, targets)) -> criterion(model(inputs), targets), Aux
 
-    The model lends its forward pass; none of its tensors is read or written. Its mode
-    counts at every call: `model.eval()` makes this the loss of evaluation.
+    The model lends its forward pass; none of its tensors is read or written, and neither
+    is the batch. Its mode counts at every call: `model.eval()` makes this the loss of
+    evaluation. Buffers may be changed in place or assigned anew. Gradient checkpointing
+    works, as steps and measures of samfn keep the parameters in the model until the
+    backward pass is done; differentiating the result by other means is refused then.
 
     Args:
         model: any module. A tuple of inputs becomes its positional arguments.
         criterion: (outputs, targets) -> the loss, a scalar, or the loss of each example,
-            shape (examples,), whose mean is the loss then. `esam` needs the latter.
+            shape (examples,), whose mean is the loss then. `esam` needs the latter. It may
+            read the model, as for a penalty on its weights, and has no parameters itself.
         dtype: compute in this dtype where PyTorch's autocast deems it safe, as
             `torch.bfloat16`; parameters, gradients and buffers keep theirs. None computes
             in the dtype of the parameters.
 
     Raises:
-        TypeError: `model` is wrapped for several devices.
+        TypeError: `model` is wrapped for several devices, or a script.
+        ValueError: `criterion` has parameters of its own.
     """
-    return Supervised(model, criterion, dtype)
+    if isinstance(criterion, nn.Module):
+        own = {id(p) for p in model.parameters()}
+        learnt = [
+            name
+            for name, p in criterion.named_parameters()
+            if p.requires_grad and id(p) not in own
+        ]
+        if learnt:
+            raise ValueError(
+                f"the criterion has parameters of its own, {border.some(learnt)}, that no"
+                " step would train: put them into the model, or let them not require grad"
+            )
+    made = _Supervised(model, criterion, dtype)
+    weigh = _weighing(criterion) or length_of
+    return Loss(made.function, made.check, made.differentiating, weigh)
+
+
+def _weighing(criterion: Any) -> Callable[[Batch], int | Tensor] | None:
+    """Return what a criterion of PyTorch is a mean over, if that is not all examples.
+
+    sum of weight[target] over the targets that are not ignored
+    """
+    given: dict[str, Any] = {}
+    while isinstance(criterion, partial):
+        given, criterion = {**criterion.keywords, **given}, criterion.func
+    if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+        given = vars(criterion) | {"weight": criterion.weight}
+    elif criterion not in (nn.functional.cross_entropy, nn.functional.nll_loss):
+        return None
+    if given.get("reduction", "mean") != "mean":
+        return None
+    ignored, weights = given.get("ignore_index", -100), given.get("weight")
+
+    def weigh(batch: Batch) -> int | Tensor:
+        _, targets = _pair(batch)
+        if targets.is_floating_point():  # Probabilities of the classes: none is ignored.
+            return length_of(batch)
+        counts = targets != ignored
+        if weights is None:
+            number: Tensor = counts.sum()
+            return number
+        return torch.where(counts, weights[torch.where(counts, targets, 0)], 0).sum()
+
+    return weigh
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        if isinstance(batch, Mapping):
+            came = f"a mapping of {border.some([*map(str, batch)])}"
+        elif isinstance(batch, tuple | list):
+            came = f"{len(batch)} of them"
+        else:
+            came = type(batch).__name__
+        raise ValueError(
+            f"expected a batch of two, (inputs, targets), got {came}: several inputs are a"
+            " tuple, ((a, b), targets); for batches of another form write a loss function"
+            " (params, buffers, batch) -> loss"
+        )
+    inputs, targets = batch
+    if isinstance(targets, Tensor) and targets.numel() == 0:
+        raise ValueError(
+            "expected a batch of at least one example, got targets of shape"
+            f" {tuple(targets.shape)}"
+        )
+    return inputs, targets
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    # A sparse tensor has no entries that a forward pass could write to by their place.
+    return tensor.clone() if tensor.layout is torch.strided else tensor
+
+
+def _arguments(inputs: Any) -> tuple[Any, ...]:
+    # A packed sequence is a tuple, too, and one argument.
+    several = isinstance(inputs, tuple) and not isinstance(
+        inputs, nn.utils.rnn.PackedSequence
+    )
+    return tuple(inputs) if several else (inputs,)
+
+
+def _loss_of(returned: Any) -> Tensor:
+    if not isinstance(returned, Tensor):
+        raise TypeError(
+            "the criterion must return the loss, a tensor of shape () or (examples,), got"
+            f" {type(returned).__name__}"
+        )
+    return returned
 
 
 def _references(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -329,6 +518,11 @@ def _tied(model: nn.Module) -> dict[str, str]:
 def _require_plain(model: nn.Module) -> None:
     """Raise where a wrapper would exchange gradients in hooks that nothing here calls."""
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"expected a module of Python, got a script ({name or 'the model'}), which"
+                " keeps its tensors to itself: pass what it was made from"
+            )
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if found := sorted(kinds & WRAPPERS):
             where = f" at {name}" if name else ""
@@ -336,6 +530,48 @@ def _require_plain(model: nn.Module) -> None:
                 f"expected a plain module, got {found[0]}{where}: pass what it wraps;"
                 " samfn.distributed spreads a step over several devices"
             )
+
+
+def _require_memory_apart(params: Params, others: Params) -> None:
+    """Raise where a parameter is one with another tensor in memory only.
+
+    Copies would part them, where a loop that writes to the model changes both.
+    """
+    owners: dict[int, list[str]] = {}
+    tensors = {**params, **others}
+    for name, tensor in tensors.items():
+        if (memory := address(tensor)) is not None:
+            owners.setdefault(memory, []).append(name)
+    for names in owners.values():
+        for one, other in combinations(names, 2):
+            if one in params and _overlap(tensors[one], tensors[other]):
+                raise ValueError(
+                    f"{one} and {other} share memory, but are two tensors: to tie weights,"
+                    " let both modules hold the same torch.nn.Parameter"
+                )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one storage have an entry in common."""
+    (begin, end), (start, stop) = _span(one), _span(other)
+    if end <= start or stop <= begin:
+        return False
+    if one.dtype != other.dtype:
+        return True
+    length = one.untyped_storage().nbytes() // one.element_size()
+    taken = torch.zeros(length, dtype=torch.bool)
+    taken.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(taken.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the bytes of its storage between which a tensor lies."""
+    steps = (
+        (size - 1) * stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin, size = tensor.storage_offset(), tensor.element_size()
+    return int(begin * size), int((begin + sum(steps) + 1) * size)
 
 
 def _require_layout(expected: Params, given: Params, what: str) -> None:

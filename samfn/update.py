@@ -1,6 +1,6 @@
 """One training step as a pure function: gradient, perturb, gradient, descend."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from samfn import border, tree
+from samfn.batches import length_of
 from samfn.descend import Optimizer, OptState
 from samfn.distributed import Placement
-from samfn.gradient import Evaluate, LossFn, Pass, evaluate
+from samfn.gradient import Evaluate, LossFn, Pass, as_loss, evaluate
 from samfn.method import Descended, Method, MethodState, Point
 from samfn.methods import sam
 from samfn.monitor import Layers, layers
@@ -135,13 +136,13 @@ def sam_update(
     Source:
         Foret et al., 2021, arXiv:2010.01412, algorithm 1.
     """
-    border.require_dial("rho", rho)
-    border.require_dial("lr", lr)
+    rho, lr = border.require_dial("rho", rho), border.require_dial("lr", lr)
     require_state(state, loss_fn=loss_fn, optimizer=optimizer, placement=placement)
     # A method whose steps are alike spares a GPU the wait for the number of this one.
     kind = method.kind(int(state.step)) if method.kind else None
     run = partial(evaluate, loss_fn)
     how: Any = {"rho": rho, "lr": lr, "kind": kind, "watch": watch, "placement": placement}
+    how["weigh"] = as_loss(loss_fn).weigh
     with placement.norms() if placement else nullcontext():
         return take_step(state, batch, run, optimizer, method, **how)
 
@@ -195,7 +196,8 @@ def find_nonfinite(
     passes: list[tuple[Params, Pass]] = []
     params, buffers, _, method_state, step, *_ = state
     kind = method.kind(int(step) - 1) if method.kind else None
-    point = Point(params, buffers, batch, rho, tuple(params), kind=kind)
+    weigh = as_loss(loss_fn).weigh
+    point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
     method = _placed(_recorded(method, passes), placement)
     with placement.norms() if placement else nullcontext():
         method.descent(partial(evaluate, loss_fn), point, method_state)
@@ -221,10 +223,8 @@ def require_state(
         TypeError, ValueError: says what was expected and what came.
     """
     border.require_trainable(state.params, state.buffers)
-    check = getattr(loss_fn, "check", None)
-    if check is not None:
-        params = placement.whole(state.params) if placement else state.params
-        check(params, state.buffers)
+    params = placement.whole(state.params) if placement else state.params
+    as_loss(loss_fn).check(params, state.buffers)
     optimizer.check(state.opt_state, state.params)
 
 
@@ -238,6 +238,7 @@ def take_step(
     rho: float | Tensor,
     lr: float | Tensor,
     kind: Hashable = None,
+    weigh: Callable[[Batch], int | Tensor] = length_of,
     watch: bool = False,
     placement: Placement | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -252,13 +253,14 @@ def take_step(
         rho: as for `sam_update`.
         lr: as for `sam_update`.
         kind: which of the method's kinds of step this is.
+        weigh: what the loss of a batch is a mean over, as `Loss.weigh`.
         watch: as for `sam_update`.
         placement: as for `sam_update`, which sees to its norms.
     """
     passes: list[tuple[Params, Pass]] = []
     placed = _placed(_recorded(method, passes) if watch else method, placement)
     params, buffers, opt_state, method_state, step, skipped, in_a_row = state
-    point = Point(params, buffers, batch, rho, tuple(params), kind=kind)
+    point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
     seen, new_method_state = placed.descent(evaluate, point, method_state)
     new_params, new_opt_state = optimizer.update(params, seen.grads, opt_state, lr)
     grad_norm = tree.norm(seen.clean.grads) if seen.grad_norm is None else seen.grad_norm

@@ -45,7 +45,7 @@ WRONG = [
     ({"state": {"0.weight": 3}}, TypeError, "must be a tensor, got <class 'int'>"),
     ({"state": {"extra": WEIGHT}}, ValueError, "extra"),
     ({"state": {"0.weight": WEIGHT.clone().requires_grad_()}}, ValueError, "not require"),
-    ({"state": {"0.weight": WEIGHT.to("meta")}}, ValueError, "must be on one device"),
+    ({"state": {"0.weight": WEIGHT.to("meta")}}, ValueError, "must have values"),
     # What a batch holds: PyTorch says it, and nothing changes.
     ({"batch": (BATCH[0][:, :1], BATCH[1])}, RuntimeError, "channels"),
     ({"batch": (BATCH[0], BATCH[1][:3])}, ValueError, "batch_size"),
@@ -57,7 +57,9 @@ WRONG = [
         ValueError,
         r"at least one example, got targets of shape \(0,\)",
     ),
-    ({"batch": BATCH[0]}, ValueError, "unpack"),
+    ({"batch": BATCH[0]}, ValueError, r"of two, \(inputs, targets\), got Tensor"),
+    ({"batch": (*BATCH, 1)}, ValueError, r"of two, \(inputs, targets\), got 3 of them"),
+    ({"batch": {"x": BATCH[0], "y": BATCH[1]}}, ValueError, "got a mapping of x, y"),
 ]
 
 

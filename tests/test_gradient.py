@@ -1,9 +1,11 @@
+import contextlib
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 import samfn
-from samfn.gradient import evaluate
+from samfn.gradient import GradientError, Loss, evaluate
 from tests.reference import batches, small_network
 
 PARAMS = {"w": torch.tensor([1.0, 2.0]), "unused": torch.tensor([5.0])}
@@ -124,8 +126,8 @@ def test_a_pure_function_has_the_same_gradient_without_torch_func_bit_for_bit():
     model = small_network(torch.float32)
     params, buffers = samfn.split(model)
     pure = samfn.supervised(model, torch.nn.functional.cross_entropy)
-    assert pure.pure
-    assert samfn.l2_regularized(pure, 0.1).pure
+    assert pure.differentiating
+    assert samfn.l2_regularized(pure, 0.1).differentiating
     batch = batches(1, torch.float32)[0]
     for loss_fn in (pure, samfn.l2_regularized(pure, 0.1)):
         seen = evaluate(loss_fn, params, buffers, batch)
@@ -133,13 +135,22 @@ def test_a_pure_function_has_the_same_gradient_without_torch_func_bit_for_bit():
         assert_close(seen, careful, rtol=0, atol=0)
 
 
-def test_a_pure_function_may_ignore_the_parameters():
-    def constant(params, buffers, batch):
-        return torch.tensor(2.0), samfn.Aux(batch, {"b": params["w"] * 3})
+@pytest.mark.parametrize("pure", [True, False])
+@pytest.mark.parametrize(
+    "constant", [torch.tensor(2.0), torch.tensor(2.0).requires_grad_()]
+)
+def test_a_loss_that_depends_on_no_parameter_is_an_error(pure, constant):
+    def loss_fn(params, buffers, batch):
+        return 1 * constant, samfn.Aux(batch, {"b": params["w"] * 3})
 
-    constant.pure = True
-    seen = evaluate(constant, PARAMS, {"b": torch.ones(2)}, torch.ones(2))
-    assert_close(seen.grads, {name: torch.zeros_like(w) for name, w in PARAMS.items()})
+    def opened(*given):
+        return contextlib.nullcontext(loss_fn(*given))
+
+    loss = Loss(loss_fn, differentiating=opened if pure else None)
+    with pytest.raises(GradientError, match=r"depends on none of the parameters \(w, u"):
+        evaluate(loss, PARAMS, {"b": torch.ones(2)}, torch.ones(2))
+    seen = evaluate(loss, PARAMS, {"b": torch.ones(2)}, torch.ones(2), wrt=["unused"])
+    assert_close(seen.grads, {"unused": torch.zeros(1)})
     assert not seen.buffers["b"].requires_grad
     assert not any(w.requires_grad for w in PARAMS.values())
 

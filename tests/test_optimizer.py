@@ -136,7 +136,7 @@ def closure_of(optimizer, model, batch, calls=None, clear=False):
 
 @pytest.mark.parametrize("clear", [False, True])
 @pytest.mark.parametrize("way", ["before", "no pass before", "neither cleared after"])
-def test_a_closure_takes_the_same_step_with_a_pass_before_and_without(way, clear):
+def test_a_closure_takes_the_same_step_with_a_first_step_before_and_without(way, clear):
     model, reference = net(), net()
     optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
     other = samfn.SAM(reference.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -145,6 +145,7 @@ def test_a_closure_takes_the_same_step_with_a_pass_before_and_without(way, clear
         closure = closure_of(optimizer, model, batch, calls, clear)
         if way == "before":
             F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.first_step(zero_grad=True)
         returned = optimizer.step(closure)
         expected = two_steps(other, reference, batch)
         assert len(calls) == (1 if way == "before" else 2)
@@ -156,23 +157,74 @@ def test_a_closure_takes_the_same_step_with_a_pass_before_and_without(way, clear
             optimizer.zero_grad(set_to_none=not clear)
 
 
-@pytest.mark.parametrize("way", ["before", "no pass before"])
 @pytest.mark.parametrize(("base", "settings"), BASES)
-def test_with_a_rho_of_0_a_closure_takes_the_base_step_in_one_pass(base, settings, way):
+def test_with_a_rho_of_0_a_closure_takes_the_base_step_in_one_pass(base, settings):
     model, reference = net(), net()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
     optimizer = samfn.SAM(groups, base, rho=0, **settings)
     other = base(reference.parameters(), **settings)
     for batch in data():
         calls = []
-        if way == "before":
-            F.cross_entropy(model(batch[0]), batch[1]).backward()
         returned = optimizer.step(closure_of(optimizer, model, batch, calls))
         assert [returned.item()] == calls
         other.zero_grad()
         F.cross_entropy(reference(batch[0]), batch[1]).backward()
         other.step()
         assert_close(weights(model), weights(reference), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_a_closure_beside_gradients_of_another_batch_is_an_error(rho):
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=rho, lr=0.1)
+    one, other = data()[:2]
+    before = weights(model)
+    F.cross_entropy(model(one[0]), one[1]).backward()  # accumulated, as trainers do
+    with pytest.raises(RuntimeError, match="found gradients of a backward pass outside"):
+        optimizer.step(closure_of(optimizer, model, other))
+    assert_close(weights(model), before, rtol=0, atol=0)
+
+
+def test_a_closure_through_all_micro_batches_takes_the_step_of_the_whole_batch():
+    model, reference = net(torch.float64), net(torch.float64)
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    other = samfn.SAM(reference.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    for inputs, targets in data(torch.float64):
+        halves = [*zip(inputs.chunk(2), targets.chunk(2), strict=True)]
+
+        def closure(halves=halves, rows=len(inputs)):
+            optimizer.zero_grad()
+            for x, y in halves:
+                (F.cross_entropy(model(x), y) * len(x) / rows).backward()
+
+        optimizer.step(closure)
+        two_steps(other, reference, (inputs, targets))
+        assert_close(weights(model), weights(reference))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_closure_that_raises_leaves_the_weights_where_they_were(passes):
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    before, calls = weights(model), []
+
+    def closure():
+        calls.append(None)
+        if len(calls) == passes:
+            raise KeyError("data")
+        F.cross_entropy(model(data()[0][0]), data()[0][1]).backward()
+
+    with pytest.raises(KeyError, match="data"):
+        optimizer.step(closure)
+    assert_close(weights(model), before, rtol=0, atol=0)
+    optimizer.zero_grad()
+    optimizer.step(closure)  # It can go on.
+    assert not torch.equal(weights(model)["0.weight"], before["0.weight"])
+
+
+def test_what_it_cannot_train_is_refused_when_it_is_made():
+    with pytest.raises(TypeError, match="whose step needs no closure, got LBFGS"):
+        samfn.SAM(net().parameters(), torch.optim.LBFGS, lr=0.1)
 
 
 @pytest.mark.parametrize("rho", [0.1, torch.tensor(0.0)])
@@ -413,8 +465,8 @@ def three_steps(way, spoil, by, skip_nonfinite, adaptive, base, settings):
 
         if way != "closure":
             closure()
-        if way == "two steps":
             optimizer.first_step(zero_grad=True)
+        if way == "two steps":
             closure()
             optimizer.second_step(zero_grad=True)
         else:
@@ -424,7 +476,7 @@ def three_steps(way, spoil, by, skip_nonfinite, adaptive, base, settings):
     return weights(model), optimizer
 
 
-@pytest.mark.parametrize("way", ["two steps", "closure", "closure after a pass"])
+@pytest.mark.parametrize("way", ["two steps", "closure", "closure after a first step"])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize(("base", "settings"), BASES)
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(way, adaptive, base, settings):

@@ -23,7 +23,7 @@ def changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mean(
-    values: Mapping[str, Any], rows: int, group: str, params: Params
+    values: Mapping[str, Any], rows: int | Tensor, group: str, params: Params
 ) -> tuple[dict[str, Any], Tensor]:
     """Average nested mappings of tensors over all examples of a group, in one message.
 
@@ -31,7 +31,7 @@ def mean(
 
     Args:
         values: what the rank found.
-        rows: from how many examples.
+        rows: from how many examples, or what else they are means over.
         group: name of the process group.
         params: whose layout in memory counts, as it is the same on all ranks.
 
@@ -63,8 +63,10 @@ def mean(
 # graph plans its memory itself, and fuses what makes a part with its weight.
 
 
-def weighted(parts: list[Tensor], rows: int, dim: int = 0) -> Tensor:
+def weighted(parts: list[Tensor], rows: int | Tensor, dim: int = 0) -> Tensor:
     """Return the parts as one tensor, times the number of examples they are from."""
+    if isinstance(rows, Tensor):  # The mean over nothing is NaN, and counts as 0.
+        parts = [torch.where(rows > 0, part, 0) for part in parts]
     if torch.compiler.is_compiling():
         return torch.cat([rows * part for part in parts], dim)
     return torch.cat(parts, dim).mul_(rows)

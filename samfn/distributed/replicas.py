@@ -67,7 +67,7 @@ def replicated(name: str, ranks: int, sharing: int, inner: str, everyone: str) -
     def spread(method: Method) -> Method:
         def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
             if sharing > 1:
-                evaluate = _on_all(evaluate, inner)
+                evaluate = _on_all(evaluate, inner, point.weigh)
             seen, new = method.descent(evaluate, point, memory)
             if sharing == ranks:
                 return seen, new
@@ -100,7 +100,9 @@ def _mean_fields(group: str, values: Any, batch: Batch) -> Any:
     return type(values)(**found)
 
 
-def _on_all(evaluate: Evaluate, group: str) -> Evaluate:
+def _on_all(
+    evaluate: Evaluate, group: str, weigh: Callable[[Batch], int | Tensor]
+) -> Evaluate:
     """Return the function that evaluates on the batches of all ranks of a group."""
 
     def on_all(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
@@ -110,7 +112,7 @@ def _on_all(evaluate: Evaluate, group: str) -> Evaluate:
             "loss": seen.loss,
             "buffers": changed(seen.buffers, buffers),
         }
-        found, _ = mean(shared, length_of(batch), group, params)
+        found, _ = mean(shared, weigh(batch), group, params)
         buffers = {**seen.buffers, **found["buffers"]}
         return seen._replace(loss=found["loss"], grads=found["grads"], buffers=buffers)
 
@@ -135,7 +137,7 @@ def _mean_descent(
         "buffers": changed(seen.clean.buffers, point.buffers),
         "memory": changed(memory, before),
     }
-    found, _ = mean(shared, length_of(point.batch), group, point.params)
+    found, _ = mean(shared, point.weigh(point.batch), group, point.params)
     buffers = {**seen.clean.buffers, **found["buffers"]}
     return Descent(
         grads=found["grads"],

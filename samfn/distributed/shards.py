@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from samfn.batches import length_of
 from samfn.distributed.messages import (
     Layout,
     all_gather,
@@ -36,7 +35,7 @@ def sharded(params: Params, rank: int, ranks: int, group: str) -> Placement:
 
     def spread(method: Method) -> Method:
         def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
-            return method.descent(parts.gathering(evaluate), point, memory)
+            return method.descent(parts.gathering(evaluate, point.weigh), point, memory)
 
         return method._replace(descent=descent)
 
@@ -86,11 +85,13 @@ class Parts:
             for name in kept
         }
 
-    def gathering(self, evaluate: Evaluate) -> Evaluate:
+    def gathering(
+        self, evaluate: Evaluate, weigh: Callable[[Batch], int | Tensor]
+    ) -> Evaluate:
         """Return the function that takes and gives parts, and evaluates on all batches."""
 
         def on_parts(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
-            rows = length_of(batch)
+            rows = weigh(batch)
             seen = evaluate(self._gather(params), buffers, batch, **how)
             shared = {"loss": seen.loss, "buffers": changed(seen.buffers, buffers)}
             found, examples = mean(shared, rows, self._group, {})
@@ -113,7 +114,9 @@ class Parts:
             found |= {n: self._joined(n, c) for n, c in zip(names, columns, strict=True)}
         return {name: found[name] for name in kept}
 
-    def _scatter(self, grads: Params, rows: int, examples: Tensor) -> dict[str, Tensor]:
+    def _scatter(
+        self, grads: Params, rows: int | Tensor, examples: Tensor
+    ) -> dict[str, Tensor]:
         """Return this rank's part of the mean gradient, which took one message."""
         dtype = wide(grads.values())
         columns = [self._rows(name, grad).to(dtype) for name, grad in grads.items()]

@@ -1,0 +1,1 @@
+"""Networks that people use, and habits of modules: samfn on each against a plain loop."""

@@ -1,0 +1,222 @@
+"""Lending other tensors to a model: put in for a while, and its own ones put back.
+
+Everything that a forward or backward pass reads of a module is what it was lent, wherever
+it is read: in the module, in hooks, in what is computed again. What the module itself holds
+is the same afterwards, to the bit and to the object.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from samfn.tree import Params
+
+KINDS = "_parameters", "_buffers", "_modules"
+CACHES = "_flat_weights", "_flat_weight_refs"  # of recurrent layers
+
+WRITES = (
+    "the forward pass writes to {}, which it may only read: what changes in it must be a"
+    " buffer, and a constraint on weights be made by torch.nn.utils.parametrize or applied"
+    " to state.params after the step"
+)
+
+
+class Place(NamedTuple):
+    """Where a module keeps a tensor."""
+
+    name: str
+    """The first of the names that the tensor has; that of `split`."""
+    module: nn.Module
+    kind: str
+    """`_parameters` or `_buffers`, as the module calls its dict of them."""
+    attribute: str
+    own: Tensor
+
+    def put(self, tensor: Tensor) -> None:
+        """Let the module hold another tensor there."""
+        getattr(self.module, self.kind)[self.attribute] = tensor
+
+    def get(self) -> Any:
+        """Return what it holds."""
+        return getattr(self.module, self.kind)[self.attribute]
+
+
+def places_of(model: nn.Module) -> list[Place]:
+    """Return where the modules of a model keep tensors, each place once.
+
+    Of a module that has two names, and of a tensor in two places, the first name counts.
+    """
+    names: dict[int, str] = {}
+    modules = [*model.named_modules()]
+    found = []
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for attribute, own in getattr(module, kind).items():
+                if own is not None:
+                    full = f"{prefix}.{attribute}" if prefix else attribute
+                    name = names.setdefault(id(own), full)
+                    found.append(Place(name, module, kind, attribute, own))
+    return found
+
+
+@contextmanager
+def lending(
+    model: nn.Module, places: list[Place], given: Params
+) -> Iterator[dict[str, Tensor]]:
+    """Put other tensors into a model, and its own ones back in the end.
+
+    Gives a dict that holds the model's buffers as they were left, when it is closed.
+    """
+    if torch.compiler.is_compiling():
+        before: list[_Kept] = []
+    else:
+        _require_no_cache()
+        before = [_Kept.of(name, module) for name, module in model.named_modules()]
+    buffers: dict[str, Tensor] = {}
+    for place in places:
+        place.put(given[place.name])
+    try:
+        yield buffers
+        for kept in before:
+            kept.require_same()
+        for place in places:
+            if place.kind == "_buffers":
+                left = place.get()
+                if buffers.setdefault(place.name, left) is not left:
+                    raise ValueError(
+                        f"the forward pass gives another tensor to one of the names of the"
+                        f" buffer {place.name}: change it in place"
+                    )
+    finally:
+        for kept in before:
+            kept.put_back()
+        for place in places:
+            place.put(place.own)
+
+
+class _Kept(NamedTuple):
+    """What a module holds, beside the values of tensors, to be put back."""
+
+    name: str
+    module: nn.Module
+    held: tuple[dict[str, Any], ...]
+    """Its parameters, buffers and children."""
+    cached: dict[str, Any]
+    """What a recurrent layer remembers of its weights."""
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> "_Kept":
+        own = module.__dict__
+        held = tuple(dict(own[kind]) for kind in KINDS)
+        return cls(name, module, held, {key: own[key] for key in CACHES if key in own})
+
+    def require_same(self) -> None:
+        """Raise if something was added, removed or, of modules, replaced.
+
+        Raises:
+            ValueError: says where and what.
+        """
+        for kind, before in zip(KINDS, self.held, strict=True):
+            now = self.module.__dict__[kind]
+            for name in {**before, **now}:
+                old, new = before.get(name), now.get(name)
+                same = old is new if kind == "_modules" else (old is None) == (new is None)
+                if not same:
+                    where = f"{self.name}.{name}" if self.name else name
+                    raise ValueError(
+                        f"the forward pass makes or replaces {where}, which the state does"
+                        " not know: run a batch through the model before samfn.split, and"
+                        " let forward change no more than the values of buffers"
+                    )
+
+    def put_back(self) -> None:
+        for kind, before in zip(KINDS, self.held, strict=True):
+            now = self.module.__dict__[kind]
+            if now.keys() != before.keys() or kind == "_modules":
+                now.clear()
+            now.update(before)
+        self.module.__dict__.update(self.cached)
+
+
+def _require_no_cache() -> None:
+    if nn.utils.parametrize._cache_enabled:
+        raise RuntimeError(
+            "torch.nn.utils.parametrize.cached() is open, and would hand the weights of one"
+            " pass to the next: open it inside of the model's forward, or not at all"
+        )
+
+
+def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
+    """Return the hooks that parameters have for their gradients.
+
+    Raises:
+        ValueError: one waits for the gradient to stand in `.grad`, where none will be.
+    """
+    found: dict[str, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        own: Any = parameter
+        if own._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"the parameter {name} has a hook that waits for its gradient in .grad,"
+                " which no function sets: remove it, and use what a step returns"
+            )
+        if own._backward_hooks and own.requires_grad:
+            found[name] = [*own._backward_hooks.values()]
+    return found
+
+
+def changes_gradients(model: nn.Module) -> str | None:
+    """Return the name of something whose hooks may change gradients, or None."""
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            return name or type(module).__name__
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks:
+            return name
+    return None
+
+
+class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises before an operation writes to one of some tensors."""
+
+    def __init__(self, tensors: Params) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = {address(tensor): name for name, tensor in tensors.items()}
+        self._names.pop(None, None)
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, unless it would write."""
+        kwargs = kwargs or {}
+        for index, argument in enumerate(operation._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            written = args[index] if index < len(args) else kwargs.get(argument.name)
+            for leaf in pytree.tree_leaves(written):
+                if isinstance(leaf, Tensor) and address(leaf) in self._names:
+                    raise ValueError(WRITES.format(self._names[address(leaf)]))
+        return operation(*args, **kwargs)
+
+
+def address(tensor: Tensor) -> int | None:
+    """Return what tells the memory of a tensor from others, if it has any."""
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+        return None
+    return int(tensor.untyped_storage()._cdata)
+
+
+def graph(loss: Tensor) -> Iterator[Any]:
+    """Yield the nodes of the graph that a backward pass from `loss` goes through."""
+    seen, ahead = set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead.extend(before for before, _ in node.next_functions)
+            yield node

@@ -52,6 +52,7 @@ OWNERS = {
     "filelock": {"samfn/files.py"},
     "torch.export": {"samfn/export.py"},
     "torchvision": {
+        "bench/zoo/networks.py",
         "recipes/data.py",
         "recipes/cifar.py",
         "recipes/augment.py",

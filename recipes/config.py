@@ -250,7 +250,8 @@ class Config:
 
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Arithmetic of the passes. Weights and perturbation stay float32; fp16 scales the
-    loss. auto is bf16 on a GPU and float32 on a CPU."""
+    loss. auto is bf16 on a GPU and float32 on a CPU. A CPU without instructions for the
+    16 bits emulates them, many times slower than float32."""
     max_skipped: int = 50
     """Steps in a row that may be skipped because a loss or gradient is not finite; one more
     ends the run."""

@@ -37,11 +37,16 @@ def emulated(dtype: torch.dtype | None, device: str | torch.device = "cpu") -> b
     """
     if dtype not in _INSTRUCTIONS or torch.device(device).type != "cpu":
         return False
-    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    found = _capabilities()
     if found.get("architecture") == "x86_64":
         return not any(found.get(name) for name in _INSTRUCTIONS[dtype])
     # Emulation takes such a product about twenty times as long, instructions about once.
     return slowness(dtype) > 3
+
+
+def _capabilities() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
 
 
 @functools.cache

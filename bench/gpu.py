@@ -84,7 +84,7 @@ GPU = Setup(
 SMOKE = Setup(
     "cpu",
     8,
-    {"small": "mlp"},
+    {"small": "mlp-small"},
     {"wrn-10-1": ((16, 8),)},
     steps=6,
     seconds=0.5,

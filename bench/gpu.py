@@ -1,7 +1,8 @@
 """Everything that a GPU must show, in one command: limits, correctness, speed, memory.
 
     python -m bench.gpu            # one GPU, under nine minutes with compilation
-    python -m bench.gpu --smoke    # the same code at toy size, on a CPU
+    python -m bench.gpu --smoke    # the same code at toy size, on a CPU; in float32 where
+                                   # the CPU has no instructions for bf16
 
 Needs only torch, einops, safetensors and numpy; pytorch_optimizer is compared with where it
 is installed. Every finished case is a line of a JSON file, and is not run again: start it
@@ -28,10 +29,11 @@ from torch.nn import functional as F
 
 import samfn
 from bench import measure
-from bench.candidates import TOLERANCE, Samfn, candidates, compiled, started
+from bench.candidates import DTYPES, TOLERANCE, Samfn, candidates, compiled, started
 from bench.networks import build
 from bench.peers import RHO
 from recipes import augment
+from recipes.machine import emulated
 from samfn import distributed
 
 Row = dict[str, Any]
@@ -50,6 +52,16 @@ class Setup(NamedTuple):
     """Of the checks of correctness."""
     seconds: float
     """Spent on timing a case."""
+
+    @property
+    def precision(self) -> str:
+        """That of the passes: bf16, but float32 on a CPU that would emulate it."""
+        return "float32" if emulated(torch.bfloat16, self.device) else "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the passes."""
+        return DTYPES[self.precision] or torch.float32
 
 
 GPU = Setup(
@@ -72,7 +84,7 @@ GPU = Setup(
 SMOKE = Setup(
     "cpu",
     8,
-    {"small": "mlp"},
+    {"small": "mlp-small"},
     {"wrn-10-1": ((16, 8),)},
     steps=6,
     seconds=0.5,
@@ -180,7 +192,7 @@ def cases(setup: Setup) -> dict[str, Callable[[Setup], list[Row]]]:
 
 def peak(setup: Setup) -> list[Row]:
     """Measure what a large matrix product reaches."""
-    reached = measure.peak_flops(torch.bfloat16, setup.device)
+    reached = measure.peak_flops(setup.dtype, setup.device, setup.seconds)
     return [{"TFLOP/s": reached / 1e12}]
 
 
@@ -190,7 +202,7 @@ def convolutions(setup: Setup) -> list[Row]:
     for name, stages in setup.stages.items():
         for channels, side in stages:
             shape = (setup.batch, channels, side, side)
-            like = {"device": setup.device, "dtype": torch.bfloat16}
+            like = {"device": setup.device, "dtype": setup.dtype}
             x, dy = torch.randn(2, *shape, **like).unbind()  # type: ignore[call-overload]
             w = torch.randn(channels, channels, 3, 3, **like)  # type: ignore[call-overload]
             x, dy, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy, w))
@@ -227,7 +239,7 @@ def speed(name: str, wanted: tuple[str, ...]) -> Callable[[Setup], list[Row]]:
     def case(setup: Setup) -> list[Row]:
         network = build(name, setup.batch, setup.device)
         # Nobody is there to look into a difference: it is reported, and the time as well.
-        found = candidates(network, "bf16", only=wanted, tolerance=float("inf"))
+        found = candidates(network, setup.precision, only=wanted, tolerance=float("inf"))
         steps = {c.name: c.runner.step for c in found}
         times = measure.interleaved(steps, seconds=setup.seconds)
         flops = measure.forward_operations(network.model, network.inputs)
@@ -238,7 +250,7 @@ def speed(name: str, wanted: tuple[str, ...]) -> Callable[[Setup], list[Row]]:
             row = {"candidate": c.name, "ms": 1e3 * seen["median"], "TFLOP/s": done / 1e12}
             row |= {"q20": 1e3 * seen["q20"], "q80": 1e3 * seen["q80"]}
             row |= {"images/s": setup.batch / seen["median"], "apart": c.apart}
-            row |= {"agrees": c.apart < TOLERANCE["bf16"]}
+            row |= {"agrees": c.apart < TOLERANCE[setup.precision]}
             row |= {"host ms": 1e3 * host_seconds(c.runner.step)}
             row |= {"kernels": measure.kernels(c.runner.step)}
             row |= {"MiB": c.bytes / 2**20, "first s": c.first_call_seconds}
@@ -279,7 +291,7 @@ def designs(setup: Setup) -> list[Row]:
     rows: list[Row] = []
     steps: dict[str, Callable[[], Any]] = {}
     for name, make in made.items():
-        runner, seconds = started(partial(Samfn, network, torch.bfloat16, RHO, make))
+        runner, seconds = started(partial(Samfn, network, setup.dtype, RHO, make))
         for _ in range(4):
             runner.step()
         steps[name] = runner.step
@@ -378,14 +390,15 @@ def checks(setup: Setup) -> list[Row]:
     counters = torch._dynamo.utils.counters
     full = trained(None)
     counters.clear()
-    fast = trained(torch.bfloat16, plan="whole")
+    fast = trained(setup.dtype, plan="whole")
     graphs = counters["stats"]["unique_graphs"]
-    plain = trained(torch.bfloat16, plan="whole", cuda_graph=False)
-    parted = trained(torch.bfloat16, plan="gradient")
+    plain = trained(setup.dtype, plan="whole", cuda_graph=False)
+    parted = trained(setup.dtype, plan="gradient")
     difference = max(abs(a - b) for a, b in zip(full[1], fast[1], strict=True))
     return [
         {
-            "check": "compiled bf16 against eager float32, largest difference in loss",
+            "check": f"compiled {setup.precision} against eager float32, largest"
+            " difference in loss",
             "value": difference,
             "passed": difference < 0.25 * full[1][0],
         },
@@ -622,8 +635,9 @@ def report(rows: list[Row], setup: Setup) -> str:
     parts = [
         f"# The compiled step: {kind} report",
         f"{about['date']}, {about['device']}, torch {about['torch']}, Python"
-        f" {about['python']}; bf16, batch {setup.batch}; {sum(seconds.values()):.0f} s in"
-        " all. Medians of interleaved rounds; `python -m bench.gpu`.",
+        f" {about['python']}; {setup.precision}, batch {setup.batch};"
+        f" {sum(seconds.values()):.0f} s in all. Medians of interleaved rounds;"
+        " `python -m bench.gpu`.",
         measure.table(targets(rows, setup), ("", "what", "target", "measured")),
     ]
     hidden = {"case", "case_seconds", *measure.environment()}

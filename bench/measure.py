@@ -66,14 +66,30 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "q20": low, "q80": high}
 
 
-def peak_flops(dtype: torch.dtype, device: str) -> float:
-    """Return the operations a second of a large matrix product, the best of seven."""
-    size = 2048 if device == "cpu" else 8192
+def peak_flops(dtype: torch.dtype, device: str, seconds: float = 10.0) -> float:
+    """Return the operations a second of a large matrix product, the best of seven.
+
+    Args:
+        dtype: of the factors.
+        device: as "cpu" or "cuda:0".
+        seconds: about the longest that it may take; the factors are as large as that
+            allows, at most 2048 on a side on a CPU and 8192 on a GPU.
+    """
+    size, largest = 128, 2048 if device == "cpu" else 8192
+    product = _product(size, dtype, device)
+    # A side twice as long takes eight times as long, and more where a cache overflows.
+    while size < largest and 24 * 8 * timed(product, 1) < seconds:
+        size *= 2
+        product = _product(size, dtype, device)
+    best = min(timed(product, 3) for _ in range(7))
+    return 2 * size**3 / best
+
+
+def _product(size: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
     left, right = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(left)
-    torch.mm(left, right, out=out)
-    best = min(timed(lambda: torch.mm(left, right, out=out), 3) for _ in range(7))
-    return 2 * size**3 / best
+    torch.mm(left, right, out=out)  # The first one chooses the kernel.
+    return lambda: torch.mm(left, right, out=out)
 
 
 def peak_memory(step: Callable[[], Any]) -> int:

@@ -18,6 +18,7 @@ import tyro
 
 from recipes import methods, models
 from recipes.data import choose_source, root_of
+from recipes.machine import emulated
 from samfn.compiled import missing_compiler
 
 PROGRAM = "python -m recipes.cifar_wrn"
@@ -249,7 +250,8 @@ class Config:
 
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Arithmetic of the passes. Weights and perturbation stay float32; fp16 scales the
-    loss. auto is bf16 on a GPU and float32 on a CPU."""
+    loss. auto is bf16 on a GPU and float32 on a CPU. A CPU without instructions for the
+    16 bits emulates them, many times slower than float32."""
     max_skipped: int = 50
     """Steps in a row that may be skipped because a loss or gradient is not finite; one more
     ends the run."""
@@ -304,6 +306,8 @@ class Config:
 
 
 WEIGHTS = ("none", "default")  # beside files
+# Of the passes; None is that of the weights.
+DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What belongs to one call of the command and not to what it trains.
 PER_CALL = {"config", "output", "resume", "auto_resume", "resume_override", "export"}
 PER_CALL |= {"eval_only", "dry_run", "timeout"}
@@ -352,7 +356,8 @@ def parse(
 
     Args:
         args: flags; None takes those that the program was called with.
-        say: is given one line about where the images come from.
+        say: is given a line about where the images come from, and one about a precision
+            that this machine has no instructions for.
         program: what the command is called in its help.
         base: the preset where none is named.
 
@@ -365,7 +370,18 @@ def parse(
         DataError: there are no images where they should be.
         SystemExit: the command line is wrong, or asks for help.
     """
+    config = _parsed(args, say, program, base)
+    if emulated(DTYPES.get(config.precision), config.device):
+        say(
+            f"{config.precision} is emulated on this CPU: expect it to be many times slower"
+            " than float32"
+        )
+    return config
 
+
+def _parsed(
+    args: Sequence[str] | None, say: Callable[[str], None], program: str, base: str
+) -> Config:
     def read(values: dict[str, Any]) -> Config:
         default = Config(**{"preset": base} | values)
         return tyro.cli(Config, prog=program, args=args, default=default)

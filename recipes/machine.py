@@ -1,9 +1,19 @@
-"""What a report says of the machine that it was made on."""
+"""What a run or a report says of the machine that it is made on."""
 
+import functools
 import platform
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+
+# Instructions that multiply 16-bit numbers, as `torch.cpu.get_capabilities` names them.
+_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
 
 
 def hardware(device: str) -> str:
@@ -12,6 +22,44 @@ def hardware(device: str) -> str:
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
     return f"{_cpu_name()}, {count} thread{'s' * (count != 1)}"
+
+
+def emulated(dtype: torch.dtype | None, device: str | torch.device = "cpu") -> bool:
+    """Return whether a device multiplies numbers of a 16-bit dtype by way of another one.
+
+    PyTorch does on a CPU without instructions for them, many times slower than float32.
+    An x86 CPU is asked for its instructions. Others, and PyTorch before it could ask, time
+    a small product, once in a process.
+
+    Args:
+        dtype: of the products; None is that of the weights.
+        device: as "cpu" or "cuda:0"; a GPU emulates none.
+    """
+    if dtype not in _INSTRUCTIONS or torch.device(device).type != "cpu":
+        return False
+    found = _capabilities()
+    if found.get("architecture") == "x86_64":
+        return not any(found.get(name) for name in _INSTRUCTIONS[dtype])
+    # Emulation takes such a product about twenty times as long, instructions about once.
+    return slowness(dtype) > 3
+
+
+def _capabilities() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
+
+
+@functools.cache
+def slowness(dtype: torch.dtype) -> float:
+    """Return how many times as long as in float32 a small product takes on the CPU."""
+    products = [torch.randn(128, 128).to(kind) for kind in (dtype, torch.float32)]
+    best = [float("inf")] * 2
+    for _ in range(6):  # The first of each also chooses its kernel.
+        for index, factor in enumerate(products):
+            started = time.perf_counter()
+            torch.mm(factor, factor)
+            best[index] = min(best[index], time.perf_counter() - started)
+    return best[0] / best[1]
 
 
 def _cpu_name() -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import samfn
 from recipes import methods, models
 from recipes.compiling import decide
-from recipes.config import Config, ConfigError, choose_device
+from recipes.config import DTYPES, Config, ConfigError, choose_device
 from recipes.data import (
     Dataset,
     Say,
@@ -119,7 +119,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     steps = config.epochs * steps_per_epoch
     optimizer, method = _optimizer(config, model), _method(config, model, steps)
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    dtype = DTYPES[config.precision]
     criterion = partial(
         F.cross_entropy, label_smoothing=config.label_smoothing, reduction="none"
     )

@@ -48,19 +48,19 @@ def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(t
     bench("gpu", *options, cwd=tmp_path)
     assert lines.read_text() == before
     (report,) = tmp_path.glob("smoke_*.md")
-    assert "| R1  | SAM / SGD step, mlp" in report.read_text()
+    assert "| R1  | SAM / SGD step, mlp-small" in report.read_text()
 
 
 @pytest.mark.slow
 def test_steps_are_timed_beside_their_peers(tmp_path):
     lines = tmp_path / "lines.jsonl"
-    options = ("--case", "mlp:8:bf16", "--seconds", 0.1, "--output", lines)
+    options = ("--case", "mlp-small:8:bf16", "--seconds", 0.1, "--output", lines)
     printed = bench("step_time", *options, cwd=tmp_path)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     names = {row["candidate"] for row in rows}
     assert {"samfn eager", "samfn compiled", "overwriting untuned", "SGD eager"} <= names
     assert all(row["ms"] > 0 and row["apart"] < 0.05 for row in rows)
-    assert printed.count('"case": "mlp:8:bf16"') == len(rows)
+    assert printed.count('"case": "mlp-small:8:bf16"') == len(rows)
     assert "| samfn compiled " in printed
 
 
@@ -68,7 +68,7 @@ def test_steps_are_timed_beside_their_peers(tmp_path):
 def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(tmp_path):
     from bench.compile_time import compile_apart
 
-    row = compile_apart("mlp:4:float32", "one gradient")
+    row = compile_apart("mlp-small:4:float32", "one gradient")
     assert 0 < row["warm s"] < row["cold s"]
 
 

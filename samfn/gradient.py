@@ -333,8 +333,12 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / length)
 
 
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return (x + 3).clamp(0, 6) / 6
+
+
 def _hardswish(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * (x + 3).clamp(0, 6) / 6
+    return x * _hardsigmoid(x)
 
 
 class _ByFormula(TorchFunctionMode):
@@ -349,6 +353,7 @@ class _ByFormula(TorchFunctionMode):
     ) -> Any:
         formulas: dict[Any, Callable[..., Tensor]] = {
             torch._weight_norm: _weight_norm,
+            torch.nn.functional.hardsigmoid: _hardsigmoid,
             torch.nn.functional.hardswish: _hardswish,
         }
         return formulas.get(function, function)(*args, **(kwargs or {}))

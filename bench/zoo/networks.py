@@ -16,7 +16,7 @@ CLASSES = 10
 SIZES = {"inception_v3": 96, "maxvit_t": 224, "squeezenet1_0": 96, "alexnet": 96}
 
 # Of several hundred million parameters: in float32, as many fit a machine of 24 GiB.
-LARGE = ("vit_h_14", "vit_l_", "regnet_y_128gf", "convnext_large", "wide_resnet", "vgg")
+LARGE = ("vit_h_14", "vit_l_", "regnet_y_128gf")
 
 TIMM = [
     "resnet10t",
@@ -55,7 +55,9 @@ TIMM = [
 ]
 # Whose configuration holds the size of its images.
 OF_PATCHES = ("vit_", "deit_", "cait_", "swin_", "mixer_", "gmlp_", "levit_")
-SMALLER: dict[str, dict[str, Any]] = {"nfnet_f0": {"depths": (1, 1, 1, 1)}}
+SMALLER: dict[str, dict[str, Any]] = {
+    name: {"depths": (1, 1, 1, 1)} for name in ("nfnet_f0", "dm_nfnet_f0")
+}
 
 
 class Scores(nn.Module):

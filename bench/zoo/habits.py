@@ -30,8 +30,6 @@ class Case(NamedTuple):
     """Part of the error where no step can be right; None where it must be exact."""
     dtype: torch.dtype | None = torch.float64
     """What the network is cast to; None leaves it."""
-    random: bool = False
-    """Whether it draws random numbers, of which a graph draws others."""
     momentum: dict[str, float] = {"momentum": 0.9, "weight_decay": 0.01}  # noqa: RUF012
     """Of the base optimizer."""
 

@@ -1,0 +1,112 @@
+"""Modules with every habit: a step is that of a plain loop, or refused with its reason."""
+
+import pytest
+import torch
+
+from bench.zoo import __main__ as command
+from bench.zoo import check as checks
+from bench.zoo import networks
+from bench.zoo.check import Fingerprint, Problem, check, functional, plain_loop
+from bench.zoo.habits import CASES
+
+NAMES = {case.name: case for case in CASES}
+
+# PyTorch's own refusals, and hooks, which have no second derivative to speak of.
+FLAT = {
+    "checkpoint, reentrant": "use_reentrant=True",
+    "checkpoint of dropout, reentrant": None,  # Nothing is recomputed in evaluation mode.
+    "checkpoint, selective": "only allowed to backward once",
+    "hooks backward": "has a hook that may change gradients",
+    "hook on a parameter": "has a hook that may change gradients",
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES.keys())
+def test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason(case):
+    row = check(case, compiled=False)
+    if case.refused is None:
+        assert row["eager"] == "exact, eager"
+        assert row["drop-in"] == "exact, drop-in"
+    else:
+        assert row["eager"].startswith("refused: ")
+        assert case.refused in row["eager"]
+    assert "WRONG" not in row["drop-in"]
+    if case.refused is None and case.name not in FLAT:
+        assert row["Hessian"] == "exact"
+    elif reason := FLAT.get(case.name):
+        assert row["Hessian"].startswith("refused: ")
+        assert reason in row["Hessian"]
+    assert "WRONG" not in row["Hessian"]
+
+
+COMPILED = {
+    "checkpoint": "exact, loss",
+    "a module twice": "exact, whole",
+    "assigned buffer": "exact, whole",
+    "targets in place": "exact, whole",
+    "layer drop": "exact, eager (samfn goes on uncompiled: ",
+    "hook on a parameter": "exact, eager (samfn goes on uncompiled: ",
+    "weight in place": "refused: ValueError: the forward pass writes to weight",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_it_is_compiled_as_far_as_it_can_be_and_else_goes_on_with_the_same_numbers(name):
+    case = NAMES[name]
+    torch._dynamo.reset()
+    row = check(case, only="compiled")
+    assert row["compiled"].startswith(COMPILED[name])
+
+
+@pytest.mark.parametrize("make", [networks.of_transformers, networks.of_timm])
+def test_networks_of_other_packages_with_checkpointing_are_trained_as_by_a_plain_loop(make):
+    small = ("GPT2, checkpointing", "Bert, checkpointing, reentrant", "vit_tiny", "Llama")
+    for case in make():
+        if case.name.endswith(small) or "densenet121, checkpointing" in case.name:
+            assert check(case, only="eager")["eager"] == "exact, eager", case.name
+
+
+def test_the_check_sees_what_is_wrong(monkeypatch):
+    case = NAMES["checkpoint"]
+    wrong = checks.functional
+
+    def careless(case, problem, *, compiled):
+        torch.nn.init.zeros_(problem.model.last.bias)
+        return wrong(case, problem, compiled=compiled)
+
+    monkeypatch.setattr(checks, "functional", careless)
+    assert check(case, only="eager")["eager"] == "WRONG: changed ['last.bias']"
+    monkeypatch.setattr(checks, "functional", wrong)
+    monkeypatch.setattr(checks, "RHO", 0.2)
+    expected = plain_loop(case, unused=True)
+    monkeypatch.setattr(checks, "RHO", 0.1)
+    found, _ = functional(case, Problem(case), compiled=False)
+    start = Problem(case).model.state_dict()
+    params = {name: start[name] for name in found.params}
+    assert checks.apart(found, expected, params) > 1e-3
+
+
+def test_a_fingerprint_is_of_objects_and_bits():
+    problem = Problem(NAMES["no checkpoint"])
+    before = Fingerprint(problem)
+    assert before.changes() == []
+    first = problem.model.first
+    first._parameters["weight"] = torch.nn.Parameter(first.weight.detach().clone())
+    assert before.changes() == ["first.weight"]
+    problem.batch[0][0, 0] += 1
+    assert sorted(before.changes()) == ["batch 0", "first.weight"]
+
+
+def test_the_table_has_a_row_for_each_network_and_each_reason_once(tmp_path, capsys):
+    lines = tmp_path / "rows.jsonl"
+    options = command.Options(
+        only=["habits"], name="inputs", compiled=False, output=lines, report=tmp_path
+    )
+    command.main(options)
+    command.main(options)  # What was tried is not tried again.
+    assert len(lines.read_text().splitlines()) == 2
+    (report,) = tmp_path.glob("zoo_*.md")
+    assert "| inputs in place | exact, eager | – | exact, drop-in | exact |" in report.read_text()
+    told = {"network": "x", "eager": "refused: why", "drop-in": "refused: why"}
+    assert command.table([told]).endswith("| x | refused [1] | – | refused [1] | – |\n\n1. why")

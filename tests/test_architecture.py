@@ -52,6 +52,7 @@ OWNERS = {
     "torch.export": {"samfn/export.py"},
     "torchvision": {
         "recipes/data.py",
+        "recipes/pictures.py",
         "recipes/cifar.py",
         "recipes/augment.py",
         "recipes/models.py",

@@ -53,6 +53,7 @@ from recipes.solutions import (
 )
 from recipes.task import generator
 from samfn import sharpness
+from samfn.kernels import NotTwiceDifferentiableError
 from samfn.objective import GRADIENT, LOSS, PRODUCT, Objective
 from samfn.tree import Params
 
@@ -226,11 +227,20 @@ def measured(
             continue
         done, total = index * each, count * each
         with display.counting(total, f"measuring {name}", done) as advance:
-            found = numbers_of(solution, settings, advance)
+            left_out: dict[str, str] = {}
+            found = numbers_of(solution, settings, advance, left_out.__setitem__)
         seconds = time.perf_counter() - started
         spent = sum(number.cost for number in found.values())
         display.say(f"measuring {name} took {seconds:.1f} s and {spent:,.0f} gradients")
-        yield record(solution, sha256, settings, found, seconds)
+        made = record(solution, sha256, settings, found, left_out, seconds)
+        tell_left_out(name, made, display)
+        yield made
+
+
+def tell_left_out(name: str, record: Record, display: Display) -> None:
+    """Warn of what could not be measured of a run."""
+    for measure, why in record.get("left_out", {}).items():
+        display.warn(f"{name}: {measure} is left out: {why}")
 
 
 def costs(settings: Measuring) -> dict[str, float]:
@@ -250,13 +260,26 @@ def costs(settings: Measuring) -> dict[str, float]:
 
 
 def numbers_of(
-    solution: Solution, settings: Measuring, advance: Advance
+    solution: Solution,
+    settings: Measuring,
+    advance: Advance,
+    leave_out: Callable[[str, str], None],
 ) -> dict[str, Number]:
-    """Measure what is around a solution."""
+    """Measure what is around a solution.
+
+    Args:
+        solution: what a run has learned.
+        settings: what is measured.
+        advance: is told what was spent.
+        leave_out: is told of a measure that this network does not have, and why.
+    """
     found: dict[str, Number] = {}
     for name, cost in costs(settings).items():
         with spending(cost, advance) as told:
-            found |= MEASURES[name](solution, settings, told)
+            try:
+                found |= MEASURES[name](solution, settings, told)
+            except NotTwiceDifferentiableError as error:
+                leave_out(name, str(error))
     return found
 
 
@@ -425,6 +448,7 @@ def record(
     sha256: str,
     settings: Measuring,
     found: Mapping[str, Number],
+    left_out: Mapping[str, str],
     seconds: float,
 ) -> Record:
     """Return what the data file says of a run."""
@@ -439,6 +463,7 @@ def record(
             "settings": asked(settings),
             "config": trained(solution.config),
             "numbers": {name: number._asdict() for name, number in found.items()},
+            "left_out": left_out,
             "seconds": seconds,
             "device": str(solution.labels.device),
             "torch": torch.__version__,
@@ -518,6 +543,7 @@ def is_whole(record: Any) -> bool:
             for part in ("value", "cost"):
                 float(number[part])
             float(number["error"] or 0)
+        dict(record.get("left_out", {}))
         return all(key in record for key in ("path", "epoch", "images", *IDENTITY))
     except (AttributeError, KeyError, TypeError, ValueError):
         return False

@@ -9,6 +9,7 @@ from torch import Tensor
 from samfn import border, tree
 from samfn.batches import cut, length_of, repeatable
 from samfn.gradient import LossFn, evaluate, hessian_product
+from samfn.kernels import twice_differentiable
 from samfn.tree import Batch, Params
 
 # What a pass costs, in gradient evaluations: a forward pass is a third of one, and a
@@ -78,11 +79,16 @@ class Objective:
         return self._mean(of_batch)
 
     def product(self, params: Params, direction: Params) -> dict[str, Tensor]:
-        """Return H v, H the matrix of second derivatives at w; as `params`."""
+        """Return H v, H the matrix of second derivatives at w; as `params`.
+
+        Raises:
+            NotTwiceDifferentiableError: PyTorch cannot differentiate the loss twice.
+        """
 
         def of_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             given = self._loss_fn, params, self._buffers, batch
-            return torch.zeros(()), hessian_product(*given, direction)
+            with twice_differentiable():
+                return torch.zeros(()), hessian_product(*given, direction)
 
         return self._mean(of_batch)[1]
 

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "files": 0,
     "randomness": 0,
+    "kernels": 0,
     "tree": 0,
     "schedules": 0,
     "batches": 1,
@@ -83,6 +84,7 @@ OWNERS = {
         "samfn/distributed/batch_norm.py",
         "samfn/distributed/shards.py",
         "samfn/export.py",
+        "samfn/kernels.py",
         "samfn/stateless.py",
         "recipes/models.py",
         "recipes/augment.py",

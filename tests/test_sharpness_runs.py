@@ -330,7 +330,8 @@ def test_a_measure_that_a_network_does_not_have_is_left_out_with_its_reason(
         for measure in ("eigenvalues", "trace"):
             expected = f"{measure} is left out: expected a loss that PyTorch can"
             assert expected in said
-        assert compare.main([str(run), *few]) == 0
+        other = shutil.copytree(run, tmp_path / "other")
+        assert compare.main([str(run), str(other), *few]) == 0
         assert "trace is left out: expected" in " ".join(capsys.readouterr().err.split())
     (run / "sharpness.json").unlink()
     assert recipe.main([str(run), *few]) == 0

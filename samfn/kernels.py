@@ -26,8 +26,11 @@ def twice_differentiable() -> Iterator[None]:
 
     Fused attention, the recurrent layers of oneDNN and cuDNN, and hardsigmoid have none:
     attention is computed by its matrices, recurrent layers step by step, hardsigmoid by its
-    formula. The values differ by rounding. A function of one's own whose backward pass is
-    marked `once_differentiable` is not found out: PyTorch takes that pass for a constant.
+    formula. That of `normalize` is NaN at a vector of zeros, as padded windows have them;
+    by its formula it is finite. The values differ by rounding.
+
+    A function of one's own whose backward pass is marked `once_differentiable` is not found
+    out: PyTorch takes that pass for a constant.
 
     Raises:
         NotTwiceDifferentiableError: there is none; it names the kernel.
@@ -47,7 +50,18 @@ def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(x + 3) / 6
 
 
-FORMULAS: dict[Any, Callable[..., Tensor]] = {F.hardsigmoid: _hardsigmoid}
+def _normalize(
+    x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Tensor | None = None
+) -> Tensor:
+    if p != 2 or out is not None or torch.finfo(x.dtype).tiny > eps**2:
+        return F.normalize(x, p, dim, eps, out)
+    return x * x.square().sum(dim, keepdim=True).clamp(min=eps**2).rsqrt()
+
+
+FORMULAS: dict[Any, Callable[..., Tensor]] = {
+    F.hardsigmoid: _hardsigmoid,
+    F.normalize: _normalize,
+}
 
 
 class _Replacing(TorchFunctionMode):

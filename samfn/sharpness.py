@@ -7,7 +7,7 @@ Costs are in gradient evaluations over all batches of the objective.
 """
 
 from collections.abc import Callable
-from math import exp, hypot, inf, log, pi, sqrt
+from math import exp, hypot, inf, isfinite, log, nan, pi, sqrt
 from typing import NamedTuple
 
 import torch
@@ -240,8 +240,8 @@ def hessian_eigenvalues(
     Returns:
         Fewer than `count` values where no more directions are curved, or there are fewer
         parameters. An eigenvalue of several directions is there once. Where `iterations`
-        were too few, `errors` and `highest` say how far values may be off. It costs three
-        gradients an iteration.
+        were too few, `errors` and `highest` say how far values may be off. Where a product
+        with H is not finite, all are NaN. It costs three gradients an iteration.
 
     Raises:
         ValueError: `count` is above `iterations`.
@@ -266,6 +266,9 @@ def hessian_eigenvalues(
     for done in range(1, iterations + 1):
         product = _flat(objective.product(params, _shaped(basis[-1], params)))
         diagonal.append(float(product @ basis[-1]))
+        if not isfinite(diagonal[-1]):
+            unknown = [nan] * count
+            return Eigenvalues(unknown, unknown, nan, done * PRODUCT)
         rest = _without(basis, product)
         values, vectors = _tridiagonal(diagonal, beside)
         beside.append(float(torch.linalg.vector_norm(rest)))

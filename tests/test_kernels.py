@@ -93,6 +93,27 @@ def test_the_formula_is_that_of_the_kernel():
     torch.testing.assert_close(formula(x), F.hardsigmoid(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"dim": -1}, {"p": 1.0}, {"eps": 2.0}])
+def test_normalising_is_what_it_was(options):
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(5, 4), torch.zeros(1, 4)]).double()
+    formula = kernels.FORMULAS[F.normalize]
+    torch.testing.assert_close(formula(x, **options), F.normalize(x, **options))
+
+
+def test_a_vector_of_zeros_is_normalised_without_a_nan_in_the_curvature():
+    def loss_fn(params, buffers, batch):
+        return F.normalize(batch @ params["w"], dim=1).exp().sum()
+
+    torch.manual_seed(0)
+    batch = torch.cat([torch.randn(3, 4), torch.zeros(1, 4)]).double()
+    objective, params = Objective(loss_fn, {}, batch), {"w": torch.randn(4, 4).double()}
+    direction = {"w": torch.randn(4, 4).double()}
+    assert hessian_product(loss_fn, params, {}, batch, direction)["w"].isnan().any()
+    product = objective.product(params, direction)
+    assert apart(objective, params, direction, product, 1e-6) < 1e-6
+
+
 def test_what_has_no_second_derivative_is_refused_and_named(monkeypatch):
     monkeypatch.setattr(kernels, "FORMULAS", {})
     params = {"w": torch.randn(4)}

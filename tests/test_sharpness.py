@@ -362,6 +362,17 @@ def test_a_flat_loss_has_eigenvalue_zero():
     assert found.highest == 0
 
 
+def test_a_curvature_that_is_not_finite_has_no_eigenvalues():
+    def loss_fn(params, buffers, batch):
+        return torch.linalg.vector_norm(params["w"]) + params["v"].square().sum()
+
+    objective = Objective(loss_fn, {}, [torch.zeros(1, 1)])
+    params = {"w": torch.zeros(3), "v": torch.ones(2)}
+    found = sharpness.hessian_eigenvalues(objective, params, count=2)
+    assert all(map(math.isnan, [*found.values, *found.errors, found.highest]))
+    assert len(found.values) == 2
+
+
 def test_the_trace_is_that_of_the_exact_hessian():
     objective, params, *_ = network_objective()
     exact = float(exact_hessian(objective, params).trace())

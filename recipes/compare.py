@@ -260,6 +260,7 @@ def measure(
         record = sharpness.known(run.path, run.config, settings, display)
         if record is not None:
             found[run.path] = record
+            sharpness.tell_left_out(shown, record, display)
         elif checkpoint_of(run.path, run.config, last=settings.last) is not None:
             missing[shown] = run.path
     if found:

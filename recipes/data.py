@@ -11,21 +11,24 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recipes import cifar
+from recipes import cifar, pictures
 from recipes.download import DownloadError
 from samfn import files, tensorfile
 
 SPLITS = ("train", "test")
 CACHE_FORMAT = 3  # to be raised when what is cached changes
-# What images may be. Others that Pillow knows run programs to be read.
-IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Folders that a reader may take for something that is read.
+UNREAD = ("val", "valid", "validation")
+# What systems leave beside the files of a user, as they do all that begins with a dot.
+LITTER = ("Thumbs.db", "desktop.ini")
 
 Source = Literal["cifar10", "cifar100", "folder", "digits"]
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -47,6 +50,8 @@ class Dataset(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Of how images were read, what whoever trains on them should know; a line each."""
 
 
 def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
@@ -117,7 +122,8 @@ def load(
             for all.
         modified: take CIFAR even if its files are not the published ones.
         track: shows progress.
-        warn: is told of a cache that was damaged, and of one that cannot be written.
+        warn: is told of files that are left out, of images that are not read as they are,
+            of a cache that was damaged, and of one that cannot be written.
 
     Raises:
         DataError: nothing to read there, no network, or images that do not fit.
@@ -126,12 +132,15 @@ def load(
         return read_digits()
     root = root_of(data_dir)
     if source == "folder":
-        return _cached(
-            root,
-            {"image_size": image_size, "files": _listing(root)},
-            lambda: read_folder(root, image_size, track),
-            warn,
-        )
+        paths = _paths(root)
+        folder = {"reading": pictures.READING, "endings": pictures.endings()}
+        folder |= {"image_size": image_size, "files": _listing(root, paths)}
+        for line in _left_out(root, paths):
+            warn(line)
+        dataset = _cached(root, folder, lambda: read_folder(root, image_size, track), warn)
+        for line in dataset.notes:
+            warn(line)
+        return dataset
     key: dict[str, Any] = {"source": source}
     if modified:
         key["files"] = cifar.stamp(source, root)
@@ -201,25 +210,59 @@ def read_cifar(source: Source, root: Path, modified: bool = False) -> Dataset:
 
 def read_folder(root: Path, image_size: int | None, track: Track) -> Dataset:
     """Read `train/<class>/*` and `test/<class>/*` below `root`."""
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets import DatasetFolder
 
     if not _has_folders(root):
         raise DataError(f"expected train/<class>/* and test/<class>/* images in {root}")
+
+    def listed(split: str) -> Any:
+        folder = str(root / split)
+        return DatasetFolder(folder, pictures.read, extensions=pictures.endings())
+
     try:
-        train, test = (ImageFolder(str(root / split)) for split in SPLITS)
+        train, test = map(listed, SPLITS)
     except FileNotFoundError as error:
         raise DataError(f"{root}: {error}") from error
     if train.classes != test.classes:
         differing = sorted({*train.classes} ^ {*test.classes})
         raise DataError(f"{root}: classes not in both train and test: {differing}")
+    if len(train.classes) < 2:
+        found = ", ".join(train.classes)
+        raise DataError(f"{root}: expected at least two classes, got only {found}")
+    remarked: Remarked = {}
 
     def tensors(split: str, part: Any) -> tuple[Tensor, Tensor]:
         samples = track(part.samples, len(part.samples), f"reading {split} images")
-        return _stack(samples, image_size), torch.tensor(part.targets)
+        return _stack(samples, image_size, remarked), torch.tensor(part.targets)
 
     (images, labels), (test_images, test_labels) = map(tensors, SPLITS, (train, test))
     _require_one_size(images, test_images)
-    return Dataset(images, labels, test_images, test_labels, tuple(train.classes))
+    _require_depth(remarked)
+    notes = _notes(root, remarked, len(images) + len(test_images))
+    return Dataset(images, labels, test_images, test_labels, tuple(train.classes), notes)
+
+
+Remarked = dict[pictures.Remark, list[str]]
+"""Paths of the images of which a remark was made."""
+
+
+def _require_depth(remarked: Remarked) -> None:
+    """Raise if all images of 16 bits are all but black, as those of a 12-bit camera."""
+    deep = remarked.get("deep", [])
+    if deep and {*deep} <= {*remarked.get("dim", [])}:
+        raise DataError(
+            f"{deep[0]}, and each other image of 16 bits, uses at most a sixteenth of their"
+            " range, and would be all but black; expected images that use it: multiply them"
+        )
+
+
+def _notes(root: Path, remarked: Remarked, count: int) -> tuple[str, ...]:
+    return tuple(
+        f"{text}: {len(remarked[remark]):,} of {count:,}, the first"
+        f" {Path(remarked[remark][0]).relative_to(root)}"
+        for remark, text in pictures.REMARKS.items()
+        if remark in remarked
+    )
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -293,18 +336,55 @@ def _has_folders(root: Path) -> bool:
     return all((root / split).is_dir() for split in SPLITS)
 
 
-def _listing(root: Path) -> str:
-    """Return a digest of the names, sizes and times of all files that count."""
+def _paths(root: Path) -> list[Path]:
+    """Return all files that may count, in one order everywhere."""
+    return [
+        Path(folder, name)
+        for split in SPLITS
+        for folder, _, names in os.walk(root / split, followlinks=True)
+        for name in names
+    ]
+
+
+def _listing(root: Path, paths: list[Path]) -> str:
+    """Return a digest of the names, sizes and times of files."""
     digest = hashlib.sha256()
-    for split in SPLITS:
-        for folder, subfolders, names in os.walk(root / split, followlinks=True):
-            subfolders.sort()
-            for file in sorted(names):
-                path = Path(folder, file)
-                status = path.stat()
-                row = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
-                digest.update(repr(row).encode())
+    for path in sorted(paths):
+        status = path.stat()
+        row = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
+        digest.update(repr(row).encode())
     return digest.hexdigest()
+
+
+def _left_out(root: Path, paths: list[Path]) -> Iterator[str]:
+    """Yield a line for each reason to leave files out that a reader may count on."""
+    ends = pictures.endings()
+    images = [path for path in paths if path.name.lower().endswith(ends)]
+    others = [
+        path
+        for path in sorted({*paths} - {*images})
+        if not path.name.startswith(".") and path.name not in LITTER
+    ]
+    if others:
+        kinds = Counter(path.suffix.lower() or "no ending" for path in others)
+        said = ", ".join(f"{count:,} of {kind}" for kind, count in kinds.most_common(5))
+        more = ", ..." * (len(kinds) > 5)
+        yield (
+            f"left out, as their names end otherwise: {len(others):,} files ({said}{more}),"
+            f" the first {others[0].relative_to(root)}; read are {', '.join(ends)}"
+        )
+    loose = sorted(path for path in images if path.parent.parent == root)
+    if loose:
+        yield (
+            f"left out, as they are in no class folder: {len(loose):,} of the images, the"
+            f" first {loose[0].relative_to(root)}"
+        )
+    for name in UNREAD:
+        if (root / name).is_dir():
+            yield (
+                f"left out {root / name}: only train and test are read, and --validation"
+                " holds images of train out"
+            )
 
 
 def _cached(
@@ -327,7 +407,8 @@ def _cached(
         dataset = read()
         tensors = dict(zip(Dataset._fields[:4], dataset[:4], strict=True))
         try:
-            tensorfile.write(path, tensors, {"classes": json.dumps(dataset.classes)})
+            texts = {key: json.dumps(getattr(dataset, key)) for key in ("classes", "notes")}
+            tensorfile.write(path, tensors, texts)
         except OSError as error:
             warn(f"the next run reads the data again: {error}")
         return dataset
@@ -338,33 +419,31 @@ def _read_cache(path: Path, warn: Say) -> Dataset | None:
         return None
     try:
         tensors, texts = tensorfile.read(path)
-        return Dataset(**tensors, classes=tuple(json.loads(texts["classes"])))
+        notes = tuple(json.loads(texts.get("notes", "[]")))  # Older files have none.
+        return Dataset(**tensors, classes=tuple(json.loads(texts["classes"])), notes=notes)
     except (tensorfile.CorruptError, KeyError, TypeError, ValueError) as error:
         warn(f"reading the data again: {error}")
         return None
 
 
-def _stack(samples: Iterable[tuple[str, int]], image_size: int | None) -> Tensor:
-    from PIL import Image, ImageOps
-    from torchvision.transforms.v2 import functional as transforms
-
+def _stack(
+    samples: Iterable[tuple[str, int]], image_size: int | None, remarked: Remarked
+) -> Tensor:
+    """Return the images of files, and add what is remarked of them."""
     images: list[Tensor] = []
     for path, _ in samples:
         try:
-            with Image.open(path, formats=IMAGE_FORMATS) as file:
-                upright = ImageOps.exif_transpose(file)  # Cameras store how they were held.
-                image = transforms.pil_to_tensor(upright.convert("RGB"))
+            image, remarks = pictures.read(path, image_size)
         except Exception as error:  # Decoders raise anything at damaged files.
             raise DataError(f"cannot read the image {path}: {error}") from error
-        if image_size is not None:
-            image = transforms.resize(image, [image_size], antialias=True)
-            image = transforms.center_crop(image, [image_size, image_size])
         if images and image.shape != images[0].shape:
             raise DataError(
                 f"{path} is {_size(image)}, the images before it {_size(images[0])};"
                 " --image-size N resizes them all"
             )
         images.append(image)
+        for remark in remarks:
+            remarked.setdefault(remark, []).append(path)
     return torch.stack(images)
 
 

@@ -53,13 +53,14 @@ from recipes.solutions import (
 )
 from recipes.task import generator
 from samfn import sharpness
+from samfn.kernels import NotTwiceDifferentiableError
 from samfn.objective import GRADIENT, LOSS, PRODUCT, Objective
 from samfn.tree import Params
 
 PROGRAM = "python -m recipes.sharpness"
 DATA = "sharpness.json"
 MISSING = "-"
-VERSION = 1  # of what the numbers mean; those of another one are measured anew
+VERSION = 2  # of what the numbers mean; those of another one are measured anew
 # Settings that decide nothing of a number: the checkpoint is known by its content, and the
 # device only rounds.
 NOT_MEASURED = {"runs", "last", "device"}
@@ -226,11 +227,20 @@ def measured(
             continue
         done, total = index * each, count * each
         with display.counting(total, f"measuring {name}", done) as advance:
-            found = numbers_of(solution, settings, advance)
+            left_out: dict[str, str] = {}
+            found = numbers_of(solution, settings, advance, left_out.__setitem__)
         seconds = time.perf_counter() - started
         spent = sum(number.cost for number in found.values())
         display.say(f"measuring {name} took {seconds:.1f} s and {spent:,.0f} gradients")
-        yield record(solution, sha256, settings, found, seconds)
+        made = record(solution, sha256, settings, found, left_out, seconds)
+        tell_left_out(name, made, display)
+        yield made
+
+
+def tell_left_out(name: str, record: Record, display: Display) -> None:
+    """Warn of what could not be measured of a run."""
+    for measure, why in record.get("left_out", {}).items():
+        display.warn(f"{name}: {measure} is left out: {why}")
 
 
 def costs(settings: Measuring) -> dict[str, float]:
@@ -250,13 +260,26 @@ def costs(settings: Measuring) -> dict[str, float]:
 
 
 def numbers_of(
-    solution: Solution, settings: Measuring, advance: Advance
+    solution: Solution,
+    settings: Measuring,
+    advance: Advance,
+    leave_out: Callable[[str, str], None],
 ) -> dict[str, Number]:
-    """Measure what is around a solution."""
+    """Measure what is around a solution.
+
+    Args:
+        solution: what a run has learned.
+        settings: what is measured.
+        advance: is told what was spent.
+        leave_out: is told of a measure that this network does not have, and why.
+    """
     found: dict[str, Number] = {}
     for name, cost in costs(settings).items():
         with spending(cost, advance) as told:
-            found |= MEASURES[name](solution, settings, told)
+            try:
+                found |= MEASURES[name](solution, settings, told)
+            except NotTwiceDifferentiableError as error:
+                leave_out(name, str(error))
     return found
 
 
@@ -362,7 +385,10 @@ def curved(solution: Solution) -> Objective:
 def eigenvalues(
     solution: Solution, settings: Measuring, told: sharpness.Progress
 ) -> dict[str, Number]:
-    """Return the largest eigenvalues of the Hessian; the first bears the cost of all."""
+    """Return the largest eigenvalues of the Hessian; the first bears the cost of all.
+
+    The error of the first covers how far above it the largest one may be, too.
+    """
     found = sharpness.hessian_eigenvalues(
         curved(solution),
         solution.params,
@@ -371,7 +397,8 @@ def eigenvalues(
         generator=generator(settings.seed, "eigenvalues"),
         progress=told,
     )
-    pairs = enumerate(zip(found.values, found.errors, strict=True), 1)
+    errors = [max(found.errors[0], found.highest - found.values[0]), *found.errors[1:]]
+    pairs = enumerate(zip(found.values, errors, strict=True), 1)
     return {
         f"eigenvalue_{i}": Number(*pair, found.cost if i == 1 else 0.0) for i, pair in pairs
     }
@@ -421,6 +448,7 @@ def record(
     sha256: str,
     settings: Measuring,
     found: Mapping[str, Number],
+    left_out: Mapping[str, str],
     seconds: float,
 ) -> Record:
     """Return what the data file says of a run."""
@@ -435,6 +463,7 @@ def record(
             "settings": asked(settings),
             "config": trained(solution.config),
             "numbers": {name: number._asdict() for name, number in found.items()},
+            "left_out": left_out,
             "seconds": seconds,
             "device": str(solution.labels.device),
             "torch": torch.__version__,
@@ -514,6 +543,7 @@ def is_whole(record: Any) -> bool:
             for part in ("value", "cost"):
                 float(number[part])
             float(number["error"] or 0)
+        dict(record.get("left_out", {}))
         return all(key in record for key in ("path", "epoch", "images", *IDENTITY))
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
@@ -577,7 +607,7 @@ def legend(settings: Measuring) -> dict[str, str]:
     names = {"worst_case": "worst", "m_sharpness": f"m = {settings.m}"}
     names |= {"average_case": "random", "eigenvalues": "λ"}
     found = {names.get(n, n): text for n, text in texts.items() if n in costs(settings)}
-    return found | {"±": "standard error; of λ the bound of the error"}
+    return found | {"±": "standard error; of λ a bound, λ1's with probability 0.9999"}
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from samfn import border, tree
 from samfn.batches import length_of
+from samfn.kernels import twice_differentiable
 from samfn.tree import Batch, Params
 
 
@@ -268,18 +267,27 @@ def hessian_product(
         direction: v; names, shapes and dtypes of `params`.
 
     Raises:
-        As `evaluate`; ValueError: the direction's names, shapes or dtypes differ.
+        As `evaluate`; ValueError: the direction's names, shapes or dtypes differ, or the
+        model has hooks that may change gradients; NotTwiceDifferentiableError: PyTorch has
+        no second derivative of a part.
     """
     border.require_same_layout(params, direction, names="params and direction")
 
     loss_fn = as_loss(loss_fn)
-    if loss_fn.differentiating:
-        return _product_by_autograd(
-            loss_fn.differentiating, params, buffers, batch, direction
-        )
+    with twice_differentiable():
+        if loss_fn.differentiating:
+            return _product_by_autograd(
+                loss_fn.differentiating, params, buffers, batch, direction
+            )
+        return _product_by_func(loss_fn.function, params, buffers, batch, direction)
+
+
+def _product_by_func(
+    function: LossFn, params: Params, buffers: Params, batch: Batch, direction: Params
+) -> dict[str, Tensor]:
 
     def loss(params: Params) -> Tensor:
-        return _loss_and_aux(loss_fn.function(params, buffers, batch), buffers)[0]
+        return _loss_and_aux(function(params, buffers, batch), buffers)[0]
 
     product: dict[str, Tensor]
     with torch.no_grad(), _explained():  # BatchNorm leaves a graph behind otherwise.
@@ -298,12 +306,7 @@ def _product_by_autograd(
     leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     inputs = list(leaves.values())
     given: Any = leaves, buffers, pytree.tree_map_only(Tensor, _own_leaf, batch)
-    with (
-        torch.enable_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        _ByFormula(),
-        differentiating(*given, twice=True) as returned,
-    ):
+    with torch.enable_grad(), differentiating(*given, twice=True) as returned:
         loss, _ = _loss_and_aux(returned, buffers)
         if not loss.requires_grad:
             raise GradientError(f"the loss depends on none of {border.some([*params])}")
@@ -325,38 +328,6 @@ def _product_by_autograd(
             materialize_grads=True,
         )
     return {name: _dense(leaf) for name, leaf in zip(leaves, products, strict=True)}
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    others = [place for place in range(v.ndim) if dim != -1 and place != dim % v.ndim]
-    length: Tensor = torch.linalg.vector_norm(v, dim=others or None, keepdim=dim != -1)
-    return v * (g / length)
-
-
-def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
-    return (x + 3).clamp(0, 6) / 6
-
-
-def _hardswish(x: Tensor, inplace: bool = False) -> Tensor:
-    return x * _hardsigmoid(x)
-
-
-class _ByFormula(TorchFunctionMode):
-    """Computes by formulas where PyTorch's kernel has no second derivative, or a wrong one.
-
-    On a CPU that of `torch._weight_norm` (2.11 to 2.14) is wrong in the direction. The
-    fused kernels of attention have another that serves, which is chosen beside this.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        formulas: dict[Any, Callable[..., Tensor]] = {
-            torch._weight_norm: _weight_norm,
-            torch.nn.functional.hardsigmoid: _hardsigmoid,
-            torch.nn.functional.hardswish: _hardswish,
-        }
-        return formulas.get(function, function)(*args, **(kwargs or {}))
 
 
 def l2_regularized(

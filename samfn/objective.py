@@ -79,7 +79,11 @@ class Objective:
         return self._mean(of_batch)
 
     def product(self, params: Params, direction: Params) -> dict[str, Tensor]:
-        """Return H v, H the matrix of second derivatives at w; as `params`."""
+        """Return H v, H the matrix of second derivatives at w; as `params`.
+
+        Raises:
+            NotTwiceDifferentiableError: PyTorch cannot differentiate the loss twice.
+        """
 
         def of_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             given = self._loss_fn, params, self._buffers, batch

@@ -7,7 +7,7 @@ Costs are in gradient evaluations over all batches of the objective.
 """
 
 from collections.abc import Callable
-from math import hypot, inf
+from math import exp, hypot, inf, isfinite, log, nan, pi, sqrt
 from typing import NamedTuple
 
 import torch
@@ -191,9 +191,17 @@ class Eigenvalues(NamedTuple):
     values: list[float]
     """Largest first."""
     errors: list[float]
-    """||H v - value v|| for each: an eigenvalue is at most so far from the value."""
+    """||H v - value v|| for each: an eigenvalue is at most so far from the value. This is
+    certain, and says nothing of others that are larger."""
+    highest: float
+    """The largest eigenvalue is at least values[0], and at most this with a probability of
+    1 - MISSED over the first vector."""
     cost: float
     """In gradient evaluations over all batches."""
+
+
+MISSED = 1e-4
+"""Probability that the largest eigenvalue is above what is said of it, at most."""
 
 
 def hessian_eigenvalues(
@@ -210,46 +218,73 @@ def hessian_eigenvalues(
 
     H v = value v, H the matrix of second derivatives of L at w, all parameters together
 
+    An eigenvector that the first vector is all but orthogonal to comes late, and a smaller
+    eigenvalue can have settled before. After k iterations, the next vector is p(H) times
+    the first, p(x) = prod (x - value_j) / prod beta_j over the k values of the tridiagonal
+    matrix with beta_j beside its diagonal. Both vectors have length 1, so the first has a
+    part |c| <= 1 / |p(x)| along the eigenvector of any eigenvalue x. The probability that
+    |c| is below sqrt(pi / (2 n)) MISSED, for n parameters, is at most MISSED. Where |p| is
+    larger than the inverse of that, an eigenvalue is therefore unlikely.
+
     Args:
         objective: L; its loss function must be twice differentiable.
         params: w.
         count: eigenvalues.
         iterations: at most; each holds one more vector as large as the parameters.
-        tolerance: stop when every error is at most this share of the largest value.
+        tolerance: share of the largest value. Stop when every error is at most so large,
+            and any eigenvalue above the last of `count` that is farther from all values was
+            missed with a probability of `MISSED` at most.
         generator: of the first vector, on any device. None is PyTorch's own.
         progress: is called after every iteration.
 
     Returns:
         Fewer than `count` values where no more directions are curved, or there are fewer
-        parameters. It costs three gradients an iteration.
+        parameters. An eigenvalue of several directions is there once. Where `iterations`
+        were too few, `errors` and `highest` say how far values may be off. Where a product
+        with H is not finite, all are NaN. It costs three gradients an iteration.
 
     Raises:
         ValueError: `count` is above `iterations`.
 
     Source:
         Golub and Van Loan, 2013, Matrix Computations, section 10.1, with full
-        reorthogonalisation; for networks Ghorbani et al., 2019, arXiv:1901.10159.
+        reorthogonalisation; for networks Ghorbani et al., 2019, arXiv:1901.10159. The bound
+        by p: van Dorsselaer, Hochstenbach and van der Vorst, 2000, SIAM Journal on Matrix
+        Analysis and Applications 22(3). One that is known beforehand: after k iterations,
+        the largest value is short of the largest eigenvalue by more than a share s of the
+        spectrum's width with probability at most 1.648 sqrt(n) exp(-(2 k - 1) sqrt(s))
+        (Kuczynski and Wozniakowski, 1992, the same journal, 13(4)).
     """
     border.require_count("count", count)
     border.require_count("iterations", iterations, least=count)
-    iterations = min(iterations, sum(w.numel() for w in params.values()))
+    size = sum(w.numel() for w in params.values())
+    iterations = min(iterations, size)
+    least = -log(sqrt(pi / 2 / size) * MISSED)
     basis = [_unit(_flat(_normal(params, generator)))]
     diagonal: list[float] = []
     beside: list[float] = []
     for done in range(1, iterations + 1):
         product = _flat(objective.product(params, _shaped(basis[-1], params)))
         diagonal.append(float(product @ basis[-1]))
+        if not isfinite(diagonal[-1]):
+            unknown = [nan] * count
+            return Eigenvalues(unknown, unknown, nan, done * PRODUCT)
         rest = _without(basis, product)
         values, vectors = _tridiagonal(diagonal, beside)
         beside.append(float(torch.linalg.vector_norm(rest)))
         errors = beside[-1] * vectors[-1].abs()
         progress(done, iterations)
-        close = errors[:count] <= tolerance * values[:1].abs()
+        near = tolerance * float(values[0].abs())
+        settled = done >= count and bool((errors[:count] <= near).all())
         ended = beside[-1] <= torch.finfo(product.dtype).eps * float(values.abs().max())
-        if ended or done == iterations or (done >= count and close.all()):
+        if ended or done == iterations:
+            break
+        if settled and _would_be_seen(_gaps(values, near, count), values, beside, least):
             break
         basis.append(rest / beside[-1])
-    return Eigenvalues(values[:count].tolist(), errors[:count].tolist(), done * PRODUCT)
+    highest = float(values[0]) if ended else _highest(values, beside, least)
+    found = values[:count].tolist(), errors[:count].tolist()
+    return Eigenvalues(*found, highest, done * PRODUCT)
 
 
 def hessian_trace(
@@ -429,3 +464,34 @@ def _tridiagonal(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Te
         matrix[row, row + 1] = matrix[row + 1, row] = value
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0), vectors.flip(1)
+
+
+def _gaps(values: Tensor, near: float, count: int) -> Tensor:
+    """Return where the parts end, above values[count - 1], that are near to no value."""
+    edges = torch.cat([values[:count] + near, values[: count - 1] - near])
+    apart = (edges[:, None] - values).abs() >= near * (1 - 1e-9)
+    return edges[apart.all(1)]
+
+
+def _would_be_seen(
+    points: Tensor, values: Tensor, beside: list[float], least: float
+) -> bool:
+    """Return whether |p| is at least exp(least) at each of some points.
+
+    Between two neighbouring values, log |p| is concave: least at the ends of any part.
+    """
+    sizes = (points[:, None] - values).abs().log().sum(1) - sum(map(log, beside))
+    return bool((sizes >= least).all())
+
+
+def _highest(values: Tensor, beside: list[float], least: float) -> float:
+    """Return the point above all values from which on |p| is at least exp(least)."""
+    # There the distance to the largest value alone, to the power of the degree, suffices.
+    low, high = 0.0, exp((least + sum(map(log, beside))) / len(beside))
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _would_be_seen(values[:1] + middle, values, beside, least):
+            high = middle
+        else:
+            low = middle
+    return float(values[0]) + high

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "files": 0,
     "randomness": 0,
+    "kernels": 0,
     "tree": 0,
     "schedules": 0,
     "batches": 1,
@@ -54,6 +55,7 @@ OWNERS = {
     "torchvision": {
         "bench/zoo/networks.py",
         "recipes/data.py",
+        "recipes/pictures.py",
         "recipes/cifar.py",
         "recipes/augment.py",
         "recipes/models.py",
@@ -90,6 +92,7 @@ OWNERS = {
         "samfn/distributed/batch_norm.py",
         "samfn/distributed/shards.py",
         "samfn/export.py",
+        "samfn/kernels.py",
         "samfn/stateless.py",
         "recipes/models.py",
         "recipes/augment.py",

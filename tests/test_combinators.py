@@ -1,5 +1,7 @@
 """What combinators make of a method."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -316,3 +318,41 @@ def test_a_scaled_loss_spares_float16_its_underflow():
 def test_combinations_that_mean_nothing_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+IGNORED = 9
+
+
+def tokens(counts):
+    """Return rows of which some count in the loss: those that are not ignored."""
+    inputs = torch.randn(len(counts), 5, dtype=torch.float64)
+    targets = torch.tensor([row % 3 if counted else IGNORED for row, counted in counts])
+    return inputs, targets
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 4.0, 0.5]).double()])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parts_weigh_what_their_losses_are_means_over(weight, compiled):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3).double()
+    criterion = partial(F.cross_entropy, ignore_index=IGNORED, weight=weight)
+    # Of the third part nothing counts, whose mean is NaN.
+    batch = tokens([*enumerate([1, 1, 0, 1, 0, 0, 1, 0])])
+    loss_fn, optimizer = samfn.supervised(model, criterion), samfn.sgd()
+
+    def step(method):
+        given = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+        state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+        take = partial(samfn.sam_update, **given)
+        if compiled:
+            take = torch.compile(take, backend="eager", fullgraph=True)
+        return take(state, batch, rho=torch.tensor(0.1), lr=torch.tensor(0.1))
+
+    whole, seen = step(samfn.sam())
+    parts, mean = step(samfn.accumulated(samfn.sam(), 2))
+    assert_close(parts, whole)
+    assert_close(mean, seen)
+    alone, found = step(samfn.per_micro_batch(samfn.sam(), 2))
+    assert found.finite
+    assert_close(found.loss, seen.loss)
+    assert not torch.equal(alone.params["weight"], whole.params["weight"])

@@ -278,3 +278,87 @@ def test_statistics_are_mean_and_deviation_of_each_channel():
     torch.testing.assert_close(mean.double(), pixels.mean((0, 2, 3)), rtol=1e-6, atol=0)
     expected = pixels.std((0, 2, 3), correction=0)
     torch.testing.assert_close(std.double(), expected, rtol=1e-6, atol=0)
+
+
+def warned(root, **options):
+    """Load a folder; return what was found and said."""
+    said = []
+    return data.load("folder", root, warn=said.append, **options), said
+
+
+def test_files_that_are_left_out_are_told_with_and_without_a_cache(tmp_path):
+    root = make_folder(tmp_path)
+    for name in ("a.heic", "b.HEIC", "c.txt", ".hidden", "Thumbs.db"):
+        (root / "train" / "dog" / name).write_bytes(b"")
+    Image.new("RGB", (6, 6)).save(root / "test" / "loose.png")
+    (root / "val").mkdir()
+    expected = [
+        "left out, as their names end otherwise: 3 files (2 of .heic, 1 of .txt), the first"
+        " train/dog/a.heic; read are .",
+        "left out, as they are in no class folder: 1 of the images, the first test/loose",
+        f"left out {root / 'val'}: only train and test are read, and --validation",
+    ]
+    for _ in range(2):
+        found, said = warned(root)
+        assert len(found.train_images) == 6
+        assert [line[: len(e)] for line, e in zip(said, expected, strict=True)] == expected
+
+
+def test_litter_and_images_of_every_accepted_ending_need_no_word(tmp_path):
+    root = make_folder(tmp_path)
+    names = [f"{end[1:]}{end}" for end in data.pictures.endings()]
+    for name in [".DS_Store", "desktop.ini"]:
+        (root / "test" / "cat" / name).write_bytes(b"")
+    for name in names:  # The content decides on how it is read, not the name.
+        image = Image.new("RGB", (6, 6), (50, 0, 255))
+        image.save(root / "train" / "cat" / name.upper(), format="png")
+    found, said = warned(root)
+    assert not said
+    assert len(found.train_images) == 6 + len(names)
+
+
+def test_what_is_remarked_of_images_is_told_with_and_without_a_cache(tmp_path):
+    root = make_folder(tmp_path)
+    for index in range(2):
+        Image.new("L", (6, 6), 0).save(root / "train" / "dog" / f"{index}.png")
+    Image.new("RGBA", (6, 6), (9, 9, 9, 99)).save(root / "test" / "cat" / "2.png")
+    expected = [
+        "images with transparent parts, which were laid over white: 1 of 12, the first"
+        " test/cat/2.png",
+        "images that are nothing but black, or nothing but white: 2 of 12, the first"
+        " train/dog/0.png",
+    ]
+    assert [warned(root)[1] for _ in range(2)] == [expected, expected]
+
+
+def test_an_image_whose_range_is_not_known_is_named(tmp_path):
+    root = make_folder(tmp_path)
+    Image.new("F", (6, 6), 0.5).save(root / "test" / "dog" / "x.tif")
+    message = r"cannot read the image .*test/dog/x.tif: expected 8 bits.*TIFF of mode F;"
+    with pytest.raises(DataError, match=message):
+        data.load("folder", root)
+
+
+def test_images_of_16_bits_that_use_12_are_refused_unless_one_uses_more(tmp_path):
+    root = make_folder(tmp_path)
+    for index, value in enumerate((4095, 300)):
+        Image.new("I;16", (6, 6), value).save(root / "train" / "cat" / f"{index}.png")
+    with pytest.raises(DataError, match=r"train/cat/0.png, and each .* multiply them"):
+        data.load("folder", root)
+    Image.new("I;16", (6, 6), 4500).save(root / "test" / "cat" / "0.png")
+    assert data.load("folder", root).test_images[0, 0, 0, 0] == 18
+
+
+def test_one_class_is_no_classification(tmp_path):
+    with pytest.raises(DataError, match="expected at least two classes, got only cat"):
+        data.load("folder", make_folder(tmp_path, classes=("cat",)))
+
+
+def test_a_cache_of_another_way_to_read_is_not_used(tmp_path, monkeypatch):
+    root = make_folder(tmp_path)
+    data.load("folder", root)
+    monkeypatch.setattr(data.pictures, "READING", 0)
+    data.load("folder", root)
+    monkeypatch.setitem(data.pictures.ENDINGS, "PNG", (".png",))
+    data.load("folder", root)
+    assert len(list(root.glob("samfn-*.safetensors"))) == 3

@@ -265,3 +265,46 @@ def test_steps_that_are_not_finite_end_the_run():
     options |= {"batches": poisoned}
     with pytest.raises(samfn.NonFiniteError, match="the last 3 of 10 steps"):
         engine.run(training, **options, epochs=9, callbacks=[callbacks.finite(3, every=1)])
+
+
+def test_evaluation_is_the_mean_over_what_counts_in_all_batches():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=2, weight=torch.tensor([1.0, 3, 1]))
+    loss_fn = samfn.supervised(model, criterion)
+    inputs, targets = torch.randn(9, 4), torch.tensor([0, 1, 2, 2, 2, 2, 1, 1, 0])
+    batches = [*zip(inputs.split(3), targets.split(3), strict=True)]  # one of nothing
+    params, buffers = samfn.split(model)
+    expected = criterion(model(inputs), targets).item()
+    found = engine.evaluate(params, buffers, batches, loss_fn=loss_fn)
+    assert found["loss"] == pytest.approx(expected)
+    objective = samfn.Objective(loss_fn, buffers, batches)
+    assert objective.loss(params).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="expected an example that counts"):
+        samfn.Objective(loss_fn, buffers, batches[1]).loss(params)
+
+
+def test_accuracy_is_of_the_shapes_it_knows():
+    scores = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
+    for targets in (torch.tensor([1, 1, 1]), torch.tensor([[1], [1], [1]])):
+        assert engine.accuracy(scores, (None, targets)).tolist() == [100, 0, 100]
+    shares = torch.tensor([[0.1, 0.9], [0.6, 0.4], [0.8, 0.2]])
+    assert engine.accuracy(scores, (None, shares)).tolist() == [100, 100, 0]
+    with pytest.raises(ValueError, match=r"two classes or more, got \(3, 1\)"):
+        engine.accuracy(scores[:, :1], (None, torch.tensor([1, 1, 1])))
+    with pytest.raises(
+        ValueError, match=r"targets of shape \(3,\) or \(3, 2\), got \(4,\)"
+    ):
+        engine.accuracy(scores, (None, torch.ones(4)))
+
+
+def test_scores_that_are_not_finite_are_wrong_and_left_out_classes_are_not():
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[nan, nan], [nan, 1.0], [inf, 1.0], [1.0, -inf], [-inf, -inf]])
+    assert engine.accuracy(scores, (None, torch.zeros(5).long())).tolist() == [
+        0,
+        0,
+        0,
+        100,
+        0,
+    ]

@@ -285,6 +285,64 @@ def test_lanczos_finds_the_whole_spectrum_of_a_small_matrix(seed):
     torch.testing.assert_close(torch.tensor(found.values).double(), exact)
 
 
+def diagonal(*values, bulk):
+    """Return a loss around w = 0 with these eigenvalues, and 197 from 0 to `bulk`."""
+    curvature = torch.cat([torch.tensor(values), torch.linspace(0, bulk, 197)]).double()
+
+    def loss_fn(params, buffers, batch):
+        return (curvature * params["w"].square()).sum() / 2
+
+    params = {"w": torch.zeros(len(curvature)).double()}
+    return Objective(loss_fn, {}, [torch.zeros(1, 1)]), params
+
+
+# Seeds of a first vector that is all but orthogonal to what is looked for: the value below
+# it settles first.
+HIDING = [251, 451, 540, 597]
+
+
+@pytest.mark.parametrize("seed", HIDING)
+def test_an_unlucky_first_vector_does_not_hide_the_largest_eigenvalue(seed):
+    given = diagonal(1.002, 0.845, 0.4, bulk=0.1)
+    found = sharpness.hessian_eigenvalues(*given, generator=seeded(seed))
+    assert found.values[0] == pytest.approx(1.002, rel=1e-2)
+    assert 1.002 <= found.highest <= found.values[0] * 1.01
+    assert found.cost < 3 * 15
+
+
+def test_no_first_vector_of_many_hides_an_eigenvalue_that_is_close_to_another():
+    given = diagonal(1.0, 0.97, 0.95, bulk=0.3)
+    for seed in range(200):
+        found = sharpness.hessian_eigenvalues(*given, generator=seeded(seed))
+        assert found.values[0] >= 0.99 * (1 - 1e-9)
+        assert found.highest >= 1
+
+
+@pytest.mark.parametrize("seed", [8, 39, 57, 117])
+def test_an_unlucky_first_vector_does_not_hide_a_further_eigenvalue(seed):
+    given = diagonal(1.0, 0.5, 0.47, bulk=0.3)
+    found = sharpness.hessian_eigenvalues(*given, count=2, generator=seeded(seed))
+    assert found.values == pytest.approx([1, 0.5], abs=1.01e-2)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+def test_after_few_iterations_the_largest_eigenvalue_is_below_what_is_said(iterations):
+    given = diagonal(1.002, 0.845, 0.4, bulk=0.1)
+    for seed in [*HIDING, *range(20)]:
+        found = sharpness.hessian_eigenvalues(
+            *given, iterations=iterations, generator=seeded(seed)
+        )
+        assert found.values[0] <= 1.002 <= found.highest
+
+
+def test_the_polynomial_of_lanczos_bounds_the_first_vector():
+    values = torch.tensor([3.0, 1.0, -1.0]).double()
+    beside = [0.5, 2.0, 0.25]
+    highest = sharpness._highest(values, beside, least=math.log(60))
+    # (x - 3) (x - 1) (x + 1) / 0.25 is 60 at x = 4
+    assert highest == pytest.approx(4)
+
+
 def test_a_loss_that_is_curved_in_few_directions_has_few_eigenvalues():
     def loss_fn(params, buffers, batch):
         return 3 * params["w"][0] ** 2
@@ -301,6 +359,18 @@ def test_a_flat_loss_has_eigenvalue_zero():
     found = sharpness.hessian_eigenvalues(objective, {"w": torch.zeros(9)})
     assert found.values == [0]
     assert found.errors == [0]
+    assert found.highest == 0
+
+
+def test_a_curvature_that_is_not_finite_has_no_eigenvalues():
+    def loss_fn(params, buffers, batch):
+        return torch.linalg.vector_norm(params["w"]) + params["v"].square().sum()
+
+    objective = Objective(loss_fn, {}, [torch.zeros(1, 1)])
+    params = {"w": torch.zeros(3), "v": torch.ones(2)}
+    found = sharpness.hessian_eigenvalues(objective, params, count=2)
+    assert all(map(math.isnan, [*found.values, *found.errors, found.highest]))
+    assert len(found.values) == 2
 
 
 def test_the_trace_is_that_of_the_exact_hessian():

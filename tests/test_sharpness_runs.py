@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import samfn
-from recipes import methods
+from recipes import compare, finetune, methods
 from recipes import sharpness as recipe
 from recipes.cifar_wrn import main as train
 from recipes.config import of_run
@@ -23,8 +23,9 @@ from recipes.console import Display
 from recipes.rundir import RunDirectory
 from recipes.solutions import digest, read
 from recipes.task import generator
-from samfn import sharpness
+from samfn import kernels, sharpness
 from samfn.objective import Objective
+from tests.test_data import make_folder
 
 SMALL = ["--data", "digits", "--model", "wrn-10-1", "--batch-size", "256", "--epochs", "2"]
 FAST = ["--images", "80", "--m", "20", "--steps", "3", "--probes", "2"]
@@ -84,6 +85,7 @@ def test_the_numbers_are_those_of_the_library(runs, capsys):
         )
         steps = sharpness.worst_case(whole, params, rho=0.05, steps=3)
         m = sharpness.m_sharpness(whole, params, m=20, rho=0.05)
+        bound = max(eigen.errors[0], eigen.highest - eigen.values[0])
         expected = {
             "loss": (one.loss, None, 0),
             "worst_case": (one.increase, None, one.cost),
@@ -91,7 +93,7 @@ def test_the_numbers_are_those_of_the_library(runs, capsys):
             "adaptive": (adaptive.increase, None, adaptive.cost),
             "m_sharpness": m,
             "average_case": average,
-            "eigenvalue_1": (eigen.values[0], eigen.errors[0], eigen.cost),
+            "eigenvalue_1": (eigen.values[0], bound, eigen.cost),
             "eigenvalue_2": (eigen.values[1], eigen.errors[1], 0),
             "trace": trace,
             "noise": sharpness.gradient_noise(parts, params).variance,
@@ -124,7 +126,7 @@ def test_the_bar_reaches_the_cost_that_was_announced(runs):
     settings = settings_of(runs[0])
     solution = read(runs[0], settings, Display())
     told = []
-    found = recipe.numbers_of(solution, settings, told.append)
+    found = recipe.numbers_of(solution, settings, told.append, pytest.fail)
     announced = recipe.costs(settings)
     assert sum(told) == pytest.approx(sum(announced.values()))
     assert min(told) > -1e-9
@@ -222,7 +224,7 @@ CHANGES = {
         edited(run, "label_noise = 0.0", "label_noise = 0.1") or settings
     ),
     "version": lambda run, settings: (
-        edited(run, '"version": 1', '"version": 0', "sharpness.json") or settings
+        edited(run, '"version": 2', '"version": 1', "sharpness.json") or settings
     ),
 }
 
@@ -304,6 +306,38 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_measured(runs, cap
     (record,) = records(runs[0])
     (left,) = RunDirectory(runs[0]).checkpoints().paths()
     assert (record["checkpoint"], record["sha256"]) == (left.name, digest(left))
+
+
+def test_a_measure_that_a_network_does_not_have_is_left_out_with_its_reason(
+    tmp_path, capsys, monkeypatch
+):
+    images = make_folder(tmp_path / "images", sizes=((32, 32),), count=4)
+    flags = ["--data-dir", str(images), "--image-size", "32", "--batch-size", "4"]
+    flags += ["--model", "mobilenet_v3_small", "--weights", "none", "--epochs", "1"]
+    flags += ["--warmup-epochs", "0", "--output", str(tmp_path / "run")]
+    assert finetune.main(flags) == 0
+    run = tmp_path / "run"
+    few = ["--images", "4", "--m", "1", *FAST[4:]]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "FORMULAS", {})
+        assert recipe.main([str(run), *few]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        (record,) = records(run)
+        assert record["left_out"].keys() == {"eigenvalues", "trace"}
+        assert "eigenvalue_1" not in record["numbers"]
+        assert "noise" in record["numbers"]
+        for measure in ("eigenvalues", "trace"):
+            expected = f"{measure} is left out: expected a loss that PyTorch can"
+            assert expected in said
+        other = shutil.copytree(run, tmp_path / "other")
+        assert compare.main([str(run), str(other), *few]) == 0
+        assert "trace is left out: expected" in " ".join(capsys.readouterr().err.split())
+    (run / "sharpness.json").unlink()
+    assert recipe.main([str(run), *few]) == 0
+    (record,) = records(run)
+    assert not record["left_out"]
+    assert {"eigenvalue_1", "trace"} <= record["numbers"].keys()
 
 
 def test_what_is_not_finite_is_written_and_shown():

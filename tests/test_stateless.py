@@ -1,10 +1,19 @@
+import copy
+from functools import partial
+
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
+from torch.utils import _pytree as pytree
 
 import samfn
+from bench.zoo import habits
+from bench.zoo.habits import Around
+from samfn.gradient import GradientError, evaluate
 from tests.reference import batches, small_network
 
 
@@ -211,3 +220,179 @@ def test_every_use_of_a_tied_weight_or_buffer_reads_what_was_given():
     _, aux = loss_fn(moved, buffers, batch)
     samfn.load(model, moved, buffers)
     assert_close(aux.outputs, model(batch[0]).detach())
+
+
+def checkpointed(*, reentrant):
+    torch.manual_seed(0)
+    return Around(partial(habits.checkpointed, reentrant=reentrant)).double()
+
+
+def taken(model, *, criterion=F.cross_entropy, batch=None, **options):
+    """Return what a step gives on random vectors."""
+    batch = batch or (habits.vectors(), habits.classes())
+    loss_fn, optimizer = samfn.supervised(model, criterion), samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    given = {"loss_fn": loss_fn, "optimizer": optimizer, "lr": 0.1, **options}
+    return samfn.sam_update(state, batch, **given)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_loss_that_recomputes_is_not_differentiated_by_other_means(reentrant):
+    model = checkpointed(reentrant=reentrant)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    params, buffers = samfn.split(model)
+    leaves = {name: w.requires_grad_() for name, w in params.items()}
+    batch = habits.vectors(), habits.classes()
+    with pytest.raises(RuntimeError, match="take the gradient by a step or a measure"):
+        loss_fn(leaves, buffers, batch)
+    if not reentrant:  # PyTorch warns of the other.
+        with torch.no_grad():
+            loss_fn(leaves, buffers, batch)
+    with pytest.raises(RuntimeError, match=r"cannot differentiate this|take the gradient"):
+        evaluate(lambda *given: loss_fn(*given), params, buffers, batch)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_counts_batches_once(reentrant):
+    state, _ = taken(checkpointed(reentrant=reentrant))
+    assert state.buffers["inner.1.num_batches_tracked"] == 1
+
+
+class Closed(nn.Module):
+    """A criterion that is a function of a model it was given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._kept = [model]
+
+    def forward(self, outputs, targets):
+        return F.cross_entropy(outputs, targets) + self._kept[0](outputs).mean()
+
+
+def test_a_gradient_that_nobody_would_use_is_an_error():
+    other = nn.Linear(3, 1).double()
+    model = habits.head().double()
+    with pytest.raises(GradientError, match=r"not in params: one of shape \(1, 3\)|\(1,\)"):
+        taken(model, criterion=Closed(other))
+    taken(model, criterion=Closed(other.requires_grad_(False)))
+    with pytest.raises(
+        ValueError, match="criterion has parameters of its own, weight, bias"
+    ):
+        samfn.supervised(model, nn.Linear(3, 1))
+
+
+def test_a_loss_of_the_model_itself_is_an_error():
+    model = habits.head().double()
+    params, buffers = samfn.split(model)
+
+    def ignores(params, buffers, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(GradientError, match="depends on none of the parameters"):
+        evaluate(ignores, params, buffers, (habits.vectors(), habits.classes()))
+
+
+def test_without_gradients_a_step_is_an_error():
+    with torch.inference_mode(), pytest.raises(GradientError, match="inference_mode"):
+        taken(nn.Linear(6, 3).double())
+
+
+@pytest.mark.parametrize(
+    ("criterion", "came"),
+    [(lambda out, y: {"loss": out.sum()}, "got dict"), (lambda out, y: 0.5, "got float")],
+)
+def test_what_a_criterion_must_return_is_said(criterion, came):
+    with pytest.raises(TypeError, match=came):
+        taken(habits.head().double(), criterion=criterion)
+
+
+def test_cached_parametrizations_are_refused_around_a_step_alone():
+    model = habits.layers(nn.utils.parametrizations.weight_norm).double()
+    with parametrize.cached(), pytest.raises(RuntimeError, match=r"cached\(\) is open"):
+        taken(model)
+    taken(model)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = nn.Linear(6, 3).double()
+    batch = habits.vectors(), habits.classes()
+    found = taken(model, batch=batch, lr=numpy.float32(0.5), rho=numpy.float64(0.25))
+    expected = taken(model, batch=batch, lr=0.5, rho=0.25)
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+class Graph(nn.Module):
+    """Messages along the edges of a graph that is a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = habits.head()
+        edges = torch.tensor([[0, 1, 2], [3, 4, 5]])
+        adjacency = torch.sparse_coo_tensor(
+            edges, torch.ones(3), (8, 8), check_invariants=True
+        )
+        self.register_buffer("edges", adjacency.coalesce())
+
+    def forward(self, x):
+        return self.layer(x + torch.sparse.mm(self.edges, x))
+
+
+def test_sparse_buffers_are_read_and_stay():
+    model = Graph().double()
+    batch = habits.vectors(), habits.classes()
+    state, _ = taken(model, batch=batch)
+    assert_close(state.buffers["edges"], model.edges)
+    dense = Graph().double()
+    dense.load_state_dict(model.state_dict())
+    dense.edges = dense.edges.to_dense()
+    expected, _ = taken(dense, batch=batch)
+    assert_close(dict(state.params), dict(expected.params))
+
+
+def test_states_are_stepped_outside_of_transforms():
+    model = nn.Linear(6, 3).double()
+    optimizer, loss_fn = samfn.sgd(), samfn.supervised(model, F.cross_entropy)
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    states = pytree.tree_map(lambda leaf: torch.stack([leaf, leaf]), state)
+    batch = habits.vectors(), habits.classes()
+
+    def step(state):
+        given = {"loss_fn": loss_fn, "optimizer": optimizer, "lr": 0.1}
+        return samfn.sam_update(state, batch, **given)[0].params
+
+    with pytest.raises(ValueError, match=r"one inside of torch.vmap"):
+        torch.vmap(step)(states)
+
+
+def test_a_batch_that_asks_for_a_gradient_gets_none():
+    inputs = habits.vectors().requires_grad_()
+    taken(nn.Linear(6, 3).double(), batch=(inputs, habits.classes()))
+    assert inputs.grad is None
+
+
+def test_recurrent_layers_remember_their_own_weights():
+    model = habits.Recurrent(nn.GRU(6, 6)).double()
+    taken(model, batch=(habits.packed(), habits.classes()))
+    own = dict(model.layer.named_parameters())
+    assert all(
+        w is own[name] for name, w in zip(own, model.layer._flat_weights, strict=True)
+    )
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    "weight", [None, torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)]
+)
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_loss_tells_what_it_is_a_mean_over(weight, as_module):
+    targets = torch.tensor([0, 1, 7, 2, 7, 1])
+    options = {"ignore_index": 7, "weight": weight}
+    criterion = nn.CrossEntropyLoss(**options)
+    if not as_module:
+        criterion = partial(F.cross_entropy, **options)
+    weigh = samfn.supervised(nn.Linear(6, 3), criterion).weigh
+    found = weigh((torch.ones(6, 6), targets))
+    kept = targets[targets != 7]
+    assert found == (len(kept) if weight is None else weight[kept].sum())
+    by_rows = samfn.supervised(nn.Linear(6, 3), F.mse_loss).weigh
+    assert by_rows((torch.ones(6, 6), targets)) == 6

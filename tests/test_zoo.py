@@ -107,6 +107,11 @@ def test_the_table_has_a_row_for_each_network_and_each_reason_once(tmp_path, cap
     command.main(options)  # What was tried is not tried again.
     assert len(lines.read_text().splitlines()) == 2
     (report,) = tmp_path.glob("zoo_*.md")
-    assert "| inputs in place | exact, eager | – | exact, drop-in | exact |" in report.read_text()
+    assert (
+        "| inputs in place | exact, eager | – | exact, drop-in | exact |"
+        in report.read_text()
+    )
     told = {"network": "x", "eager": "refused: why", "drop-in": "refused: why"}
-    assert command.table([told]).endswith("| x | refused [1] | – | refused [1] | – |\n\n1. why")
+    assert command.table([told]).endswith(
+        "| x | refused [1] | – | refused [1] | – |\n\n1. why"
+    )

@@ -182,16 +182,16 @@ def hessian(case: Case, problem: Problem) -> float:
     params = {name: w + 0.01 * torch.randn_like(w) for name, w in params.items()}
     direction = {name: torch.randn_like(w) for name, w in params.items()}
     direction = samfn.tree.scale(direction, samfn.norm(params) / samfn.norm(direction))
-    given: Any = buffers, problem.batch
+    batch = problem.batch
     torch.manual_seed(0)
-    product = hessian_product(loss_fn, params, *given, direction)
+    product = hessian_product(loss_fn, params, buffers, batch, direction)
     found = []
     for h in (1e-9, 1e-7, 1e-5, 1e-3, 4e-3):
         slopes = []
         for step in (h, -h):
             there = samfn.tree.add_scaled(params, step, direction)
             torch.manual_seed(0)
-            slopes.append(evaluate(loss_fn, there, *given).grads)
+            slopes.append(evaluate(loss_fn, there, buffers, batch).grads)
         difference = samfn.tree.scale(samfn.tree.subtract(*slopes), 0.5 / h)
         away = samfn.norm(samfn.tree.subtract(product, difference))
         found.append(float(away / (samfn.norm(difference) + 1e-12)))

@@ -15,8 +15,9 @@ CLASSES = 10
 # As small as the network allows; others are shown 64 pixels.
 SIZES = {"inception_v3": 96, "maxvit_t": 224, "squeezenet1_0": 96, "alexnet": 96}
 
-# Of several hundred million parameters: in float32, as many fit a machine of 24 GiB.
-LARGE = ("vit_h_14", "vit_l_", "regnet_y_128gf")
+# Of networks of more parameters, only tensors of at most SMALL entries are trained: every
+# layer takes part, and all fits into memory.
+LARGE, SMALL = 100_000_000, 1_000_000
 
 TIMM = [
     "resnet10t",
@@ -108,12 +109,19 @@ def of_torchvision() -> Iterator[Case]:
             options["init_weights"] = False
         yield Case(
             f"torchvision {name}",
-            partial(models.get_model, name, **options),
+            partial(_trainable, partial(models.get_model, name, **options)),
             partial(images, size),
             classes,
             first_output,
-            dtype=torch.float32 if name.startswith(LARGE) else torch.float64,
         )
+
+
+def _trainable(make: Callable[[], nn.Module]) -> nn.Module:
+    model = make()
+    if sum(p.numel() for p in model.parameters()) > LARGE:
+        for p in model.parameters():
+            p.requires_grad_(p.numel() <= SMALL)
+    return model
 
 
 def of_timm() -> Iterator[Case]:
@@ -194,7 +202,8 @@ def of_transformers() -> Iterator[Case]:
         network = kind(config).train()
         if checkpointing is not None:
             how = {"use_reentrant": checkpointing}
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            old = getattr(network, "gradient_checkpointing_enable", None)
+            getattr(network, "activation_checkpointing_enable", old)(how)
         return Scores(network, lambda outputs: outputs.logits)
 
     def data(name: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Any]:

@@ -202,8 +202,9 @@ def of_transformers() -> Iterator[Case]:
         network = kind(config).train()
         if checkpointing is not None:
             how = {"use_reentrant": checkpointing}
-            old = getattr(network, "gradient_checkpointing_enable", None)
-            getattr(network, "activation_checkpointing_enable", old)(how)
+            names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+            enable: Any = next(getattr(network, n) for n in names if hasattr(network, n))
+            enable(how)
         return Scores(network, lambda outputs: outputs.logits)
 
     def data(name: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Any]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,57 +47,95 @@ class Place(NamedTuple):
         return getattr(self.module, self.kind)[self.attribute]
 
 
-def places_of(model: nn.Module) -> list[Place]:
-    """Return where the modules of a model keep tensors, each place once.
+class Lender:
+    """A model as it stands, to which tensors are lent.
+
+    Args:
+        model: its modules may hold others at another time; then it takes another lender.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [*model.named_modules()]
+        self._kept = [_Kept.of(name, module) for name, module in modules]
+        self.places = [*_places(modules)]
+        """Where its tensors are, each place once."""
+        self.buffers = {p.name: p.own for p in self.places if p.kind == "_buffers"}
+        """What a forward pass may write to."""
+
+    def hooks(self) -> dict[str, list[Any]]:
+        """Return the hooks that parameters have for their gradients.
+
+        Raises:
+            ValueError: one waits for the gradient to stand in `.grad`, where none will be.
+        """
+        found: dict[str, list[Any]] = {}
+        for name, _, kind, _, own in self.places:
+            parameter: Any = own
+            if kind == "_parameters" and parameter._post_accumulate_grad_hooks:
+                raise ValueError(
+                    f"the parameter {name} has a hook that waits for its gradient in .grad,"
+                    " which no function sets: remove it, and use what a step returns"
+                )
+            if kind == "_parameters" and own._backward_hooks and own.requires_grad:
+                found[name] = [*own._backward_hooks.values()]
+        return found
+
+    @contextmanager
+    def holding(self, given: Params) -> Iterator[dict[str, Tensor]]:
+        """Put tensors into the model, and its own ones back in the end.
+
+        Gives a dict that holds the model's buffers as they were left, when it is closed.
+
+        Raises:
+            ValueError: the structure of the model changed in the meantime.
+        """
+        eager = not torch.compiler.is_compiling()
+        remembered: list[dict[str, Any]] = []
+        if eager:
+            _require_no_cache()
+            if any(isinstance(tensor, FakeTensor) for tensor in given.values()):
+                # A dry run leaves nothing behind, whatever a module remembers of a pass.
+                remembered = [kept.module.__dict__.copy() for kept in self._kept]
+        left: dict[str, Tensor] = {}
+        for place in self.places:
+            place.put(given[place.name])
+        try:
+            yield left
+            if eager:
+                for kept in self._kept:
+                    kept.require_same()
+            for place in self.places:
+                if place.kind == "_buffers":
+                    now = place.get()
+                    if left.setdefault(place.name, now) is not now:
+                        raise ValueError(
+                            "the forward pass gives another tensor to one of the names of"
+                            f" the buffer {place.name}: change it in place"
+                        )
+        finally:
+            if eager:
+                for kept, own in zip(self._kept, remembered, strict=False):
+                    kept.module.__dict__.clear()
+                    kept.module.__dict__.update(own)
+                for kept in self._kept:
+                    kept.put_back()
+            for place in self.places:
+                place.put(place.own)
+
+
+def _places(modules: list[tuple[str, nn.Module]]) -> Iterator[Place]:
+    """Yield where modules keep tensors.
 
     Of a module that has two names, and of a tensor in two places, the first name counts.
     """
     names: dict[int, str] = {}
-    modules = [*model.named_modules()]
-    found = []
     for kind in ("_parameters", "_buffers"):
         for prefix, module in modules:
             for attribute, own in getattr(module, kind).items():
                 if own is not None:
                     full = f"{prefix}.{attribute}" if prefix else attribute
                     name = names.setdefault(id(own), full)
-                    found.append(Place(name, module, kind, attribute, own))
-    return found
-
-
-@contextmanager
-def lending(
-    model: nn.Module, places: list[Place], given: Params
-) -> Iterator[dict[str, Tensor]]:
-    """Put other tensors into a model, and its own ones back in the end.
-
-    Gives a dict that holds the model's buffers as they were left, when it is closed.
-    """
-    if torch.compiler.is_compiling():
-        before: list[_Kept] = []
-    else:
-        _require_no_cache()
-        before = [_Kept.of(name, module) for name, module in model.named_modules()]
-    buffers: dict[str, Tensor] = {}
-    for place in places:
-        place.put(given[place.name])
-    try:
-        yield buffers
-        for kept in before:
-            kept.require_same()
-        for place in places:
-            if place.kind == "_buffers":
-                left = place.get()
-                if buffers.setdefault(place.name, left) is not left:
-                    raise ValueError(
-                        f"the forward pass gives another tensor to one of the names of the"
-                        f" buffer {place.name}: change it in place"
-                    )
-    finally:
-        for kept in before:
-            kept.put_back()
-        for place in places:
-            place.put(place.own)
+                    yield Place(name, module, kind, attribute, own)
 
 
 class _Kept(NamedTuple):
@@ -104,7 +143,7 @@ class _Kept(NamedTuple):
 
     name: str
     module: nn.Module
-    held: tuple[dict[str, Any], ...]
+    held: list[dict[str, Any]]
     """Its parameters, buffers and children."""
     cached: dict[str, Any]
     """What a recurrent layer remembers of its weights."""
@@ -112,8 +151,8 @@ class _Kept(NamedTuple):
     @classmethod
     def of(cls, name: str, module: nn.Module) -> "_Kept":
         own = module.__dict__
-        held = tuple(dict(own[kind]) for kind in KINDS)
-        return cls(name, module, held, {key: own[key] for key in CACHES if key in own})
+        cached = {key: own[key] for key in CACHES if key in own}
+        return cls(name, module, [own[kind].copy() for kind in KINDS], cached)
 
     def require_same(self) -> None:
         """Raise if something was added, removed or, of modules, replaced.
@@ -121,8 +160,11 @@ class _Kept(NamedTuple):
         Raises:
             ValueError: says where and what.
         """
+        own = self.module.__dict__
         for kind, before in zip(KINDS, self.held, strict=True):
-            now = self.module.__dict__[kind]
+            now = own[kind]
+            if kind == "_modules" and now == before:  # Modules are equal to themselves.
+                continue
             for name in {**before, **now}:
                 old, new = before.get(name), now.get(name)
                 same = old is new if kind == "_modules" else (old is None) == (new is None)
@@ -135,12 +177,13 @@ class _Kept(NamedTuple):
                     )
 
     def put_back(self) -> None:
+        """Put back what the module held."""
+        own = self.module.__dict__
+        own.update(self.cached)
         for kind, before in zip(KINDS, self.held, strict=True):
-            now = self.module.__dict__[kind]
-            if now.keys() != before.keys() or kind == "_modules":
-                now.clear()
-            now.update(before)
-        self.module.__dict__.update(self.cached)
+            if own[kind].keys() != before.keys():
+                own[kind].clear()
+            own[kind].update(before)
 
 
 def _require_no_cache() -> None:
@@ -149,25 +192,6 @@ def _require_no_cache() -> None:
             "torch.nn.utils.parametrize.cached() is open, and would hand the weights of one"
             " pass to the next: open it inside of the model's forward, or not at all"
         )
-
-
-def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
-    """Return the hooks that parameters have for their gradients.
-
-    Raises:
-        ValueError: one waits for the gradient to stand in `.grad`, where none will be.
-    """
-    found: dict[str, list[Any]] = {}
-    for name, parameter in model.named_parameters():
-        own: Any = parameter
-        if own._post_accumulate_grad_hooks:
-            raise ValueError(
-                f"the parameter {name} has a hook that waits for its gradient in .grad,"
-                " which no function sets: remove it, and use what a step returns"
-            )
-        if own._backward_hooks and own.requires_grad:
-            found[name] = [*own._backward_hooks.values()]
-    return found
 
 
 def changes_gradients(model: nn.Module) -> str | None:

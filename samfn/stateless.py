@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.optim.swa_utils import update_bn
 from torch.utils import _pytree as pytree
@@ -16,16 +17,7 @@ from torch.utils import _pytree as pytree
 from samfn import border
 from samfn.batches import length_of
 from samfn.gradient import Aux, GradientError, Loss
-from samfn.lending import (
-    WRITES,
-    ReadOnly,
-    address,
-    changes_gradients,
-    graph,
-    hooks_of,
-    lending,
-    places_of,
-)
+from samfn.lending import WRITES, Lender, ReadOnly, address, changes_gradients, graph
 from samfn.tree import Batch, Params
 
 # By name: importing FSDP takes a second.
@@ -241,9 +233,10 @@ class _Supervised:
         _require_plain(model)
         self._model, self._criterion, self._dtype = model, criterion, dtype
         self._params, self._buffers = _references(model)
-        self._places = places_of(model)
-        self._hooked = hooks_of(model)
-        self._examined = False
+        self._lender = Lender(model)
+        self._hooks = self._lender.hooks()
+        self._modes: set[bool] = set()  # in which a forward pass was watched
+        self._derived = False
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         """Return the loss and, beside it, the model's outputs and new buffers."""
@@ -270,13 +263,13 @@ class _Supervised:
                 f"{hooked} has a hook that may change gradients; the second derivative of"
                 " the loss is another thing than that of what hooks make of the first"
             )
-        if self._examined:
-            loss, aux = self._forward(params, buffers, batch)
-        else:
-            loss, aux = self._examine(params, buffers, batch)
+        loss, aux = self._forward(params, buffers, batch)
+        if not self._derived:
+            self._require_own_leaves(loss)
+            self._derived = True
         # What is computed again writes statistics again: to copies that nobody reads.
-        again = {name: _copied(buffers[name]) for name in self._written()}
-        with lending(self._model, self._places, {**params, **buffers, **again}):
+        again = {name: _copied(buffers[name]) for name in self._lender.buffers}
+        with self._lender.holding({**params, **buffers, **again}):
             yield loss, aux
 
     def check(self, params: Params, buffers: Params) -> None:
@@ -288,8 +281,7 @@ class _Supervised:
         """
         if torch.compiler.is_compiling():
             return  # `function` compares the names, and a graph knows no addresses.
-        self._places = places_of(self._model)
-        self._hooked = hooks_of(self._model)
+        self._look_again()
         try:
             self._require_own(params, buffers)
         except ValueError:  # The model may have been moved or cast since it was wrapped.
@@ -304,37 +296,65 @@ class _Supervised:
                         " samfn.split(model) makes"
                     )
 
+    def _look_again(self) -> None:
+        """Take note of the layers and hooks that the model has now."""
+        self._lender = Lender(self._model)
+        self._hooks = self._lender.hooks()
+
     def _forward(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        if not torch.compiler.is_compiling():  # The model may have got other layers.
-            self._places, self._hooked = places_of(self._model), hooks_of(self._model)
         # The model's own tensor would stand in for a missing name.
         border.require_same_names(self._params, params, names="the model and params")
         border.require_same_names(self._buffers, buffers, names="the model and buffers")
+        if torch.compiler.is_compiling():
+            return self._run(params, buffers, batch)
+        self._look_again()
+        inside = any(map(is_functorch_wrapped_tensor, params.values()))  # has no memory
+        if inside or self._model.training in self._modes:
+            return self._run(params, buffers, batch)
+        found = self._watched(params, buffers, batch)
+        self._modes.add(self._model.training)
+        return found
+
+    def _run(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         # What a forward pass writes, it writes to copies.
         inputs, targets = pytree.tree_map_only(Tensor, _copied, _pair(batch))
-        fresh = {name: _copied(buffers[name]) for name in self._written()}
+        fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
         given = {**params, **buffers, **fresh, **self._with_hooks(params)}
         precision = self._precision(next(iter(params.values())).device.type)
-        with lending(self._model, self._places, given) as new, precision:
+        with self._lender.holding(given) as new, precision:
             outputs = self._model(*_arguments(inputs))
             loss = _loss_of(self._criterion(outputs, targets))
         aux = Aux(outputs, {**buffers, **new})
-        return (loss.mean(), aux._replace(losses=loss)) if loss.ndim == 1 else (loss, aux)
+        if loss.ndim == 1:
+            return loss.mean(), aux._replace(losses=loss)
+        return loss, aux
+
+    def _watched(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+        """Go forward for the first time; raise where that writes to what it may read."""
+        aliases = {name: buffer.detach() for name, buffer in buffers.items()}
+        given = {**params, **aliases}
+        addresses = {name: address(tensor) for name, tensor in given.items()}
+        with ReadOnly(given):
+            loss, aux = self._run(params, aliases, batch)
+        for name, tensor in given.items():
+            if address(tensor) != addresses[name]:
+                raise ValueError(WRITES.format(name))
+        own = {
+            name: buffers[name] if new is aliases[name] else new
+            for name, new in aux.buffers.items()
+        }
+        return loss, aux._replace(buffers=own)
 
     def _with_hooks(self, params: Params) -> dict[str, Tensor]:
         """Return the parameters that have hooks in the model, with these hooks."""
-        if self._hooked and torch.compiler.is_compiling():
-            raise RuntimeError(f"hooks of parameters: {[*self._hooked]}")
+        if self._hooks and torch.compiler.is_compiling():
+            raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
         found: dict[str, Tensor] = {}
-        for name, hooks in self._hooked.items():
+        for name, hooks in self._hooks.items():
             found[name] = params[name].view_as(params[name])
             for hook in hooks if params[name].requires_grad else ():
                 found[name].register_hook(hook)  # type: ignore[no-untyped-call]
         return found
-
-    def _written(self) -> list[str]:
-        """Return the names of what a forward pass may write: the model's buffers."""
-        return [place.name for place in self._places if place.kind == "_buffers"]
 
     def _precision(self, device: str) -> AbstractContextManager[Any]:
         if self._dtype is None and not torch.is_autocast_enabled(device):
@@ -344,25 +364,6 @@ class _Supervised:
     def _require_own(self, params: Params, buffers: Params) -> None:
         _require_layout(self._params, params, "params")
         _require_layout(self._buffers, buffers, "buffers")
-
-    def _examine(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        """Go forward for the first time, and look what it writes and what it depends on."""
-        aliases = {name: buffer.detach() for name, buffer in buffers.items()}
-        given = {**params, **aliases}
-        addresses = {name: address(tensor) for name, tensor in given.items()}
-        with ReadOnly(given):
-            loss, aux = self._forward(params, aliases, batch)
-        for name, tensor in given.items():
-            if address(tensor) != addresses[name]:
-                raise ValueError(WRITES.format(name))
-        self._require_own_leaves(loss)
-        self._examined = True
-        return loss, aux._replace(
-            buffers={
-                name: buffers[name] if new is aliases[name] else new
-                for name, new in aux.buffers.items()
-            }
-        )
 
     def _require_own_leaves(self, loss: Tensor) -> None:
         """Raise where a gradient would go to a parameter that nobody trains."""

@@ -352,3 +352,53 @@ def test_wrong_input_is_refused_before_anything_is_compiled(edit, dials, message
     with pytest.raises(ValueError, match=message):
         step(edit(state), batches(1)[0], **dials)
     assert graphs() == 0
+
+
+class Remembers(nn.Module):
+    """Keeps what it saw last, in no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(4, 3), None
+
+    def forward(self, x):
+        self.last = self.layer(x) if self.last is None else self.last + self.layer(x)
+        return self.last
+
+
+def test_an_estimate_leaves_nothing_in_the_model():
+    model = Remembers()
+    state, _, _ = task(model)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    batch = torch.randn(2, 4), torch.tensor([0, 1])
+    random = torch.get_rng_state()
+    assert compiled.operations(loss_fn, state, batch) == 2 * 2 * 2 * 4 * 3
+    assert model.last is None
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_an_estimate_that_fails_ends_no_run():
+    class Undecided(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum().item() < 1e9 else x
+
+    model = Undecided(4, 3)
+    state, _, _ = task(model)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    batch = torch.randn(2, 4), torch.tensor([0, 1])
+    assert compiled._choose("auto", loss_fn, samfn.sam(), state, batch) == "whole"
+
+
+@pytest.mark.slow
+def test_the_ninth_shape_of_a_batch_is_a_step_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    state, step, eager = task(tiny(), plan="gradient")
+    batch = batches(1)[0]
+    for size in (2, 3):
+        step(state, tuple(x[:size] for x in batch), rho=0.1, lr=0.1)
+    parts = [tuple(x[:size] for x in batch) for size in (4, 5)]
+    with pytest.warns(RuntimeWarning, match="takes a step uncompiled") as told:
+        found = [step(state, part, rho=0.1, lr=0.1) for part in parts]
+    assert len(told) == 1
+    expected = [eager(state, part, rho=0.1, lr=0.1) for part in parts]
+    assert_close(found, expected, rtol=1e-7, atol=1e-9)

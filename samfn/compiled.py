@@ -394,17 +394,15 @@ def _attempt(
 
 
 def _is_of_the_compiler(error: Exception) -> bool:
-    # Imported here, since they take a second, and fix PyTorch's cache directory.
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
-    return isinstance(error, TorchDynamoException | InductorError)
+    # By name: they have no class in common, and take a second to import.
+    return type(error).__module__.startswith(("torch._dynamo.", "torch._inductor."))
 
 
 def _reason(error: BaseException) -> str:
     """Return in one line why something was not compiled."""
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    lines = [line.strip() for line in str(error.__cause__ or error).split("\n")]
+    told = [line for line in lines if line and not line.endswith("raised:")]
+    return told[0] if told else type(error).__name__
 
 
 def _choose(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from samfn import files, stateless, tensorfile
 from samfn.tree import Params
@@ -41,7 +42,7 @@ def export_program(
     model: nn.Module,
     params: Params,
     buffers: Params,
-    inputs: Tensor,
+    inputs: Any,
 ) -> None:
     """Write the model as a program that `torch.export.load(path).module()` runs.
 
@@ -54,7 +55,8 @@ def export_program(
         model: the network; its own tensors and mode stay as they are.
         params: as `TrainState.params`.
         buffers: as `TrainState.buffers`.
-        inputs: a batch of at least two examples, on the device of the model.
+        inputs: a batch of at least two examples, on the device of the model; a tuple
+            becomes positional arguments.
 
     Raises:
         ExportError: the program's outputs differ by more than 1e-5 of the largest.
@@ -65,11 +67,22 @@ def export_program(
     network = network.to(memory_format=torch.contiguous_format)  # all that it can hold
     any_length: Any = torch.export.Dim.AUTO
     with torch.no_grad(), files.replacing(Path(path)) as temporary:
-        program = torch.export.export(network, (inputs,), dynamic_shapes=({0: any_length},))
+        given = stateless.arguments(inputs)
+        lengths = pytree.tree_map(lambda leaf: {0: any_length}, given)
+        program = torch.export.export(network, given, dynamic_shapes=lengths)
         with temporary.open("wb") as file:
             torch.export.save(program, file)
         with temporary.open("rb") as file:
-            found = torch.export.load(file).module()(inputs)
-        expected = network(inputs)
-        if not (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1):
+            found = torch.export.load(file).module()(*given)
+        expected = network(*given)
+        if not _close(found, expected):
             raise ExportError(f"the program written to {path} gives other outputs")
+
+
+def _close(found: Any, expected: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
+    return all(
+        not isinstance(old, Tensor)
+        or bool((new - old).abs().max() <= 1e-5 * old.abs().max().clamp(min=1))
+        for new, old in pairs
+    )

@@ -117,14 +117,26 @@ def reestimated(
         params: where.
         buffers: the rest stays as it is in them.
         inputs: batches of what the model takes, or (inputs, targets), of at least two
-            examples; those of some thousand examples suffice.
+            examples; those of some thousand examples suffice. Several inputs of a model are
+            a tuple, ((a, b), targets).
 
     Raises:
         ValueError: names, shapes or dtypes are not those of `split(model)`.
     """
     copied = trained(model, params, buffers)
-    update_bn(inputs, copied)
+    update_bn(inputs, _Unpacking(copied))
     return {name: tensor.detach() for name, tensor in _references(copied)[1].items()}
+
+
+class _Unpacking(nn.Module):
+    """A model that takes its inputs as one argument."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, inputs: Any) -> Any:
+        return self._model(*arguments(inputs))
 
 
 def norm_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -322,7 +334,7 @@ class _Supervised:
         given = {**params, **buffers, **fresh, **self._with_hooks(params)}
         precision = self._precision(next(iter(params.values())).device.type)
         with self._lender.holding(given) as new, precision:
-            outputs = self._model(*_arguments(inputs))
+            outputs = self._model(*arguments(inputs))
             loss = _loss_of(self._criterion(outputs, targets))
         aux = Aux(outputs, {**buffers, **new})
         if loss.ndim == 1:
@@ -480,7 +492,8 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.layout is torch.strided else tensor
 
 
-def _arguments(inputs: Any) -> tuple[Any, ...]:
+def arguments(inputs: Any) -> tuple[Any, ...]:
+    """Return the positional arguments of a model: those of a tuple, or one."""
     # A packed sequence is a tuple, too, and one argument.
     several = isinstance(inputs, tuple) and not isinstance(
         inputs, nn.utils.rnn.PackedSequence

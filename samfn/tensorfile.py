@@ -65,7 +65,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
 
     Raises:
         ValueError: more tensors than any reader takes.
-        TypeError: a dtype that safetensors does not hold.
+        TypeError: a dtype that safetensors does not hold, or a sparse tensor.
         OSError: it could not be written; says what was needed and what was free.
     """
     if len(tensors) > MAX_TENSORS:
@@ -74,6 +74,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
         {str(t.dtype) for t in tensors.values()} - {str(d) for d in DTYPES.values()}
     ):
         raise TypeError(f"expected dtypes that safetensors holds, got {unknown}")
+    if sparse := [name for name, t in tensors.items() if t.layout is not torch.strided]:
+        raise TypeError(f"expected dense tensors, got sparse ones: {', '.join(sparse)}")
     plain = _separate(tensors)
     size = sum(tensor.nbytes for tensor in plain.values())
     try:

@@ -92,3 +92,20 @@ def test_a_network_without_statistics_keeps_its_buffers():
     model.register_buffer("scale", torch.ones(1))
     params, buffers = samfn.split(model)
     assert samfn.reestimated(model, params, buffers, [torch.ones(4, 3)]).keys() == {"scale"}
+
+
+def test_models_of_several_inputs_get_statistics_too():
+    class Sum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(3)
+
+        def forward(self, a, b):
+            return self.norm(a + b)
+
+    model = Sum()
+    params, buffers = samfn.split(model)
+    pairs = [((torch.randn(4, 3), torch.randn(4, 3)), None) for _ in range(2)]
+    found = samfn.reestimated(model, params, buffers, pairs)
+    means = torch.stack([(a + b).mean(0) for (a, b), _ in pairs])
+    torch.testing.assert_close(found["norm.running_mean"], means.mean(0))

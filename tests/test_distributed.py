@@ -721,3 +721,44 @@ def stopped():
 def test_a_rank_that_was_stopped_is_not_waited_for_forever():
     waited, _ = on_ranks(2, stopped, timeout=2.0)
     assert 1 < waited < 7
+
+
+def train_with_ignored(placement):
+    """Take a step on rows of which the ranks have different numbers that count."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    loss_fn = samfn.supervised(model, nn.CrossEntropyLoss(ignore_index=7))
+    inputs = torch.randn(8, 4, dtype=torch.float64)
+    batch = own((inputs, torch.tensor([0, 7, 1, 2, 7, 7, 7, 1]))) if placement else None
+    batch = batch or (inputs, torch.tensor([0, 7, 1, 2, 7, 7, 7, 1]))
+    optimizer = samfn.sgd(0.9)
+    given = {"loss_fn": loss_fn, "optimizer": optimizer, "rho": 0.1, "lr": 0.1}
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    if placement:
+        place = distributed.placement(placement, like=state.params)
+        given["placement"], state = place, place.shard(state)
+    state, metrics = samfn.sam_update(state, batch, **given)
+    if placement:
+        state = place.gather(state)
+    return dict(state.params), metrics.loss
+
+
+@pytest.mark.parametrize("placement", ["global", "sharded"])
+def test_ranks_count_by_what_their_losses_are_means_over(placement):
+    params, loss = train_with_ignored(None)
+    # On four ranks, one has nothing that counts.
+    for found, seen in on_ranks(4, train_with_ignored, placement):
+        torch.testing.assert_close(found, params)
+        torch.testing.assert_close(seen, loss)
+
+
+def sharded_drop_in():
+    mesh = init_device_mesh("cpu", (1,))
+    model = nn.Linear(2, 2)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(TypeError, match="expected plain tensors, got DTensors"):
+        samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+
+
+def test_the_drop_in_refuses_what_it_would_not_spread():
+    on_ranks(1, sharded_drop_in)

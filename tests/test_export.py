@@ -100,3 +100,25 @@ def test_other_parameters_than_the_models_are_refused(tmp_path):
     del params["0.weight"]
     with pytest.raises(ValueError, match=r"0.weight missing"):
         samfn.export_weights(tmp_path / "file", model, params, buffers)
+
+
+class Two(nn.Module):
+    """A network of two inputs and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, a, b):
+        hidden = self.layer(a) + b
+        return {"scores": hidden, "hidden": (a, hidden.relu())}
+
+
+def test_a_program_may_take_several_inputs_and_give_several_outputs(tmp_path):
+    path, model = tmp_path / "model.pt2", Two()
+    samfn.export_program(
+        path, model, *samfn.split(model), (torch.randn(3, 3), torch.randn(3, 2))
+    )
+    inputs = torch.randn(5, 3), torch.randn(5, 2)
+    found = torch.export.load(path).module()(*inputs)
+    torch.testing.assert_close(found, model.eval()(*inputs))

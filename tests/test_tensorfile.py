@@ -220,3 +220,11 @@ def test_a_name_that_stands_twice_is_refused_even_if_both_say_the_same(tmp_path)
         else:
             with pytest.raises(CorruptError, match="a name stands in it twice"):
                 read(path)
+
+
+def test_sparse_tensors_are_refused_by_their_names(tmp_path):
+    place = torch.tensor([[0], [1]])
+    sparse = torch.sparse_coo_tensor(place, torch.ones(1), (3, 3), check_invariants=True)
+    with pytest.raises(TypeError, match="got sparse ones: edges"):
+        tensorfile.write(tmp_path / "file", {"w": torch.ones(1), "edges": sparse}, {})
+    assert not [*tmp_path.iterdir()]

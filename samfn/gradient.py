@@ -47,6 +47,9 @@ class Loss:
     """(params, buffers, batch, twice=False) -> a context that gives what `function`
     returns, and in which a backward pass may read again what the forward pass has read; or
     two of them, with `twice`. None where it is not known whether the function is pure."""
+    prunes: Callable[[], bool] = lambda: True
+    """Whether a gradient by some parameters may leave the others out of the graph. What
+    recomputes by a reentrant function is differentiated by all or none of its parts."""
     weigh: Callable[[Batch], "int | Tensor"] = length_of
     """batch -> what its loss is a mean over, shape (): the number of examples, or of those
     that count, or the sum of their weights."""
@@ -138,7 +141,8 @@ def evaluate(
     # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
     # the operations of a small network; a function that is known to be pure is spared it.
     elif loss_fn.differentiating and not torch.compiler.is_compiling():
-        loss, aux, grads = _by_autograd(loss_fn.differentiating, *given, names, scale)
+        leaves = names if loss_fn.prunes() else tuple(params)
+        loss, aux, grads = _by_autograd(loss_fn.differentiating, *given, leaves, scale)
     else:
         loss, aux, grads = _by_func(loss_fn.function, *given, names, scale)
     if wrt is None and not grads:

@@ -28,6 +28,7 @@ WRAPPERS = {
     "FSDPModule",
 }
 
+REENTRANT = "CheckpointFunctionBackward"
 RECOMPUTES = (
     "this model computes parts of its forward pass again during the backward pass (gradient"
     " checkpointing), and would read its own weights then: take the gradient by a step or a"
@@ -248,7 +249,7 @@ class _Supervised:
         self._lender = Lender(model)
         self._hooks = self._lender.hooks()
         self._modes: set[bool] = set()  # in which a forward pass was watched
-        self._derived = False
+        self._derived = self._reentrant = False
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         """Return the loss and, beside it, the model's outputs and new buffers."""
@@ -257,7 +258,7 @@ class _Supervised:
             return self._forward(params, buffers, batch)
         with disable_saved_tensors_hooks(RECOMPUTES):
             loss, aux = self._forward(params, buffers, batch)
-        if any(node.name() == "CheckpointFunctionBackward" for node in graph(loss)):
+        if any(node.name() == REENTRANT for node in graph(loss)):
             raise RuntimeError(RECOMPUTES)
         return loss, aux
 
@@ -278,11 +279,16 @@ class _Supervised:
         loss, aux = self._forward(params, buffers, batch)
         if not self._derived:
             self._require_own_leaves(loss)
-            self._derived = True
+            kinds = {node.name() for node in graph(loss)}
+            self._derived, self._reentrant = True, REENTRANT in kinds
         # What is computed again writes statistics again: to copies that nobody reads.
         again = {name: _copied(buffers[name]) for name in self._lender.buffers}
         with self._lender.holding({**params, **buffers, **again}):
             yield loss, aux
+
+    def prunes(self) -> bool:
+        """Return whether no part is known to recompute by a reentrant function."""
+        return self._derived and not self._reentrant
 
     def check(self, params: Params, buffers: Params) -> None:
         """Raise unless `params` and `buffers` are what `split(model)` gives.
@@ -433,7 +439,7 @@ def supervised(
             )
     made = _Supervised(model, criterion, dtype)
     weigh = _weighing(criterion) or length_of
-    return Loss(made.function, made.check, made.differentiating, weigh)
+    return Loss(made.function, made.check, made.differentiating, made.prunes, weigh)
 
 
 def _weighing(criterion: Any) -> Callable[[Batch], int | Tensor] | None:

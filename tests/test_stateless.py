@@ -396,3 +396,17 @@ def test_a_loss_tells_what_it_is_a_mean_over(weight, as_module):
     assert found == (len(kept) if weight is None else weight[kept].sum())
     by_rows = samfn.supervised(nn.Linear(6, 3), F.mse_loss).weigh
     assert by_rows((torch.ones(6, 6), targets)) == 6
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_gradient_by_some_parameters_goes_through_what_is_computed_again(reentrant):
+    batch = habits.vectors(), habits.classes()
+    model = checkpointed(reentrant=reentrant)
+    params, buffers = samfn.split(model)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    whole = evaluate(loss_fn, params, buffers, batch).grads
+    some = ["inner.0.weight", "last.bias"]
+    for fresh in (loss_fn, samfn.supervised(model, F.cross_entropy)):
+        found = evaluate(fresh, params, buffers, batch, wrt=some).grads
+        assert_close(found, {name: whole[name] for name in some}, rtol=0, atol=0)
+        assert found["inner.0.weight"].any()

@@ -113,6 +113,37 @@ MUTANTS = {
         "params=new_params",
         "update::test_a_step_that_is_not_finite_changes_no_tensor_and_is_counted",
     ),
+    "the model has its own weights back before the backward pass": (
+        "stateless.py",
+        "        with self._lender.holding({**params, **buffers, **again}):\n"
+        "            yield loss, aux",
+        "        yield loss, aux",
+        "zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason",
+    ),
+    "what is computed again writes to the caller's statistics": (
+        "stateless.py",
+        "        again = {name: _copied(buffers[name]) for name in self._lender.buffers}\n",
+        "        again = {}\n",
+        "stateless::test_what_is_computed_again_counts_batches_once",
+    ),
+    "buffers that are assigned are lost": (
+        "stateless.py",
+        "aux = Aux(outputs, {**buffers, **new})",
+        "aux = Aux(outputs, {**buffers, **fresh})",
+        "zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason",
+    ),
+    "the forward pass may write to the batch": (
+        "stateless.py",
+        "inputs, targets = pytree.tree_map_only(Tensor, _copied, _pair(batch))",
+        "inputs, targets = _pair(batch)",
+        "zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason",
+    ),
+    "the mean of nothing counts": (
+        "combinators.py",
+        "return torch.where(weight > 0, part, 0) if isinstance(weight, Tensor) else part",
+        "return part",
+        "combinators::test_parts_weigh_what_their_losses_are_means_over",
+    ),
     "a file is not synced": (
         "files.py",
         "        sync(temporary)\n",

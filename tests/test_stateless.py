@@ -228,12 +228,15 @@ def checkpointed(*, reentrant):
 
 
 def taken(model, *, criterion=F.cross_entropy, batch=None, **options):
-    """Return what a step gives on random vectors."""
+    """Return what a step gives on random vectors; the state that it is given stays."""
     batch = batch or (habits.vectors(), habits.classes())
     loss_fn, optimizer = samfn.supervised(model, criterion), samfn.sgd()
     state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    before = pytree.tree_map(torch.clone, state)
     given = {"loss_fn": loss_fn, "optimizer": optimizer, "lr": 0.1, **options}
-    return samfn.sam_update(state, batch, **given)
+    result = samfn.sam_update(state, batch, **given)
+    assert_close(state, before, rtol=0, atol=0)
+    return result
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -48,8 +48,8 @@ class Loss:
     returns, and in which a backward pass may read again what the forward pass has read; or
     two of them, with `twice`. None where it is not known whether the function is pure."""
     prunes: Callable[[], bool] = lambda: True
-    """Whether a gradient by some parameters may leave the others out of the graph. What
-    recomputes by a reentrant function is differentiated by all or none of its parts."""
+    """Whether a backward pass may stop at the parameters that are asked for. What
+    recomputes by a reentrant function is differentiated by all that it depends on."""
     weigh: Callable[[Batch], "int | Tensor"] = length_of
     """batch -> what its loss is a mean over, shape (): the number of examples, or of those
     that count, or the sum of their weights."""
@@ -141,8 +141,7 @@ def evaluate(
     # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
     # the operations of a small network; a function that is known to be pure is spared it.
     elif loss_fn.differentiating and not torch.compiler.is_compiling():
-        leaves = names if loss_fn.prunes() else tuple(params)
-        loss, aux, grads = _by_autograd(loss_fn.differentiating, *given, leaves, scale)
+        loss, aux, grads = _by_autograd(loss_fn, *given, names, scale)
     else:
         loss, aux, grads = _by_func(loss_fn.function, *given, names, scale)
     if wrt is None and not grads:
@@ -165,7 +164,7 @@ or of all if it reaches any; detached."""
 
 
 def _by_autograd(
-    differentiating: Callable[..., AbstractContextManager[Any]],
+    loss_fn: Loss,
     params: Params,
     buffers: Params,
     batch: Batch,
@@ -176,16 +175,19 @@ def _by_autograd(
         raise GradientError(
             "under torch.inference_mode() there are no gradients: leave it out here"
         )
-    leaves = {name: params[name].detach().requires_grad_() for name in names}
-    batch = pytree.tree_map_only(Tensor, _own_leaf, batch)
-    given = {**params, **leaves}, buffers, batch
+    # All of them require grad, as a model may ask its parameters whether they do.
+    leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
+    asked = {name: leaves[name] for name in names}
+    given = leaves, buffers, pytree.tree_map_only(Tensor, _own_leaf, batch)
+    differentiating: Any = loss_fn.differentiating
     with torch.enable_grad(), differentiating(*given) as returned:
         loss, aux = _loss_and_aux(returned, buffers)
         if loss.requires_grad:
+            inputs = [*asked.values()] if loss_fn.prunes() else None
             # Unlike autograd.grad, it also runs the checkpoints that are reentrant.
-            torch.autograd.backward(loss if scale is None else loss * scale)
+            torch.autograd.backward(loss if scale is None else loss * scale, inputs=inputs)
     grads = {
-        name: _dense(leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None
+        name: _dense(leaf.grad) for name, leaf in asked.items() if leaf.grad is not None
     }
     return loss.detach(), pytree.tree_map(_detached, aux), grads
 

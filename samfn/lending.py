@@ -26,6 +26,12 @@ WRITES = (
     " to state.params after the step"
 )
 
+BY_ANOTHER_NAME = (
+    "the forward pass reaches the model's own {} by another way than the module's"
+    " attribute, as a list or a closure that keeps the tensor: what a step lends the model"
+    " is not there"
+)
+
 
 class Place(NamedTuple):
     """Where a module keeps a tensor."""
@@ -206,18 +212,23 @@ def changes_gradients(model: nn.Module) -> str | None:
 
 
 class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises before an operation writes to one of some tensors."""
+    """Raises before an operation writes to one of some tensors, or takes one of others."""
 
-    def __init__(self, tensors: Params) -> None:
+    def __init__(self, tensors: Params, others: Params) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = {address(tensor): name for name, tensor in tensors.items()}
         self._names.pop(None, None)
+        self._others = {address(tensor): name for name, tensor in others.items()}
+        self._others.pop(None, None)
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, unless it would write."""
         kwargs = kwargs or {}
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (taken := self._others.get(address(leaf))):
+                raise ValueError(BY_ANOTHER_NAME.format(taken))
         for index, argument in enumerate(operation._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue

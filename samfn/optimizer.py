@@ -139,7 +139,8 @@ class SAM(torch.optim.Optimizer):
             torch._foreach_add_([params[name] for name in part], list(step.values()))
         if zero_grad:
             self.zero_grad()
-        self._watch = _Watch(min(params.values(), key=Tensor.numel), self._finite)
+        full = [p for p in params.values() if p.numel()]
+        self._watch = _Watch(min(full, key=Tensor.numel), self._finite) if full else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.optim.swa_utils import update_bn
 from torch.utils import _pytree as pytree
@@ -17,7 +18,15 @@ from torch.utils import _pytree as pytree
 from samfn import border
 from samfn.batches import length_of
 from samfn.gradient import Aux, GradientError, Loss
-from samfn.lending import WRITES, Lender, ReadOnly, address, changes_gradients, graph
+from samfn.lending import (
+    BY_ANOTHER_NAME,
+    WRITES,
+    Lender,
+    ReadOnly,
+    address,
+    changes_gradients,
+    graph,
+)
 from samfn.tree import Batch, Params
 
 # By name: importing FSDP takes a second.
@@ -276,19 +285,20 @@ class _Supervised:
                 f"{hooked} has a hook that may change gradients; the second derivative of"
                 " the loss is another thing than that of what hooks make of the first"
             )
-        loss, aux = self._forward(params, buffers, batch)
+        loss, aux = self._forward(params, buffers, batch, leaves=True)
         if not self._derived:
-            self._require_own_leaves(loss)
+            self._require_own_leaves(loss, params)
             kinds = {node.name() for node in graph(loss)}
             self._derived, self._reentrant = True, REENTRANT in kinds
         # What is computed again writes statistics again: to copies that nobody reads.
         again = {name: _copied(buffers[name]) for name in self._lender.buffers}
-        with self._lender.holding({**params, **buffers, **again}):
+        lent = self._lent(params, buffers, leaves=True)
+        with self._lender.holding({**buffers, **lent, **again}):
             yield loss, aux
 
     def prunes(self) -> bool:
         """Return whether no part is known to recompute by a reentrant function."""
-        return self._derived and not self._reentrant
+        return not self._reentrant
 
     def check(self, params: Params, buffers: Params) -> None:
         """Raise unless `params` and `buffers` are what `split(model)` gives.
@@ -300,6 +310,13 @@ class _Supervised:
         if torch.compiler.is_compiling():
             return  # `function` compares the names, and a graph knows no addresses.
         self._look_again()
+        trained = {
+            place.name
+            for place in self._lender.places
+            if place.kind == "_parameters" and place.own.requires_grad
+        }
+        if trained != self._params.keys():  # Some were frozen since, or no longer are.
+            self._params, self._buffers = _references(self._model)
         try:
             self._require_own(params, buffers)
         except ValueError:  # The model may have been moved or cast since it was wrapped.
@@ -319,27 +336,34 @@ class _Supervised:
         self._lender = Lender(self._model)
         self._hooks = self._lender.hooks()
 
-    def _forward(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+    def _forward(
+        self, params: Params, buffers: Params, batch: Batch, *, leaves: bool = False
+    ) -> tuple[Tensor, Aux]:
+        """Go forward; `leaves` are parameters that were made for this pass alone."""
         # The model's own tensor would stand in for a missing name.
         border.require_same_names(self._params, params, names="the model and params")
         border.require_same_names(self._buffers, buffers, names="the model and buffers")
         if torch.compiler.is_compiling():
-            return self._run(params, buffers, batch)
+            if self._hooks:
+                raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
+            return self._run(params, buffers, batch, {})
         self._look_again()
-        inside = any(map(is_functorch_wrapped_tensor, params.values()))  # has no memory
-        if inside or self._model.training in self._modes:
-            return self._run(params, buffers, batch)
-        found = self._watched(params, buffers, batch)
+        inside = any(map(is_functorch_wrapped_tensor, params.values()))
+        lent = self._lent(params, buffers, leaves=leaves)
+        if inside:  # There is no memory to be watched.
+            return self._run(params, buffers, batch, lent)
+        found = self._watched(params, buffers, batch, lent)
         self._modes.add(self._model.training)
         return found
 
-    def _run(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+    def _run(
+        self, params: Params, buffers: Params, batch: Batch, lent: Params
+    ) -> tuple[Tensor, Aux]:
         # What a forward pass writes, it writes to copies.
-        inputs, targets = pytree.tree_map_only(Tensor, _copied, _pair(batch))
+        inputs, targets = pytree.tree_map_only(Tensor, torch.clone, _pair(batch))
         fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
-        given = {**params, **buffers, **fresh, **self._with_hooks(params)}
         precision = self._precision(next(iter(params.values())).device.type)
-        with self._lender.holding(given) as new, precision:
+        with self._lender.holding({**params, **buffers, **lent, **fresh}) as new, precision:
             outputs = self._model(*arguments(inputs))
             loss = _loss_of(self._criterion(outputs, targets))
         aux = Aux(outputs, {**buffers, **new})
@@ -347,32 +371,54 @@ class _Supervised:
             return loss.mean(), aux._replace(losses=loss)
         return loss, aux
 
-    def _watched(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        """Go forward for the first time; raise where that writes to what it may read."""
-        aliases = {name: buffer.detach() for name, buffer in buffers.items()}
-        given = {**params, **aliases}
-        addresses = {name: address(tensor) for name, tensor in given.items()}
-        with ReadOnly(given):
-            loss, aux = self._run(params, aliases, batch)
-        for name, tensor in given.items():
-            if address(tensor) != addresses[name]:
-                raise ValueError(WRITES.format(name))
-        own = {
-            name: buffers[name] if new is aliases[name] else new
-            for name, new in aux.buffers.items()
-        }
-        return loss, aux._replace(buffers=own)
+    def _watched(
+        self, params: Params, buffers: Params, batch: Batch, lent: Params
+    ) -> tuple[Tensor, Aux]:
+        """Go forward, and raise where that writes to what it may only read.
 
-    def _with_hooks(self, params: Params) -> dict[str, Tensor]:
-        """Return the parameters that have hooks in the model, with these hooks."""
-        if self._hooks and torch.compiler.is_compiling():
-            raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
-        found: dict[str, Tensor] = {}
+        The first pass in each mode is watched as it goes, the others are looked at after.
+        """
+        first = self._model.training not in self._modes
+        own = {place.name: place.own for place in self._lender.places}
+        before = [*_versions(lent, WRITES), *_versions(own, BY_ANOTHER_NAME)]
+        with self._reading(params, buffers) if first else nullcontext():
+            loss, aux = self._run(params, buffers, batch, lent)
+        for tensor, version, place, told in before:
+            if tensor._version != version or tensor.data_ptr() != place:
+                raise ValueError(told)
+        return loss, aux
+
+    def _reading(self, params: Params, buffers: Params) -> ReadOnly:
+        criterion = self._criterion
+        kept = dict(criterion.named_buffers()) if isinstance(criterion, nn.Module) else {}
+        mine = {f"the criterion's {name}": buffer for name, buffer in kept.items()}
+        own = {name: w for name, w in self._params.items() if name in params}
+        return ReadOnly({**mine, **buffers, **params}, own)
+
+    def _lent(self, params: Params, buffers: Params, *, leaves: bool) -> dict[str, Tensor]:
+        """Return the parameters as the model knows its own: with attributes and hooks."""
+        lent: dict[str, Tensor] = {}
+        for name, _, kind, _, own in self._lender.places:
+            if kind == "_buffers" or name in lent:
+                continue
+            given = params[name] if name in params else buffers[name]
+            if given.requires_grad:
+                new = given if leaves else given.view_as(given)
+            else:
+                new = given.detach()
+                if not torch.is_grad_enabled() and not leaves:
+                    new.requires_grad_(own.requires_grad)
+            vars(new).update(vars(own))
+            if isinstance(own, nn.Parameter):
+                cast(Any, new)._is_param = True  # isinstance of a Parameter asks for it.
+            lent[name] = new
         for name, hooks in self._hooks.items():
-            found[name] = params[name].view_as(params[name])
-            for hook in hooks if params[name].requires_grad else ():
-                found[name].register_hook(hook)  # type: ignore[no-untyped-call]
-        return found
+            if lent[name].requires_grad and torch.is_grad_enabled():
+                hooked = lent[name].view_as(lent[name])
+                for hook in hooks:
+                    hooked.register_hook(hook)  # type: ignore[no-untyped-call]
+                lent[name] = hooked
+        return lent
 
     def _precision(self, device: str) -> AbstractContextManager[Any]:
         if self._dtype is None and not torch.is_autocast_enabled(device):
@@ -383,12 +429,13 @@ class _Supervised:
         _require_layout(self._params, params, "params")
         _require_layout(self._buffers, buffers, "buffers")
 
-    def _require_own_leaves(self, loss: Tensor) -> None:
+    def _require_own_leaves(self, loss: Tensor, params: Params) -> None:
         """Raise where a gradient would go to a parameter that nobody trains."""
         names = {id(p): name for name, p in self._model.named_parameters()}
+        lent = {id(w) for w in params.values()}
         for node in graph(loss):
             foreign = getattr(node, "variable", None)
-            if isinstance(foreign, nn.Parameter):
+            if isinstance(foreign, nn.Parameter) and id(foreign) not in lent:
                 name = names.get(id(foreign), f"one of shape {tuple(foreign.shape)}")
                 raise GradientError(
                     f"the loss depends on a parameter that is not in params: {name}. Make"
@@ -448,22 +495,28 @@ def _weighing(criterion: Any) -> Callable[[Batch], int | Tensor] | None:
     sum of weight[target] over the targets that are not ignored
     """
     given: dict[str, Any] = {}
-    while isinstance(criterion, partial):
+    while isinstance(criterion, partial) and not criterion.args:
         given, criterion = {**criterion.keywords, **given}, criterion.func
-    if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
-        given = vars(criterion) | {"weight": criterion.weight}
-    elif criterion not in (nn.functional.cross_entropy, nn.functional.nll_loss):
+    is_module = type(criterion) in (nn.CrossEntropyLoss, nn.NLLLoss)
+    if not is_module and criterion not in (
+        nn.functional.cross_entropy,
+        nn.functional.nll_loss,
+    ):
         return None
-    if given.get("reduction", "mean") != "mean":
-        return None
-    ignored, weights = given.get("ignore_index", -100), given.get("weight")
 
     def weigh(batch: Batch) -> int | Tensor:
+        said = given
+        if is_module:  # Its attributes may be set anew.
+            said = {**vars(criterion), "weight": criterion.weight}
+        reduction = said.get("reduction", "mean")
+        if reduction == "sum":
+            raise ValueError("expected a mean of the examples' losses, got their sum")
         _, targets = _pair(batch)
-        if targets.is_floating_point():  # Probabilities of the classes: none is ignored.
+        # Of probabilities of the classes, none is ignored.
+        if reduction != "mean" or targets.is_floating_point():
             return length_of(batch)
-        counts = targets != ignored
-        if weights is None:
+        counts = targets != said.get("ignore_index", -100)
+        if (weights := said.get("weight")) is None:
             number: Tensor = counts.sum()
             return number
         return torch.where(counts, weights[torch.where(counts, targets, 0)], 0).sum()
@@ -491,6 +544,17 @@ def _pair(batch: Any) -> tuple[Any, Any]:
             f" {tuple(targets.shape)}"
         )
     return inputs, targets
+
+
+def _versions(tensors: Params, told: str) -> Iterator[tuple[Tensor, int, int, str]]:
+    """Yield tensors with what shows whether they were written, and what to say then."""
+    for name, tensor in tensors.items():
+        if (
+            address(tensor) is not None
+            and not tensor.is_inference()
+            and not is_fake(tensor)
+        ):
+            yield tensor, tensor._version, tensor.data_ptr(), told.format(name)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -413,3 +413,144 @@ def test_a_gradient_by_some_parameters_goes_through_what_is_computed_again(reent
         found = evaluate(fresh, params, buffers, batch, wrt=some).grads
         assert_close(found, {name: whole[name] for name in some}, rtol=0, atol=0)
         assert found["inner.0.weight"].any()
+
+
+def test_hooks_of_parameters_run_in_what_a_reentrant_checkpoint_computes_again():
+    model = checkpointed(reentrant=True)
+    model.inner[0].weight.register_hook(lambda grad: 0 * grad)
+    params, buffers = samfn.split(model)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    seen = evaluate(loss_fn, params, buffers, (habits.vectors(), habits.classes()))
+    assert not seen.grads["inner.0.weight"].any()
+    assert seen.grads["inner.3.weight"].any()
+
+
+class Asking(nn.Module):
+    """A module that asks what its parameters are."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = habits.head(), nn.Parameter(torch.tensor(2.0))
+        self.layer.bias.gain = 3.0
+
+    def forward(self, x):
+        scale = self.scale if isinstance(self.scale, nn.Parameter) else 1.0
+        return self.layer(x) * scale * getattr(self.layer.bias, "gain", 1.0)
+
+
+def test_parameters_are_lent_as_parameters_with_their_attributes():
+    model = Asking().double()
+    batch = habits.vectors(), habits.classes()
+    expected = F.cross_entropy(model(batch[0]), batch[1])
+    _, metrics = taken(model, batch=batch)
+    assert_close(metrics.loss, expected.detach())
+    assert type(samfn.split(model)[0]["scale"]) is torch.Tensor
+
+
+def test_a_penalty_on_what_requires_grad_is_the_same_in_every_pass():
+    model = habits.head().double()
+    batch = habits.vectors(), habits.classes()
+
+    def criterion(outputs, targets):
+        squares = [p.square().sum() for p in model.parameters() if p.requires_grad]
+        return F.cross_entropy(outputs, targets) + sum(squares)
+
+    expected = criterion(model(batch[0]), batch[1]).item()
+    loss_fn = samfn.supervised(model, criterion)
+    params, buffers = samfn.split(model)
+    for wrt in (None, (), ("bias",)):
+        seen = evaluate(loss_fn, params, buffers, batch, wrt=wrt)
+        assert seen.loss.item() == pytest.approx(expected)
+    with torch.no_grad():
+        assert loss_fn(params, buffers, batch)[0].item() == pytest.approx(expected)
+    assert not any(w.requires_grad for w in params.values())
+
+
+def test_what_is_frozen_between_steps_is_not_trained_in_silence():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)).double()
+    loss_fn, optimizer = samfn.supervised(model, F.cross_entropy), samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    given = {"loss_fn": loss_fn, "optimizer": optimizer, "lr": 0.1}
+    batch = habits.vectors(), habits.classes()
+    state, _ = samfn.sam_update(state, batch, **given)
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"model and params must have the same names"):
+        samfn.sam_update(state, batch, **given)
+
+
+class Later(nn.Linear):
+    """A layer that begins to clip its weight at its third pass."""
+
+    passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        if self.passes > 2:
+            with torch.no_grad():
+                self.weight.clamp_(-0.01, 0.01)
+        return super().forward(x)
+
+
+class Listed(nn.Module):
+    """A module that reaches a tensor of its own by a list."""
+
+    def __init__(self, *, buffer):
+        super().__init__()
+        self.layer = habits.head()
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+        self.layer.double()
+        self.kept = [self.mean if buffer else self.layer.weight]
+
+    def forward(self, x):
+        if self.kept[0] is self.mean or self.kept[0].ndim == 1:
+            return self.layer(x - self.kept[0].mul_(0.9).add_(x.mean(0)))
+        with torch.no_grad():
+            shift = F.linear(x, self.kept[0])
+        return self.layer(x) + shift
+
+
+def test_writes_that_begin_later_and_tensors_behind_the_attributes_are_errors():
+    model = Later(6, 3).double()
+    taken(model)  # two passes
+    with pytest.raises(ValueError, match="the forward pass writes to weight"):
+        taken(model)
+    for buffer, name in ((True, "mean"), (False, "layer.weight")):
+        with pytest.raises(ValueError, match=f"model's own {name} by another way"):
+            taken(Listed(buffer=buffer))
+
+
+def test_a_leaf_of_the_caller_gets_no_gradient():
+    leaf = torch.ones((), dtype=torch.float64, requires_grad=True)
+    taken(habits.head().double(), criterion=lambda out, y: F.cross_entropy(out * leaf, y))
+    assert leaf.grad is None
+
+
+def test_a_criterion_that_writes_to_its_buffers_is_an_error():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, outputs, targets):
+            self.centre.mul_(0.9).add_(outputs.detach().mean(0))
+            return F.cross_entropy(outputs - self.centre, targets)
+
+    with pytest.raises(ValueError, match="writes to the criterion's centre"):
+        taken(habits.head().double(), criterion=Centred())
+
+
+def test_what_a_mean_is_over_follows_the_criterion_and_sums_are_none():
+    batch = torch.ones(4, 6), torch.tensor([0, 1, 2, 2])
+    criterion = nn.CrossEntropyLoss()
+    weigh = samfn.supervised(nn.Linear(6, 3), criterion).weigh
+    assert weigh(batch) == 4
+    criterion.ignore_index = 2
+    assert weigh(batch) == 2
+
+    class Focal(nn.CrossEntropyLoss):
+        """Reduces in a way of its own."""
+
+    assert samfn.supervised(nn.Linear(6, 3), Focal(ignore_index=2)).weigh(batch) == 4
+    summed = partial(F.cross_entropy, reduction="sum")
+    with pytest.raises(ValueError, match="expected a mean of the examples' losses"):
+        samfn.supervised(nn.Linear(6, 3), summed).weigh(batch)

@@ -178,8 +178,6 @@ class Watched:
         self.derived.append({name for name, w in params.items() if w.requires_grad})
         return self.loss_fn(params, buffers, batch)
 
-    pure = True
-
 
 COMPARES = samfn.gsam()  # It needs the clean gradient of every parameter.
 

@@ -390,8 +390,8 @@ def test_an_estimate_that_fails_ends_no_run():
 
 
 @pytest.mark.slow
-def test_the_ninth_shape_of_a_batch_is_a_step_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_the_ninth_shape_of_a_batch_is_a_step_of_its_own():
     state, step, eager = task(tiny(), plan="gradient")
     batch = batches(1)[0]
     parts = [tuple(x[:size] for x in batch) for size in (2, 3, 4, 5)]

@@ -294,7 +294,7 @@ def test_nothing_that_was_given_changes():
     before = [
         {n: (leaf, leaf.data_ptr(), leaf.clone()) for n, leaf in t.items()} for t in given
     ]
-    model = loss_fn._model
+    model = loss_fn.function.__self__._model
     weights = {name: leaf.clone() for name, leaf in model.state_dict().items()}
     plane(params, buffers, data, ways, COORDINATES, [-1.0, 1.0], loss_fn=loss_fn)
     ascent(params, buffers, data, loss_fn=loss_fn)
@@ -412,7 +412,9 @@ def test_bad_input_says_what_came(change, error, message):
 
 def test_a_state_that_shares_its_memory_with_the_model_is_refused():
     _, buffers, loss_fn, data = network()
-    own = {name: w.detach() for name, w in loss_fn._model.named_parameters()}
+    own = {
+        name: w.detach() for name, w in loss_fn.function.__self__._model.named_parameters()
+    }
     for evaluated in (
         lambda: line(own, buffers, data, own, [0.0], loss_fn=loss_fn),
         lambda: ascent(own, buffers, data, loss_fn=loss_fn),

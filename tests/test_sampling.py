@@ -489,7 +489,7 @@ def one_thread():
 
 def train_on_digits(seed, lr, *, epochs, **options):
     """Train a small network, pruned if there are options; return accuracy and report."""
-    images, labels, test_images, test_labels, _ = read_digits()
+    images, labels, test_images, test_labels, *_ = read_digits()
     inputs, test_inputs = (x.flatten(1) / images.max() for x in (images, test_images))
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -29,6 +29,7 @@ from samfn import border, gradient
 from samfn.descend import Optimizer
 from samfn.distributed import Placement
 from samfn.gradient import Loss, LossFn, as_loss
+from samfn.lending import ImpureError
 from samfn.method import Method
 from samfn.methods import sam
 from samfn.randomness import random_state, set_random_state
@@ -414,7 +415,7 @@ def _choose(
         return wanted
     try:
         count = operations(loss_fn, state, batch)
-    except gradient.GradientError:
+    except (gradient.GradientError, ImpureError):
         raise
     except Exception:  # Whatever a model does that needs real values.
         count = 0

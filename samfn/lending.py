@@ -33,6 +33,10 @@ BY_ANOTHER_NAME = (
 )
 
 
+class ImpureError(ValueError):
+    """A forward pass changes or reads what no function of its arguments would."""
+
+
 class Place(NamedTuple):
     """Where a module keeps a tensor."""
 
@@ -93,7 +97,7 @@ class Lender:
         Gives a dict that holds the model's buffers as they were left, when it is closed.
 
         Raises:
-            ValueError: the structure of the model changed in the meantime.
+            ImpureError: the structure of the model changed in the meantime.
         """
         eager = not torch.compiler.is_compiling()
         remembered: list[dict[str, Any]] = []
@@ -114,7 +118,7 @@ class Lender:
                 if place.kind == "_buffers":
                     now = place.get()
                     if left.setdefault(place.name, now) is not now:
-                        raise ValueError(
+                        raise ImpureError(
                             "the forward pass gives another tensor to one of the names of"
                             f" the buffer {place.name}: change it in place"
                         )
@@ -164,7 +168,7 @@ class _Kept(NamedTuple):
         """Raise if something was added, removed or, of modules, replaced.
 
         Raises:
-            ValueError: says where and what.
+            ImpureError: says where and what.
         """
         own = self.module.__dict__
         for kind, before in zip(KINDS, self.held, strict=True):
@@ -176,7 +180,7 @@ class _Kept(NamedTuple):
                 same = old is new if kind == "_modules" else (old is None) == (new is None)
                 if not same:
                     where = f"{self.name}.{name}" if self.name else name
-                    raise ValueError(
+                    raise ImpureError(
                         f"the forward pass makes or replaces {where}, which the state does"
                         " not know: run a batch through the model before samfn.split, and"
                         " let forward change no more than the values of buffers"
@@ -228,14 +232,14 @@ class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and (taken := self._others.get(address(leaf))):
-                raise ValueError(BY_ANOTHER_NAME.format(taken))
+                raise ImpureError(BY_ANOTHER_NAME.format(taken))
         for index, argument in enumerate(operation._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             written = args[index] if index < len(args) else kwargs.get(argument.name)
             for leaf in pytree.tree_leaves(written):
                 if isinstance(leaf, Tensor) and address(leaf) in self._names:
-                    raise ValueError(WRITES.format(self._names[address(leaf)]))
+                    raise ImpureError(WRITES.format(self._names[address(leaf)]))
         return operation(*args, **kwargs)
 
 

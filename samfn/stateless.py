@@ -21,6 +21,7 @@ from samfn.gradient import Aux, GradientError, Loss
 from samfn.lending import (
     BY_ANOTHER_NAME,
     WRITES,
+    ImpureError,
     Lender,
     ReadOnly,
     address,
@@ -385,7 +386,7 @@ class _Supervised:
             loss, aux = self._run(params, buffers, batch, lent)
         for tensor, version, place, told in before:
             if tensor._version != version or tensor.data_ptr() != place:
-                raise ValueError(told)
+                raise ImpureError(told)
         return loss, aux
 
     def _reading(self, params: Params, buffers: Params) -> ReadOnly:

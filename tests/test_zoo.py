@@ -46,7 +46,7 @@ COMPILED = {
     "targets in place": "exact, whole",
     "layer drop": "exact, eager (samfn goes on uncompiled: ",
     "hook on a parameter": "exact, eager (samfn goes on uncompiled: ",
-    "weight in place": "refused: ValueError: the forward pass writes to weight",
+    "weight in place": "refused: ImpureError: the forward pass writes to weight",
 }
 
 

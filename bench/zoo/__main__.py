@@ -4,6 +4,7 @@ python -m bench.zoo --report bench/results
 python -m bench.zoo --only habits --only transformers --no-compiled
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -131,20 +132,19 @@ def main(options: Options) -> None:
     if options.output.exists():
         rows = [json.loads(line) for line in options.output.read_text().splitlines()]
     known = {row["network"] for row in rows}
-    for case in cases(options):
-        if case.name in known:
-            continue
-        started = time.perf_counter()
-        row = apart(case, options)
-        rows.append(row)
-        measure.emit(
-            row | {"seconds": round(time.perf_counter() - started, 1)}, options.output
-        )
+    asked = [*cases(options)]
+    with contextlib.suppress(KeyboardInterrupt):  # The same command goes on.
+        for case in asked:
+            if case.name not in known:
+                started = time.perf_counter()
+                rows.append(apart(case, options))
+                seconds = round(time.perf_counter() - started, 1)
+                measure.emit(rows[-1] | {"seconds": seconds}, options.output)
     about = measure.environment()
     command = "python -m bench.zoo " + " ".join(sys.argv[1:])
     wrong = sum("WRONG" in str(row.values()) for row in rows)
     text = (
-        f"# samfn on {len(rows)} networks and modules\n\n"
+        f"# samfn on {len(rows)} of {len(asked)} networks and modules\n\n"
         f"{about['date']}, {about['device']}, torch {about['torch']}, Python"
         f" {about['python']}; `{command}`\n\n"
         f'Wrong: {wrong}. "exact" is equal to a plain loop that overwrites the weights,'

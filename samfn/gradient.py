@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from samfn import border, tree
 from samfn.batches import length_of
 from samfn.kernels import twice_differentiable
+from samfn.lending import REENTRANT, graph
 from samfn.tree import Batch, Params
 
 
@@ -47,9 +48,6 @@ class Loss:
     """(params, buffers, batch, twice=False) -> a context that gives what `function`
     returns, and in which a backward pass may read again what the forward pass has read; or
     two of them, with `twice`. None where it is not known whether the function is pure."""
-    prunes: Callable[[], bool] = lambda: True
-    """Whether a backward pass may stop at the parameters that are asked for. What
-    recomputes by a reentrant function is differentiated by all that it depends on."""
     weigh: Callable[[Batch], "int | Tensor"] = length_of
     """batch -> what its loss is a mean over, shape (): the number of examples, or of those
     that count, or the sum of their weights."""
@@ -141,7 +139,7 @@ def evaluate(
     # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
     # the operations of a small network; a function that is known to be pure is spared it.
     elif loss_fn.differentiating and not torch.compiler.is_compiling():
-        loss, aux, grads = _by_autograd(loss_fn, *given, names, scale)
+        loss, aux, grads = _by_autograd(loss_fn.differentiating, *given, names, scale)
     else:
         loss, aux, grads = _by_func(loss_fn.function, *given, names, scale)
     if wrt is None and not grads:
@@ -164,7 +162,7 @@ or of all if it reaches any; detached."""
 
 
 def _by_autograd(
-    loss_fn: Loss,
+    differentiating: Callable[..., AbstractContextManager[Any]],
     params: Params,
     buffers: Params,
     batch: Batch,
@@ -179,17 +177,38 @@ def _by_autograd(
     leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     asked = {name: leaves[name] for name in names}
     given = leaves, buffers, pytree.tree_map_only(Tensor, _own_leaf, batch)
-    differentiating: Any = loss_fn.differentiating
     with torch.enable_grad(), differentiating(*given) as returned:
         loss, aux = _loss_and_aux(returned, buffers)
         if loss.requires_grad:
-            inputs = [*asked.values()] if loss_fn.prunes() else None
-            # Unlike autograd.grad, it also runs the checkpoints that are reentrant.
+            kinds = _kinds_of_nodes(loss, leaves)
+            # A reentrant checkpoint gives gradients to all that it recomputes, or to none.
+            inputs = None if REENTRANT in kinds else [*asked.values()]
             torch.autograd.backward(loss if scale is None else loss * scale, inputs=inputs)
     grads = {
         name: _dense(leaf.grad) for name, leaf in asked.items() if leaf.grad is not None
     }
     return loss.detach(), pytree.tree_map(_detached, aux), grads
+
+
+def _kinds_of_nodes(loss: Tensor, leaves: Params) -> set[str]:
+    """Return the names of the nodes that a backward pass from `loss` goes through.
+
+    Raises:
+        GradientError: one is a parameter that is none of the leaves, whose gradient would
+            be lost.
+    """
+    own = {id(leaf) for leaf in leaves.values()}
+    kinds = set()
+    for node in graph(loss):
+        kinds.add(node.name())
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, torch.nn.Parameter) and id(leaf) not in own:
+            raise GradientError(
+                "the loss depends on a parameter that is not in params, of shape"
+                f" {tuple(leaf.shape)}: make it a part of the model, or let it not require"
+                " grad"
+            )
+    return kinds
 
 
 def _own_leaf(leaf: Tensor) -> Tensor:

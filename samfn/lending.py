@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from samfn.tree import Params
 
 KINDS = "_parameters", "_buffers", "_modules"
+REENTRANT = "CheckpointFunctionBackward"  # as autograd calls what it does
 CACHES = "_flat_weights", "_flat_weight_refs"  # of recurrent layers
 
 WRITES = (

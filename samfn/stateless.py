@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from samfn import border
 from samfn.batches import length_of
-from samfn.gradient import Aux, GradientError, Loss
+from samfn.gradient import Aux, Loss
 from samfn.lending import (
     BY_ANOTHER_NAME,
+    REENTRANT,
     WRITES,
     ImpureError,
     Lender,
@@ -38,7 +39,6 @@ WRAPPERS = {
     "FSDPModule",
 }
 
-REENTRANT = "CheckpointFunctionBackward"
 RECOMPUTES = (
     "this model computes parts of its forward pass again during the backward pass (gradient"
     " checkpointing), and would read its own weights then: take the gradient by a step or a"
@@ -259,7 +259,6 @@ class _Supervised:
         self._lender = Lender(model)
         self._hooks = self._lender.hooks()
         self._modes: set[bool] = set()  # in which a forward pass was watched
-        self._derived = self._reentrant = False
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         """Return the loss and, beside it, the model's outputs and new buffers."""
@@ -287,19 +286,11 @@ class _Supervised:
                 " the loss is another thing than that of what hooks make of the first"
             )
         loss, aux = self._forward(params, buffers, batch, leaves=True)
-        if not self._derived:
-            self._require_own_leaves(loss, params)
-            kinds = {node.name() for node in graph(loss)}
-            self._derived, self._reentrant = True, REENTRANT in kinds
         # What is computed again writes statistics again: to copies that nobody reads.
         again = {name: _copied(buffers[name]) for name in self._lender.buffers}
         lent = self._lent(params, buffers, leaves=True)
         with self._lender.holding({**buffers, **lent, **again}):
             yield loss, aux
-
-    def prunes(self) -> bool:
-        """Return whether no part is known to recompute by a reentrant function."""
-        return not self._reentrant
 
     def check(self, params: Params, buffers: Params) -> None:
         """Raise unless `params` and `buffers` are what `split(model)` gives.
@@ -430,19 +421,6 @@ class _Supervised:
         _require_layout(self._params, params, "params")
         _require_layout(self._buffers, buffers, "buffers")
 
-    def _require_own_leaves(self, loss: Tensor, params: Params) -> None:
-        """Raise where a gradient would go to a parameter that nobody trains."""
-        names = {id(p): name for name, p in self._model.named_parameters()}
-        lent = {id(w) for w in params.values()}
-        for node in graph(loss):
-            foreign = getattr(node, "variable", None)
-            if isinstance(foreign, nn.Parameter) and id(foreign) not in lent:
-                name = names.get(id(foreign), f"one of shape {tuple(foreign.shape)}")
-                raise GradientError(
-                    f"the loss depends on a parameter that is not in params: {name}. Make"
-                    " it a part of the model, or let it not require grad"
-                )
-
 
 def supervised(
     model: nn.Module,
@@ -487,7 +465,7 @@ def supervised(
             )
     made = _Supervised(model, criterion, dtype)
     weigh = _weighing(criterion) or length_of
-    return Loss(made.function, made.check, made.differentiating, made.prunes, weigh)
+    return Loss(made.function, made.check, made.differentiating, weigh)
 
 
 def _weighing(criterion: Any) -> Callable[[Batch], int | Tensor] | None:

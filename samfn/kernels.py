@@ -27,7 +27,7 @@ def twice_differentiable() -> Iterator[None]:
     Fused attention, the recurrent layers of oneDNN and cuDNN, and hardsigmoid have none:
     attention is computed by its matrices, recurrent layers step by step, hardsigmoid by its
     formula. That of `normalize` is NaN at a vector of zeros, as padded windows have them,
-    and that of `weight_norm` is wrong by the direction (torch 2.11 to 2.14, on a CPU); by
+    and that of `weight_norm` is wrong by the direction (torch 2.14, on a CPU); by
     formulas they are right. The values differ by rounding.
 
     A function of one's own whose backward pass is marked `once_differentiable` is not found

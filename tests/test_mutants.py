@@ -115,7 +115,7 @@ MUTANTS = {
     ),
     "the model has its own weights back before the backward pass": (
         "stateless.py",
-        "        with self._lender.holding({**params, **buffers, **again}):\n"
+        "        with self._lender.holding({**buffers, **lent, **again}):\n"
         "            yield loss, aux",
         "        yield loss, aux",
         "zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason",
@@ -134,7 +134,7 @@ MUTANTS = {
     ),
     "the forward pass may write to the batch": (
         "stateless.py",
-        "inputs, targets = pytree.tree_map_only(Tensor, _copied, _pair(batch))",
+        "inputs, targets = pytree.tree_map_only(Tensor, torch.clone, _pair(batch))",
         "inputs, targets = _pair(batch)",
         "zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason",
     ),

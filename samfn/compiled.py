@@ -213,9 +213,8 @@ class CompiledUpdate:
                     self._runs[kind], self.plan = run, plan
                     return found
                 set_random_state(random)
-                if (
-                    result is None
-                ):  # What is the caller's mistake is told by the caller's code.
+                # What is the caller's mistake is told by the caller's code.
+                if result is None:
                     result = eager(state, batch, *dials)
                     after = random_state()
                     set_random_state(random)
@@ -525,15 +524,17 @@ class _Recorded(_Owned):
         here = torch.cuda.current_stream()
         aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # Compiles, tunes, and makes the libraries' workspaces.
-                in_place(state, *inputs)
-        here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            metrics = in_place(state, *inputs)
-        _overwrite(state._asdict(), before._asdict())
-        torch.cuda.set_rng_state(random)
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(3):  # Compiles, tunes, and makes the libraries' workspaces.
+                    in_place(state, *inputs)
+            here.wait_stream(aside)
+            with torch.cuda.graph(graph):
+                metrics = in_place(state, *inputs)
+        finally:  # What cannot be recorded is taken eagerly, from where the step began.
+            _overwrite(state._asdict(), before._asdict())
+            torch.cuda.set_rng_state(random)
         return graph, inputs, metrics
 
 

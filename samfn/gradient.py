@@ -5,7 +5,7 @@ alone or together with an `Aux`. It reads no other state and changes nothing. An
 will do; a `Loss` is one of which more is known.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, cast
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from samfn import border, tree
 from samfn.batches import length_of
 from samfn.kernels import twice_differentiable
-from samfn.lending import REENTRANT, graph
+from samfn.lending import graph, is_reentrant
 from samfn.tree import Batch, Params
 
 
@@ -180,9 +180,10 @@ def _by_autograd(
     with torch.enable_grad(), differentiating(*given) as returned:
         loss, aux = _loss_and_aux(returned, buffers)
         if loss.requires_grad:
-            kinds = _kinds_of_nodes(loss, leaves)
+            nodes = graph(loss)
+            _require_known(nodes, leaves)
             # A reentrant checkpoint gives gradients to all that it recomputes, or to none.
-            inputs = None if REENTRANT in kinds else [*asked.values()]
+            inputs = None if is_reentrant(nodes) else [*asked.values()]
             torch.autograd.backward(loss if scale is None else loss * scale, inputs=inputs)
     grads = {
         name: _dense(leaf.grad) for name, leaf in asked.items() if leaf.grad is not None
@@ -190,25 +191,21 @@ def _by_autograd(
     return loss.detach(), pytree.tree_map(_detached, aux), grads
 
 
-def _kinds_of_nodes(loss: Tensor, leaves: Params) -> set[str]:
-    """Return the names of the nodes that a backward pass from `loss` goes through.
+def _require_known(nodes: Iterable[Any], leaves: Params) -> None:
+    """Raise where a graph ends in a parameter that is none of the leaves.
 
     Raises:
-        GradientError: one is a parameter that is none of the leaves, whose gradient would
-            be lost.
+        GradientError: its gradient would be lost.
     """
+    ends = [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad"]
     own = {id(leaf) for leaf in leaves.values()}
-    kinds = set()
-    for node in graph(loss):
-        kinds.add(node.name())
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, torch.nn.Parameter) and id(leaf) not in own:
+    for end in ends:
+        if id(end) not in own and isinstance(end, torch.nn.Parameter):
             raise GradientError(
                 "the loss depends on a parameter that is not in params, of shape"
-                f" {tuple(leaf.shape)}: make it a part of the model, or let it not require"
+                f" {tuple(end.shape)}: make it a part of the model, or let it not require"
                 " grad"
             )
-    return kinds
 
 
 def _own_leaf(leaf: Tensor) -> Tensor:

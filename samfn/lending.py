@@ -5,13 +5,15 @@ it is read: in the module, in hooks, in what is computed again. What the module 
 is the same afterwards, to the bit and to the object.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,8 +72,16 @@ class Lender:
         self._kept = [_Kept.of(name, module) for name, module in modules]
         self.places = [*_places(modules)]
         """Where its tensors are, each place once."""
-        self.buffers = {p.name: p.own for p in self.places if p.kind == "_buffers"}
-        """What a forward pass may write to."""
+        own = {
+            kind: {p.name: p.own for p in self.places if p.kind == kind} for kind in KINDS
+        }
+        self.parameters, self.buffers, _ = own.values()
+        """What a forward pass reads, and what it may write to, too."""
+        self._watched = {p.name: p.own for p in self.places if is_watchable(p.own)}
+
+    def stands(self) -> bool:
+        """Return whether the model still holds the same modules and tensors."""
+        return all(kept.stands() for kept in self._kept)
 
     def hooks(self) -> dict[str, list[Any]]:
         """Return the hooks that parameters have for their gradients.
@@ -80,22 +90,20 @@ class Lender:
             ValueError: one waits for the gradient to stand in `.grad`, where none will be.
         """
         found: dict[str, list[Any]] = {}
-        for name, _, kind, _, own in self.places:
-            parameter: Any = own
-            if kind == "_parameters" and parameter._post_accumulate_grad_hooks:
+        for name, parameter in self.parameters.items():
+            own: Any = parameter
+            if own._post_accumulate_grad_hooks:
                 raise ValueError(
                     f"the parameter {name} has a hook that waits for its gradient in .grad,"
                     " which no function sets: remove it, and use what a step returns"
                 )
-            if kind == "_parameters" and own._backward_hooks and own.requires_grad:
+            if own._backward_hooks and own.requires_grad:
                 found[name] = [*own._backward_hooks.values()]
         return found
 
     @contextmanager
-    def holding(self, given: Params) -> Iterator[dict[str, Tensor]]:
+    def holding(self, given: Params) -> Iterator[None]:
         """Put tensors into the model, and its own ones back in the end.
-
-        Gives a dict that holds the model's buffers as they were left, when it is closed.
 
         Raises:
             ImpureError: the structure of the model changed in the meantime.
@@ -107,31 +115,70 @@ class Lender:
             if any(isinstance(tensor, FakeTensor) for tensor in given.values()):
                 # A dry run leaves nothing behind, whatever a module remembers of a pass.
                 remembered = [kept.module.__dict__.copy() for kept in self._kept]
-        left: dict[str, Tensor] = {}
-        for place in self.places:
-            place.put(given[place.name])
+        whole = False
+        self.put(given)
         try:
-            yield left
+            yield
             if eager:
-                for kept in self._kept:
-                    kept.require_same()
-            for place in self.places:
-                if place.kind == "_buffers":
-                    now = place.get()
-                    if left.setdefault(place.name, now) is not now:
-                        raise ImpureError(
-                            "the forward pass gives another tensor to one of the names of"
-                            f" the buffer {place.name}: change it in place"
-                        )
+                self._require_same()
+            whole = True
         finally:
             if eager:
                 for kept, own in zip(self._kept, remembered, strict=False):
                     kept.module.__dict__.clear()
                     kept.module.__dict__.update(own)
                 for kept in self._kept:
-                    kept.put_back()
+                    if kept.cached or not whole:
+                        kept.put_back()
             for place in self.places:
                 place.put(place.own)
+
+    def put(self, given: Params) -> None:
+        """Let the model hold those of the tensors that are given."""
+        for place in self.places:
+            if place.name in given:
+                place.put(given[place.name])
+
+    def left(self) -> dict[str, Tensor]:
+        """Return the buffers that the model holds now.
+
+        Raises:
+            ImpureError: one of them is missing, or two at the places of one.
+        """
+        left: dict[str, Tensor] = {}
+        if not torch.compiler.is_compiling():
+            self._require_same()
+        for place in self.places:
+            if place.kind == "_buffers":
+                now = place.get()
+                if left.setdefault(place.name, now) is not now:
+                    raise ImpureError(
+                        "the forward pass gives another tensor to one of the names of"
+                        f" the buffer {place.name}: change it in place"
+                    )
+        return left
+
+    def _require_same(self) -> None:
+        for kept in self._kept:
+            kept.require_same()
+
+    @contextmanager
+    def reading(self, lent: Params) -> Iterator[None]:
+        """Look whether what the model was lent, or holds itself, was written to inside.
+
+        Raises:
+            ImpureError: says which.
+        """
+        lent = {name: tensor for name, tensor in lent.items() if is_watchable(tensor)}
+        tensors = [*lent.values(), *self._watched.values()]
+        before = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+        yield
+        after = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+        if after != before:
+            told = [WRITES.format(name) for name in lent]
+            told += [BY_ANOTHER_NAME.format(name) for name in self._watched]
+            changed = map(operator.ne, after, before)
+            raise ImpureError(next(compress(told, changed)))
 
 
 def _places(modules: list[tuple[str, nn.Module]]) -> Iterator[Place]:
@@ -165,6 +212,18 @@ class _Kept(NamedTuple):
         cached = {key: own[key] for key in CACHES if key in own}
         return cls(name, module, [own[kind].copy() for kind in KINDS], cached)
 
+    def stands(self) -> bool:
+        """Return whether the module still holds the same objects."""
+        own = self.module.__dict__
+        for kind, before in zip(KINDS, self.held, strict=True):
+            now = own[kind]
+            if (now or before) and not (
+                now.keys() == before.keys()
+                and all(map(operator.is_, now.values(), before.values()))
+            ):
+                return False
+        return True
+
     def require_same(self) -> None:
         """Raise if something was added, removed or, of modules, replaced.
 
@@ -174,6 +233,8 @@ class _Kept(NamedTuple):
         own = self.module.__dict__
         for kind, before in zip(KINDS, self.held, strict=True):
             now = own[kind]
+            if not (now or before):
+                continue
             if kind == "_modules" and now == before:  # Modules are equal to themselves.
                 continue
             for name in {**before, **now}:
@@ -251,12 +312,23 @@ def address(tensor: Tensor) -> int | None:
     return int(tensor.untyped_storage()._cdata)
 
 
-def graph(loss: Tensor) -> Iterator[Any]:
-    """Yield the nodes of the graph that a backward pass from `loss` goes through."""
-    seen, ahead = set(), [loss.grad_fn]
+def is_watchable(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory and a version that shows when it is written to."""
+    return address(tensor) is not None and not tensor.is_inference() and not is_fake(tensor)
+
+
+def graph(loss: Tensor) -> set[Any]:
+    """Return the nodes of the graph that a backward pass from `loss` goes through."""
+    seen: set[Any] = set()
+    ahead: list[Any] = [loss.grad_fn]
     while ahead:
         node = ahead.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            ahead.extend(before for before, _ in node.next_functions)
-            yield node
+            ahead += [before for before, _ in node.next_functions]
+    return seen
+
+
+def is_reentrant(nodes: Iterable[Any]) -> bool:
+    """Return whether one of them computes a part of the forward pass again, reentrantly."""
+    return any(type(node).__name__ == REENTRANT for node in nodes)

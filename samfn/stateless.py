@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.optim.swa_utils import update_bn
 from torch.utils import _pytree as pytree
@@ -19,15 +18,12 @@ from samfn import border
 from samfn.batches import length_of
 from samfn.gradient import Aux, Loss
 from samfn.lending import (
-    BY_ANOTHER_NAME,
-    REENTRANT,
-    WRITES,
-    ImpureError,
     Lender,
     ReadOnly,
     address,
     changes_gradients,
     graph,
+    is_reentrant,
 )
 from samfn.tree import Batch, Params
 
@@ -264,12 +260,13 @@ class _Supervised:
         """Return the loss and, beside it, the model's outputs and new buffers."""
         recorded = torch.is_grad_enabled() and any(w.requires_grad for w in params.values())
         if not recorded or torch.compiler.is_compiling():
-            return self._forward(params, buffers, batch)
-        with disable_saved_tensors_hooks(RECOMPUTES):
-            loss, aux = self._forward(params, buffers, batch)
-        if any(node.name() == REENTRANT for node in graph(loss)):
-            raise RuntimeError(RECOMPUTES)
-        return loss, aux
+            with self._forward(params, buffers, batch) as found:
+                return found
+        forbidden = disable_saved_tensors_hooks(RECOMPUTES)
+        with forbidden, self._forward(params, buffers, batch) as (loss, aux):
+            if is_reentrant(graph(loss)):
+                raise RuntimeError(RECOMPUTES)
+            return loss, aux
 
     @contextmanager
     def differentiating(
@@ -285,12 +282,12 @@ class _Supervised:
                 f"{hooked} has a hook that may change gradients; the second derivative of"
                 " the loss is another thing than that of what hooks make of the first"
             )
-        loss, aux = self._forward(params, buffers, batch, leaves=True)
-        # What is computed again writes statistics again: to copies that nobody reads.
-        again = {name: _copied(buffers[name]) for name in self._lender.buffers}
-        lent = self._lent(params, buffers, leaves=True)
-        with self._lender.holding({**buffers, **lent, **again}):
-            yield loss, aux
+        with self._forward(params, buffers, batch, leaves=True) as found:
+            # What is computed again writes statistics again: to copies that nobody reads.
+            self._lender.put(
+                {name: _copied(buffers[name]) for name in self._lender.buffers}
+            )
+            yield found
 
     def check(self, params: Params, buffers: Params) -> None:
         """Raise unless `params` and `buffers` are what `split(model)` gives.
@@ -302,11 +299,8 @@ class _Supervised:
         if torch.compiler.is_compiling():
             return  # `function` compares the names, and a graph knows no addresses.
         self._look_again()
-        trained = {
-            place.name
-            for place in self._lender.places
-            if place.kind == "_parameters" and place.own.requires_grad
-        }
+        own_parameters = self._lender.parameters.items()
+        trained = {name for name, parameter in own_parameters if parameter.requires_grad}
         if trained != self._params.keys():  # Some were frozen since, or no longer are.
             self._params, self._buffers = _references(self._model)
         try:
@@ -325,62 +319,58 @@ class _Supervised:
 
     def _look_again(self) -> None:
         """Take note of the layers and hooks that the model has now."""
-        self._lender = Lender(self._model)
+        if not self._lender.stands():
+            self._lender = Lender(self._model)
         self._hooks = self._lender.hooks()
 
+    @contextmanager
     def _forward(
         self, params: Params, buffers: Params, batch: Batch, *, leaves: bool = False
-    ) -> tuple[Tensor, Aux]:
-        """Go forward; `leaves` are parameters that were made for this pass alone."""
+    ) -> Iterator[tuple[Tensor, Aux]]:
+        """Go forward, and lend the model what it was lent until the context is left.
+
+        Args:
+            params: at which.
+            buffers: beside them.
+            batch: (inputs, targets).
+            leaves: `params` were made for this pass alone.
+        """
         # The model's own tensor would stand in for a missing name.
         border.require_same_names(self._params, params, names="the model and params")
         border.require_same_names(self._buffers, buffers, names="the model and buffers")
-        if torch.compiler.is_compiling():
-            if self._hooks:
-                raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
-            return self._run(params, buffers, batch, {})
-        self._look_again()
-        inside = any(map(is_functorch_wrapped_tensor, params.values()))
-        lent = self._lent(params, buffers, leaves=leaves)
-        if inside:  # There is no memory to be watched.
-            return self._run(params, buffers, batch, lent)
-        found = self._watched(params, buffers, batch, lent)
-        self._modes.add(self._model.training)
-        return found
+        compiling, lent = torch.compiler.is_compiling(), {}
+        if not compiling:
+            self._look_again()
+            lent = self._lent(params, buffers, leaves=leaves)
+        elif self._hooks:
+            raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
+        fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
+        with self._lender.holding({**params, **buffers, **lent, **fresh}):
+            # Inside of torch.func there is no memory to be watched.
+            if compiling or any(map(is_functorch_wrapped_tensor, lent.values())):
+                found = self._run(buffers, batch)
+            else:
+                with self._reading(params, buffers), self._lender.reading(lent):
+                    found = self._run(buffers, batch)
+                self._modes.add(self._model.training)
+            yield found
 
-    def _run(
-        self, params: Params, buffers: Params, batch: Batch, lent: Params
-    ) -> tuple[Tensor, Aux]:
+    def _run(self, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         # What a forward pass writes, it writes to copies.
         inputs, targets = pytree.tree_map_only(Tensor, torch.clone, _pair(batch))
-        fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
-        precision = self._precision(next(iter(params.values())).device.type)
-        with self._lender.holding({**params, **buffers, **lent, **fresh}) as new, precision:
+        device = next(iter(self._params.values())).device.type
+        with self._precision(device):
             outputs = self._model(*arguments(inputs))
             loss = _loss_of(self._criterion(outputs, targets))
-        aux = Aux(outputs, {**buffers, **new})
+        aux = Aux(outputs, {**buffers, **self._lender.left()})
         if loss.ndim == 1:
             return loss.mean(), aux._replace(losses=loss)
         return loss, aux
 
-    def _watched(
-        self, params: Params, buffers: Params, batch: Batch, lent: Params
-    ) -> tuple[Tensor, Aux]:
-        """Go forward, and raise where that writes to what it may only read.
-
-        The first pass in each mode is watched as it goes, the others are looked at after.
-        """
-        first = self._model.training not in self._modes
-        own = {place.name: place.own for place in self._lender.places}
-        before = [*_versions(lent, WRITES), *_versions(own, BY_ANOTHER_NAME)]
-        with self._reading(params, buffers) if first else nullcontext():
-            loss, aux = self._run(params, buffers, batch, lent)
-        for tensor, version, place, told in before:
-            if tensor._version != version or tensor.data_ptr() != place:
-                raise ImpureError(told)
-        return loss, aux
-
-    def _reading(self, params: Params, buffers: Params) -> ReadOnly:
+    def _reading(self, params: Params, buffers: Params) -> AbstractContextManager[Any]:
+        """Watch the first pass in each mode as it goes; others are looked at after."""
+        if self._model.training in self._modes:
+            return nullcontext()
         criterion = self._criterion
         kept = dict(criterion.named_buffers()) if isinstance(criterion, nn.Module) else {}
         mine = {f"the criterion's {name}": buffer for name, buffer in kept.items()}
@@ -390,9 +380,7 @@ class _Supervised:
     def _lent(self, params: Params, buffers: Params, *, leaves: bool) -> dict[str, Tensor]:
         """Return the parameters as the model knows its own: with attributes and hooks."""
         lent: dict[str, Tensor] = {}
-        for name, _, kind, _, own in self._lender.places:
-            if kind == "_buffers" or name in lent:
-                continue
+        for name, own in self._lender.parameters.items():
             given = params[name] if name in params else buffers[name]
             if given.requires_grad:
                 new = given if leaves else given.view_as(given)
@@ -523,17 +511,6 @@ def _pair(batch: Any) -> tuple[Any, Any]:
             f" {tuple(targets.shape)}"
         )
     return inputs, targets
-
-
-def _versions(tensors: Params, told: str) -> Iterator[tuple[Tensor, int, int, str]]:
-    """Yield tensors with what shows whether they were written, and what to say then."""
-    for name, tensor in tensors.items():
-        if (
-            address(tensor) is not None
-            and not tensor.is_inference()
-            and not is_fake(tensor)
-        ):
-            yield tensor, tensor._version, tensor.data_ptr(), told.format(name)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def _by_autograd(
     # All of them require grad, as a model may ask its parameters whether they do.
     leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     asked = {name: leaves[name] for name in names}
-    given = leaves, buffers, pytree.tree_map_only(Tensor, _own_leaf, batch)
+    given = leaves, buffers, _own_leaves(batch)
     with torch.enable_grad(), differentiating(*given) as returned:
         loss, aux = _loss_and_aux(returned, buffers)
         if loss.requires_grad:
@@ -208,9 +208,17 @@ def _require_known(nodes: Iterable[Any], leaves: Params) -> None:
             )
 
 
-def _own_leaf(leaf: Tensor) -> Tensor:
-    """Return a tensor whose gradient, if it asks for one, is not the caller's."""
-    return leaf.detach().requires_grad_() if leaf.requires_grad else leaf
+def _own_leaves(batch: Batch) -> Batch:
+    """Return a batch whose gradients, if it asks for some, are not the caller's."""
+
+    def own(leaf: Tensor) -> Tensor:
+        return leaf.detach().requires_grad_() if leaf.requires_grad else leaf
+
+    if isinstance(batch, tuple) and all(
+        isinstance(part, Tensor) and not part.requires_grad for part in batch
+    ):
+        return batch  # Nearly always, and sooner seen than gone through.
+    return pytree.tree_map_only(Tensor, own, batch)
 
 
 def _dense(gradient: Any) -> Tensor:
@@ -327,7 +335,7 @@ def _product_by_autograd(
 ) -> dict[str, Tensor]:
     leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     inputs = list(leaves.values())
-    given: Any = leaves, buffers, pytree.tree_map_only(Tensor, _own_leaf, batch)
+    given: Any = leaves, buffers, _own_leaves(batch)
     with torch.enable_grad(), differentiating(*given, twice=True) as returned:
         loss, _ = _loss_and_aux(returned, buffers)
         if not loss.requires_grad:

@@ -56,8 +56,8 @@ class Place(NamedTuple):
         getattr(self.module, self.kind)[self.attribute] = tensor
 
     def get(self) -> Any:
-        """Return what it holds."""
-        return getattr(self.module, self.kind)[self.attribute]
+        """Return what it holds, or None."""
+        return getattr(self.module, self.kind).get(self.attribute)
 
 
 class Lender:
@@ -81,7 +81,7 @@ class Lender:
 
     def stands(self) -> bool:
         """Return whether the model still holds the same modules and tensors."""
-        return all(kept.stands() for kept in self._kept)
+        return all(map(_Kept.stands, self._kept))
 
     def hooks(self) -> dict[str, list[Any]]:
         """Return the hooks that parameters have for their gradients.
@@ -146,11 +146,10 @@ class Lender:
             ImpureError: one of them is missing, or two at the places of one.
         """
         left: dict[str, Tensor] = {}
-        if not torch.compiler.is_compiling():
-            self._require_same()
         for place in self.places:
             if place.kind == "_buffers":
-                now = place.get()
+                if (now := place.get()) is None:
+                    self._require_same()
                 if left.setdefault(place.name, now) is not now:
                     raise ImpureError(
                         "the forward pass gives another tensor to one of the names of"
@@ -314,7 +313,9 @@ def address(tensor: Tensor) -> int | None:
 
 def is_watchable(tensor: Tensor) -> bool:
     """Return whether a tensor has memory and a version that shows when it is written to."""
-    return address(tensor) is not None and not tensor.is_inference() and not is_fake(tensor)
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_inference():
+        return False
+    return bool(tensor.numel()) and not is_fake(tensor)
 
 
 def graph(loss: Tensor) -> set[Any]:

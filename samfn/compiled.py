@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -186,7 +186,8 @@ class CompiledUpdate:
     ) -> tuple[TrainState, Metrics]:
         """Take a step of a kind that was taken before, maybe of another shape."""
         try:
-            return self._runs[kind](state, batch, *dials)
+            with _hooks_as_they_are():
+                return self._runs[kind](state, batch, *dials)
         except Exception as error:
             if not _is_of_the_compiler(error):
                 raise
@@ -382,15 +383,31 @@ def _attempt(
     run: Step, plan: Parts, state: TrainState, batch: Batch, *dials: float | Tensor
 ) -> tuple[tuple[TrainState, Metrics] | None, str]:
     """Return what a step gives that was not compiled before, or None and why not."""
-    # A compilation of torch.func that fails would leave these hooks forbidden.
     forbidden = nullcontext() if plan == "loss" else disable_saved_tensors_hooks(RECOMPUTES)
     try:
-        with forbidden:
+        with _hooks_as_they_are(), forbidden:
             return run(state, batch, *dials), ""
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return None, _reason(error)
+
+
+@contextmanager
+def _hooks_as_they_are() -> Iterator[None]:
+    """Leave hooks of saved tensors allowed, or forbidden, as they were.
+
+    A compilation of torch.func that fails leaves them forbidden for the whole process.
+    """
+    told = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        yield
+    except Exception:
+        if told is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
+        else:
+            torch._C._autograd._saved_tensors_hooks_disable(told)
+        raise
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import get_code
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import samfn
 from bench.networks import build
@@ -400,4 +402,23 @@ def test_the_ninth_shape_of_a_batch_is_a_step_of_its_own():
     assert len(told) == 1
     assert step.plan == "gradient"
     expected = [eager(state, part, rho=0.1, lr=0.1) for part in parts]
+    assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_shape_that_no_graph_holds_leaves_hooks_of_saved_tensors_allowed():
+    class Recomputing(nn.Linear):
+        def forward(self, x):
+            if len(x) < 3:
+                return super().forward(x)
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    state, step, eager = task(Recomputing(4, 3), plan="gradient")
+    two, three = [(torch.randn(n, 4), torch.arange(n)) for n in (2, 3)]
+    state, _ = step(state, two, rho=0.1, lr=0.1)
+    assert step.plan == "gradient"
+    with pytest.warns(RuntimeWarning, match="takes a step uncompiled"):
+        found = step(state, three, rho=0.1, lr=0.1)
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
+        expected = eager(state, three, rho=0.1, lr=0.1)
     assert_close(found, expected, rtol=1e-7, atol=1e-9)

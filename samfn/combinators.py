@@ -1,9 +1,11 @@
 """Combinators: from a method to another one, whatever it is."""
 
+import random
 from collections.abc import Callable, Collection, Hashable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -206,8 +208,9 @@ def same_randomness(method: Method) -> Method:
 
     The original SAM code does so; a plain PyTorch loop draws anew in each pass. Put it
     inside of `accumulated` and `per_micro_batch`: around them, it would give every
-    micro-batch the same mask. It reads the state of the generator, which no graph can
-    hold: `samfn.compile_update` compiles the gradient alone then.
+    micro-batch the same mask. It reads the state of the generators (PyTorch's for the CPU
+    and the device, NumPy's and Python's global ones), which no graph can hold:
+    `samfn.compile_update` compiles the gradient alone then.
     """
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
@@ -396,15 +399,18 @@ def _joined(total: Pass | None) -> Pass:
     return total._replace(outputs=pytree.tree_map(join, *outputs))
 
 
-def _random_state(device: torch.device) -> Tensor:
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    """Return the states of the generators that a pass on a device may draw from."""
+    state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+        return state
+    return *state, torch.get_device_module(device).get_rng_state(device)
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
+def _set_random_state(device: torch.device, state: tuple[Any, ...]) -> None:
+    of_python, of_numpy, of_torch, *of_device = state
+    random.setstate(of_python)
+    numpy.random.set_state(of_numpy)
+    torch.set_rng_state(of_torch)
+    if of_device:
+        torch.get_device_module(device).set_rng_state(of_device[0], device)

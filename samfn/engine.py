@@ -191,7 +191,8 @@ def evaluate(
         measures: by name, (outputs, batch) -> a value for each example, as `accuracy`.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or a measure does not give a value for each
+            example.
     """
     sums: dict[str, Tensor] = {}
     counted, weight = 0, torch.zeros((), dtype=torch.float64)
@@ -202,13 +203,23 @@ def evaluate(
         part = torch.as_tensor(known.weigh(batch), dtype=torch.float64, device=loss.device)
         found = {"loss": torch.where(part > 0, part * loss.double(), 0.0)}
         for name, measure in (measures or {}).items():
-            found[name] = measure(aux.outputs, batch).double().sum()
+            found[name] = _of_each(name, measure(aux.outputs, batch), batch).double().sum()
         sums = {name: sums.get(name, 0) + value for name, value in found.items()}
         counted, weight = counted + length_of(batch), weight.to(loss.device) + part
     if not counted:
         raise ValueError("expected at least one batch, got none")
     over = {name: weight if name == "loss" else counted for name in sums}
     return {name: float(total / over[name]) for name, total in sums.items()}
+
+
+def _of_each(name: str, values: Any, batch: Batch) -> Tensor:
+    expected, came = (length_of(batch),), getattr(values, "shape", type(values).__name__)
+    if not isinstance(values, Tensor) or came != expected:
+        raise ValueError(
+            f"the measure {name!r} must give a value for each example, shape {expected},"
+            f" got {came if isinstance(came, str) else tuple(came)}"
+        )
+    return values
 
 
 def accuracy(outputs: Tensor, batch: Batch) -> Tensor:

@@ -6,17 +6,17 @@ is the same afterwards, to the bit and to the object.
 """
 
 import operator
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import compress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, is_fake
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from samfn.memory import address, is_watchable, sharing
 from samfn.tree import Params
 
 KINDS = "_parameters", "_buffers", "_modules"
@@ -34,6 +34,25 @@ BY_ANOTHER_NAME = (
     " attribute, as a list or a closure that keeps the tensor: what a step lends the model"
     " is not there"
 )
+
+
+TO_HIDDEN = (
+    "the forward pass writes to a tensor inside of the batch's {}, which is not copied as"
+    " tuples, lists and mappings of tensors are: let it write to a copy of its own"
+)
+
+LENT_TWICE = (
+    "the model's {} is lent to another pass, of another thread or around this one: give"
+    " each a copy of the model"
+)
+
+VIEWS = (
+    "the forward pass writes to the buffer {}, which shares memory with another buffer: a"
+    " state keeps them apart, so let one be made from the other in forward"
+)
+
+# What every module has; the rest is what its own code keeps.
+USUAL = vars(nn.Module()).keys()
 
 
 class ImpureError(ValueError):
@@ -77,7 +96,13 @@ class Lender:
         }
         self.parameters, self.buffers, _ = own.values()
         """What a forward pass reads, and what it may write to, too."""
-        self._watched = {p.name: p.own for p in self.places if is_watchable(p.own)}
+        self._watched = [
+            (BY_ANOTHER_NAME, p.name, p.own) for p in self.places if is_watchable(p.own)
+        ]
+        self._views = {name for pair in sharing(self.buffers) for name in pair}
+        for name, parameter in self.parameters.items():
+            if type(parameter) is Tensor and "_is_param" in vars(parameter):
+                raise ImpureError(LENT_TWICE.format(name))
 
     def stands(self) -> bool:
         """Return whether the model still holds the same modules and tensors."""
@@ -109,24 +134,24 @@ class Lender:
             ImpureError: the structure of the model changed in the meantime.
         """
         eager = not torch.compiler.is_compiling()
-        remembered: list[dict[str, Any]] = []
+        keeping: AbstractContextManager[None] = nullcontext()
         if eager:
             _require_no_cache()
-            if any(isinstance(tensor, FakeTensor) for tensor in given.values()):
-                # A dry run leaves nothing behind, whatever a module remembers of a pass.
-                remembered = [kept.module.__dict__.copy() for kept in self._kept]
+            # A dry run leaves nothing behind, whatever a module remembers of a pass; nor
+            # does one of evaluation, whose caches would be read at other parameters.
+            dry = any(isinstance(tensor, FakeTensor) for tensor in given.values())
+            if dry or not self._kept[0].module.training:
+                keeping = _as_they_are([kept.module for kept in self._kept])
         whole = False
         self.put(given)
         try:
-            yield
+            with keeping:
+                yield
             if eager:
                 self._require_same()
             whole = True
         finally:
             if eager:
-                for kept, own in zip(self._kept, remembered, strict=False):
-                    kept.module.__dict__.clear()
-                    kept.module.__dict__.update(own)
                 for kept in self._kept:
                     if kept.cached or not whole:
                         kept.put_back()
@@ -150,6 +175,8 @@ class Lender:
             if place.kind == "_buffers":
                 if (now := place.get()) is None:
                     self._require_same()
+                if place.name in self._views and now._version:  # of a copy, 0
+                    raise ImpureError(VIEWS.format(place.name))
                 if left.setdefault(place.name, now) is not now:
                     raise ImpureError(
                         "the forward pass gives another tensor to one of the names of"
@@ -162,22 +189,47 @@ class Lender:
             kept.require_same()
 
     @contextmanager
-    def reading(self, lent: Params) -> Iterator[None]:
-        """Look whether what the model was lent, or holds itself, was written to inside.
+    def reading(self, lent: Params, hidden: Mapping[str, list[Tensor]]) -> Iterator[None]:
+        """Look whether what may only be read was written to inside.
+
+        Args:
+            lent: what the model was lent.
+            hidden: what the batch holds beside what was copied of it, by what holds it.
 
         Raises:
-            ImpureError: says which.
+            ImpureError: one of them was, or a tensor of the model itself.
         """
-        lent = {name: tensor for name, tensor in lent.items() if is_watchable(tensor)}
-        tensors = [*lent.values(), *self._watched.values()]
-        before = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+        watched = [(WRITES, *named) for named in lent.items() if is_watchable(named[1])]
+        watched += self._watched
+        watched += [(TO_HIDDEN, name, one) for name, held in hidden.items() for one in held]
+        before = [(tensor._version, tensor.data_ptr()) for _, _, tensor in watched]
         yield
-        after = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+        after = [(tensor._version, tensor.data_ptr()) for _, _, tensor in watched]
         if after != before:
-            told = [WRITES.format(name) for name in lent]
-            told += [BY_ANOTHER_NAME.format(name) for name in self._watched]
-            changed = map(operator.ne, after, before)
-            raise ImpureError(next(compress(told, changed)))
+            index = [*map(operator.ne, after, before)].index(True)
+            told, name, _ = watched[index]
+            raise ImpureError(told.format(name))
+
+
+@contextmanager
+def _as_they_are(modules: list[nn.Module]) -> Iterator[None]:
+    """Put back in the end what modules keep as attributes, and in lists and dicts there."""
+    before = [vars(module).copy() for module in modules]
+    held = [
+        (value, value.copy())
+        for attributes in before
+        for key, value in attributes.items()
+        if key not in USUAL and isinstance(value, list | dict | set)
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+        for value, old in held:
+            value.clear()
+            value.extend(old) if isinstance(value, list) else value.update(old)
 
 
 def _places(modules: list[tuple[str, nn.Module]]) -> Iterator[Place]:
@@ -302,20 +354,6 @@ class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if isinstance(leaf, Tensor) and address(leaf) in self._names:
                     raise ImpureError(WRITES.format(self._names[address(leaf)]))
         return operation(*args, **kwargs)
-
-
-def address(tensor: Tensor) -> int | None:
-    """Return what tells the memory of a tensor from others, if it has any."""
-    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
-        return None
-    return int(tensor.untyped_storage()._cdata)
-
-
-def is_watchable(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory and a version that shows when it is written to."""
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_inference():
-        return False
-    return bool(tensor.numel()) and not is_fake(tensor)
 
 
 def graph(loss: Tensor) -> set[Any]:

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import combinations
 from typing import Any, cast
 
 import torch
@@ -20,11 +19,11 @@ from samfn.gradient import Aux, Loss
 from samfn.lending import (
     Lender,
     ReadOnly,
-    address,
     changes_gradients,
     graph,
     is_reentrant,
 )
+from samfn.memory import inside, is_watchable, sharing
 from samfn.tree import Batch, Params
 
 # By name: importing FSDP takes a second.
@@ -345,19 +344,25 @@ class _Supervised:
         elif self._hooks:
             raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
         fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
+        given, structure = pytree.tree_flatten(_pair(batch))
+        copies = [x.clone() if isinstance(x, Tensor) else x for x in given]
+        pair = pytree.tree_unflatten(copies, structure)
         with self._lender.holding({**params, **buffers, **lent, **fresh}):
             # Inside of torch.func there is no memory to be watched.
             if compiling or any(map(is_functorch_wrapped_tensor, lent.values())):
-                found = self._run(buffers, batch)
+                found = self._run(buffers, pair)
             else:
-                with self._reading(params, buffers), self._lender.reading(lent):
-                    found = self._run(buffers, batch)
+                others = [x for x in given if not isinstance(x, Tensor)]
+                hidden = {
+                    type(x).__name__: [*filter(is_watchable, inside(x))] for x in others
+                }
+                with self._reading(params, buffers), self._lender.reading(lent, hidden):
+                    found = self._run(buffers, pair)
                 self._modes.add(self._model.training)
             yield found
 
-    def _run(self, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        # What a forward pass writes, it writes to copies.
-        inputs, targets = pytree.tree_map_only(Tensor, torch.clone, _pair(batch))
+    def _run(self, buffers: Params, pair: tuple[Any, Any]) -> tuple[Tensor, Aux]:
+        inputs, targets = pair  # copies, and so are the buffers that it may write to
         device = next(iter(self._params.values())).device.type
         with self._precision(device):
             outputs = self._model(*arguments(inputs))
@@ -520,11 +525,8 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def arguments(inputs: Any) -> tuple[Any, ...]:
     """Return the positional arguments of a model: those of a tuple, or one."""
-    # A packed sequence is a tuple, too, and one argument.
-    several = isinstance(inputs, tuple) and not isinstance(
-        inputs, nn.utils.rnn.PackedSequence
-    )
-    return tuple(inputs) if several else (inputs,)
+    # A packed sequence, and any named tuple, is one argument.
+    return inputs if type(inputs) is tuple else (inputs,)
 
 
 def _loss_of(returned: Any) -> Tensor:
@@ -577,41 +579,12 @@ def _require_memory_apart(params: Params, others: Params) -> None:
 
     Copies would part them, where a loop that writes to the model changes both.
     """
-    owners: dict[int, list[str]] = {}
-    tensors = {**params, **others}
-    for name, tensor in tensors.items():
-        if (memory := address(tensor)) is not None:
-            owners.setdefault(memory, []).append(name)
-    for names in owners.values():
-        for one, other in combinations(names, 2):
-            if one in params and _overlap(tensors[one], tensors[other]):
-                raise ValueError(
-                    f"{one} and {other} share memory, but are two tensors: to tie weights,"
-                    " let both modules hold the same torch.nn.Parameter"
-                )
-
-
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of one storage have an entry in common."""
-    (begin, end), (start, stop) = _span(one), _span(other)
-    if end <= start or stop <= begin:
-        return False
-    if one.dtype != other.dtype:
-        return True
-    length = one.untyped_storage().nbytes() // one.element_size()
-    taken = torch.zeros(length, dtype=torch.bool)
-    taken.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
-    return bool(taken.as_strided(other.shape, other.stride(), other.storage_offset()).any())
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the bytes of its storage between which a tensor lies."""
-    steps = (
-        (size - 1) * stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    begin, size = tensor.storage_offset(), tensor.element_size()
-    return int(begin * size), int((begin + sum(steps) + 1) * size)
+    for one, other in sharing({**params, **others}):
+        if one in params:
+            raise ValueError(
+                f"{one} and {other} share memory, but are two tensors: to tie weights, let"
+                " both modules hold the same torch.nn.Parameter"
+            )
 
 
 def _require_layout(expected: Params, given: Params, what: str) -> None:

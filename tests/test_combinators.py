@@ -1,7 +1,9 @@
 """What combinators make of a method."""
 
+import random
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -111,6 +113,18 @@ def test_same_randomness_draws_one_dropout_mask_for_both_passes():
     descent_of(samfn.same_randomness(samfn.sam()), loss_fn, params, batch)
     first, second = (mask + 0 for mask in masks)
     assert str(first) == str(second)
+
+
+def test_same_randomness_is_that_of_numpy_and_python_too():
+    drawn = []
+
+    def loss_fn(params, buffers, batch):
+        drawn.append((random.random(), numpy.random.rand()))
+        return params["w"].square().sum()
+
+    params = {"w": torch.ones(3)}
+    descent_of(samfn.same_randomness(samfn.sam()), loss_fn, params, torch.ones(2))
+    assert drawn[0] == drawn[1]
 
 
 def test_passes_draw_anew_by_default():

@@ -147,6 +147,16 @@ def test_evaluation_is_a_mean_over_examples():
         engine.accuracy(outputs, (inputs, shares)),
         engine.accuracy(outputs, (inputs, labels)),
     )
+    with pytest.raises(
+        ValueError, match=r"'mean' must give a value for each .*\(4,\), got"
+    ):
+        engine.evaluate(
+            params,
+            buffers,
+            [(inputs[:4], labels[:4])],
+            loss_fn=samfn.supervised(model, F.cross_entropy),
+            measures={"mean": lambda outputs, batch: outputs.mean()},
+        )
     with pytest.raises(ValueError, match="at least one batch, got none"):
         engine.evaluate(params, buffers, [], loss_fn=samfn.supervised(model, F.mse_loss))
 

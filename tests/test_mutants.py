@@ -133,8 +133,8 @@ MUTANTS = {
     ),
     "the forward pass may write to the batch": (
         "stateless.py",
-        "inputs, targets = pytree.tree_map_only(Tensor, torch.clone, _pair(batch))",
-        "inputs, targets = _pair(batch)",
+        "copies = [x.clone() if isinstance(x, Tensor) else x for x in given]",
+        "copies = given",
         "zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason",
     ),
     "the mean of nothing counts": (

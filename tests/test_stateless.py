@@ -1,5 +1,6 @@
 import copy
 from functools import partial
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 import samfn
 from bench.zoo import habits
 from bench.zoo.habits import Around
+from samfn.compiled import operations
 from samfn.gradient import GradientError, evaluate
 from tests.reference import batches, small_network
 
@@ -558,3 +560,114 @@ def test_what_a_mean_is_over_follows_the_criterion_and_sums_are_none():
     summed = partial(F.cross_entropy, reduction="sum")
     with pytest.raises(ValueError, match="expected a mean of the examples' losses"):
         samfn.supervised(nn.Linear(6, 3), summed).weigh(batch)
+
+
+def stepped(model, batch, criterion=F.cross_entropy):
+    optimizer = samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    how = {"loss_fn": samfn.supervised(model, criterion), "optimizer": optimizer}
+    return samfn.sam_update(state, batch, **how, lr=0.1)
+
+
+class Keeping(nn.Linear):
+    """Keeps its weights in evaluation, as LeViT of timm its attention biases."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.cache, self.seen = {}, []
+
+    def forward(self, inputs):
+        if self.training:
+            return super().forward(inputs)
+        self.seen.append(inputs)
+        return inputs @ self.cache.setdefault("weight", self.weight * 1).T + self.bias
+
+
+def test_what_a_model_keeps_in_evaluation_is_not_read_at_other_parameters():
+    model = Keeping().eval()
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    params, buffers = samfn.split(model)
+    batch = torch.randn(2, 4), torch.tensor([0, 1])
+    for scale in (1, 3):
+        scaled = samfn.tree.scale(params, scale)
+        outputs = batch[0] @ scaled["weight"].T + scaled["bias"]
+        assert_close(loss_fn(scaled, buffers, batch)[0], F.cross_entropy(outputs, batch[1]))
+    assert model.cache == {}
+    assert model.seen == []
+
+
+def test_a_dry_run_leaves_nothing_in_what_a_model_keeps():
+    model = Keeping()
+    model.register_forward_hook(lambda module, _, outputs: module.seen.append(outputs))
+    state = samfn.init(*samfn.split(model), optimizer=samfn.sgd())
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    operations(loss_fn, state, (torch.randn(2, 4), torch.tensor([0, 1])))
+    assert model.seen == []
+
+
+class Record:
+    """A batch of a kind that nobody can copy."""
+
+    def __init__(self, value):
+        self.parts = {"x": [value]}
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_batch_that_cannot_be_copied_may_be_read(writes):
+    class Opening(nn.Linear):
+        def forward(self, record):
+            (inputs,) = record.parts["x"]
+            return super().forward(inputs.mul_(2) if writes else inputs)
+
+    batch = Record(torch.ones(2, 4)), torch.tensor([0, 1])
+    if writes:
+        with pytest.raises(ValueError, match="a tensor inside of the batch's Record"):
+            stepped(Opening(4, 3), batch)
+    else:
+        stepped(Opening(4, 3), batch)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_buffers_that_share_memory_may_be_read(writes):
+    class Views(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.register_buffer("whole", torch.zeros(4))
+            self.register_buffer("start", self.whole[:2])
+
+        def forward(self, inputs):
+            if writes:
+                self.whole.add_(1)
+            return super().forward(inputs + self.whole) + self.start.sum()
+
+    batch = torch.ones(2, 4), torch.tensor([0, 1])
+    if writes:
+        with pytest.raises(ValueError, match="whole, which shares memory with another"):
+            stepped(Views(), batch)
+    else:
+        stepped(Views(), batch)
+
+
+def test_a_model_is_lent_to_one_pass_at_a_time():
+    model = nn.Linear(4, 3)
+    inner = samfn.supervised(model, F.cross_entropy)
+    given, batch = samfn.split(model), (torch.ones(2, 4), torch.tensor([0, 1]))
+
+    def criterion(outputs, targets):
+        return F.cross_entropy(outputs, targets) + inner(*given, batch)[0]
+
+    with pytest.raises(ValueError, match="lent to another pass"):
+        stepped(model, batch, criterion)
+    stepped(model, batch)
+
+
+def test_a_named_tuple_is_one_argument_of_a_model():
+    class Pair(NamedTuple):
+        left: torch.Tensor
+        right: torch.Tensor
+
+    class Adding(nn.Linear):
+        def forward(self, pair):
+            return super().forward(pair.left + pair.right)
+
+    stepped(Adding(4, 3), (Pair(torch.ones(2, 4), torch.ones(2, 4)), torch.tensor([0, 1])))

@@ -4,6 +4,7 @@ They look at names, shapes and types, which costs nothing in a compiled step, an
 the values of tensors, which would make a GPU wait.
 """
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import Any
@@ -29,7 +30,8 @@ def require_dial(name: str, value: float | Tensor) -> float | Tensor:
                 f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}"
             )
         return value
-    if not isinstance(value, int | float | Real):  # NumPy's numbers are the last.
+    # NumPy's numbers are the last. True is 1, and was meant for another argument.
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
         raise TypeError(
             f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
         )
@@ -127,6 +129,42 @@ def require_tensors(what: str, mapping: Any) -> None:
                 f"{what}[{name!r}] must be a plain tensor, got a DTensor: take its"
                 " full_tensor(); samfn.distributed keeps parts of it on several devices"
             )
+
+
+def require_plain(parameters: list[Tensor]) -> None:
+    """Raise if a parameter is a DTensor.
+
+    Raises:
+        TypeError: one is.
+    """
+    if any(type(p).__name__ == "DTensor" for p in parameters):
+        raise TypeError(
+            "expected plain tensors, got DTensors, as of fully_shard or"
+            " parallelize_module, which samfn.SAM does not spread over devices: use it with"
+            " DistributedDataParallel, or samfn.sam_update with samfn.distributed"
+        )
+
+
+def require_base_optimizer(optimizer: Any) -> None:
+    """Raise unless `optimizer` is one of PyTorch whose step can be called as it is.
+
+    Raises:
+        TypeError: it is something else, or its step needs a closure.
+    """
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"expected a base optimizer of PyTorch, got {name}")
+    needed = [
+        repr(argument.name)
+        for argument in inspect.signature(optimizer.step).parameters.values()
+        if argument.default is argument.empty
+        and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    ]
+    if needed:
+        raise TypeError(
+            f"expected an optimizer whose step needs no closure, got {name}, whose step"
+            f" needs {', '.join(needed)}"
+        )
 
 
 def require_trainable(params: Params, buffers: Params) -> None:

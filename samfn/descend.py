@@ -104,9 +104,14 @@ def from_torch(
         options: keywords of the class, without `lr`, which every step brings.
 
     Raises:
-        ValueError: the class refuses the options.
+        ValueError: the class refuses the options, or they maximise.
     """
     defaults = dict(optimizer_class([torch.zeros(1)], **options).defaults)
+    if defaults.get("maximize"):
+        raise ValueError(
+            "maximize must be False: a step perturbs to where the loss is higher, so let"
+            " the loss function return the negative of what is to be maximised"
+        )
     defaults["beta1"], defaults["beta2"] = defaults.pop("betas", (None, None))
     accepted = dict(inspect.signature(kernel).parameters)
     counts, capturable = STEPS in accepted, "capturable" in accepted

@@ -4,6 +4,7 @@ from torch import nn
 from torch.optim.adadelta import adadelta as adadelta_kernel
 from torch.optim.adamax import adamax as adamax_kernel
 from torch.optim.radam import radam as radam_kernel
+from torch.optim.sgd import sgd as sgd_kernel
 from torch.testing import assert_close
 
 import samfn
@@ -356,3 +357,8 @@ def test_bad_input_says_what_came(change, error, message):
         samfn.descend(
             params, given["grads"], sgd.init(params), optimizer=sgd, lr=given["lr"]
         )
+
+
+def test_to_maximise_is_refused_for_steps_that_perturb_to_higher_loss():
+    with pytest.raises(ValueError, match=r"maximize must be False: .* negative of what"):
+        samfn.from_torch(torch.optim.SGD, sgd_kernel, {}, maximize=True)

@@ -4,18 +4,31 @@ New code wants `samfn.sam_update`, which overwrites nothing; this is for loops t
 written already.
 """
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from samfn import border, tree
+from samfn.hooks import COPY_LATER, Guard, Mark
 from samfn.perturb import rate
 from samfn.tree import Params
 
 Groups = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _as_ever(method: Callable[P, R]) -> Callable[P, R]:
+    """Let a method do the same wherever it is called: compiled, or in inference mode."""
+    # Dynamo would lose what it sets, and has nothing to win on foreach kernels. What is
+    # made in inference mode, as the memory of the base optimizer, could not change later.
+    disable: Any = torch.compiler.disable
+    return cast(
+        Callable[P, R], disable(torch.inference_mode(False)(torch.no_grad()(method)))
+    )
 
 
 class SAM(torch.optim.Optimizer):
@@ -77,45 +90,121 @@ class SAM(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
-        rho = cast(float, border.require_dial("rho", rho))
         super().__init__(cast(Any, params), {"rho": rho, "adaptive": adaptive, **kwargs})
-        _require_plain([p for _, p, _ in self._parameters()])
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
-        _require_no_closure(self.base_optimizer)
+        if isinstance(self.base_optimizer, SAM):
+            raise TypeError("expected a base optimizer, got samfn.SAM inside of samfn.SAM")
+        border.require_base_optimizer(self.base_optimizer)
         self.defaults.update(self.base_optimizer.defaults)
-        self.param_groups = self.base_optimizer.param_groups
+        self.base_optimizer.defaults = self.defaults  # Groups may be added to either.
         self.state = self.base_optimizer.state
         self.skip_nonfinite = skip_nonfinite
         self.skipped = 0
+        self._guarded: set[int] = set()  # Parameters, by their identity.
         self._start()
 
     def _start(self) -> None:
-        self._clean: dict[str, Tensor] | None = None  # Between the steps: the weights.
+        self._clean: dict[Tensor, Tensor] | None = None  # Between the steps: the weights.
+        self._is_aside = False  # Whether the perturbation is, while somebody looks at them.
         self._used: dict[str, tuple[Tensor, int]] = {}  # Gradients of the step before.
         self._finite: Tensor | None = None  # Of the first pass, if steps may be skipped.
-        self._watch: _Watch | None = None
+        self._mark: Mark | None = None
+        self._asked = False  # For the groups, since the first step; see `param_groups`.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups, which are those of the base optimizer."""
+        # So does a GradScaler to unscale gradients, which shows in nothing else.
+        self._asked = True
+        return self._groups()
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        vars(vars(self).get("base_optimizer", self))["param_groups"] = groups
+
+    def _groups(self) -> list[dict[str, Any]]:
+        owner = vars(vars(self).get("base_optimizer", self))
+        return cast(list[dict[str, Any]], owner["param_groups"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, which may have a `rho` and `adaptive` of its own."""
-        if "rho" in param_group:
-            rho = border.require_dial("rho", param_group["rho"])
-            param_group = {**param_group, "rho": rho}
-        super().add_param_group(param_group)
+        """Add a group, which may have a `rho` and `adaptive` of its own.
 
-    # Dynamo would lose what it sets, and has nothing to win on foreach kernels.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
+        Raises:
+            TypeError, ValueError: as the constructor; there is no new group then.
+        """
+        super().add_param_group(param_group)
+        try:
+            _require_usable(self.param_groups[-1])
+            border.require_plain(self.param_groups[-1]["params"])
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are w + e, as after `first_step`, and not w."""
+        return self._clean is not None and not self._is_aside
+
+    @_as_ever
+    def restore(self) -> None:
+        """Put the weights back if they are perturbed, and give up the step.
+
+        For a loop that leaves between the two steps, as in the `finally` of a `try`.
+        """
+        if self._clean is not None:
+            _assign(self._clean)
+        self._clean = None
+        if self._mark is not None:
+            self._mark.end()
+            self._mark = None
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Let the weights be w inside of a `with`, and what they were after it.
+
+        To evaluate, copy or average the model between the two steps. If the step ends
+        inside, the weights stay what it makes of them.
+        """
+        clean = self._clean
+        if clean is None or self._is_aside:
+            yield
+            return
+        perturbed = {p: p.detach().clone() for p in clean}
+        _assign(clean)
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
+            if self._clean is clean:
+                _assign(perturbed)
+
+    def guard(self, model: torch.nn.Module) -> None:
+        """Let nothing be saved of a model, or loaded into it, but its own weights.
+
+        Between the two steps `state_dict` of the model and of its modules then holds w,
+        also in a signal handler; `load_state_dict` calls `restore` first; and to copy or
+        pickle the model is an error. This optimizer's `state_dict` may then be taken, too:
+        from both, training goes on before this step. Buffers are as they are.
+        """
+        Guard(self).watch(model)
+        self._guarded |= {id(p) for p in model.parameters()}
+
+    @_as_ever
     def first_step(self, zero_grad: bool = False) -> None:
         """Move the weights to the worst point nearby.
 
         Raises:
             RuntimeError: no parameter has a gradient, or the weights are perturbed already.
+            TypeError, ValueError: a group was given a rho, or else, that is none.
         """
         if self._clean is not None:
-            raise RuntimeError("first_step was called twice: call second_step in between")
-        groups = {
-            name: group for name, p, group in self._parameters() if p.grad is not None
-        }
+            raise RuntimeError(
+                "first_step was called twice: call second_step in between, or restore"
+            )
+        for group in self.param_groups:
+            _require_usable(group)
+        groups = {n: group for n, p, group in self._parameters() if p.grad is not None}
         params = {name: p for name, p, _ in self._parameters() if name in groups}
         if not params:
             raise RuntimeError("no parameter has a gradient: call backward before")
@@ -123,39 +212,48 @@ class SAM(torch.optim.Optimizer):
         up = {name: _dense(p.grad) for name, p in params.items()}
         metric = {n: params[n].abs() for n, group in groups.items() if group["adaptive"]}
         up |= _multiplied(metric, up)
-        length = _norm(up)
+        length = tree.norm_of_any(up)
         up |= _multiplied(metric, up)
+        up |= {name: -up[name] for name in up if self._maximises(groups[name])}
         self._finite = length.isfinite() if self.skip_nonfinite else None
         if self._finite is not None:
             # The second pass must leave no NaN in BatchNorm's statistics.
             finite = {name: self._finite.to(way.device) for name, way in up.items()}
             up = {name: torch.where(finite[name], way, 0.0) for name, way in up.items()}
         moved = [name for name, group in groups.items() if not _is_zero(group["rho"])]
-        self._clean = tree.clone(tree.only(params, moved)) if moved else {}
-        for (rho, device), part in _parts(
-            tree.only(up, moved), lambda name: (groups[name]["rho"], up[name].device)
-        ):
-            step = tree.scale(part, rate(length.to(device), rho))
-            torch._foreach_add_([params[name] for name in part], list(step.values()))
+        clean = tree.clone(tree.only(params, moved)) if moved else {}
+        self._clean = {params[name]: weight for name, weight in clean.items()}
+        try:
+            for (rho, device), part in tree.parts(
+                tree.only(up, moved), lambda name: (groups[name]["rho"], up[name].device)
+            ):
+                step = tree.scale(part, rate(length.to(device), rho))
+                torch._foreach_add_([params[name] for name in part], list(step.values()))
+        except BaseException:  # As where memory is full.
+            self.restore()
+            raise
         if zero_grad:
             self.zero_grad()
-        full = [p for p in params.values() if p.numel()]
-        self._watch = _Watch(min(full, key=Tensor.numel), self._finite) if full else None
+        if self._finite is not None:
+            self._mark = Mark((p for _, p, _ in self._parameters()), self._finite)
+        self._asked = False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
+    def _maximises(self, group: dict[str, Any]) -> bool:
+        # What is worst for an objective that is maximised is where it is lowest.
+        return bool(getattr(self.base_optimizer, "maximize", group.get("maximize")))
+
+    @_as_ever
     def second_step(self, zero_grad: bool = False) -> None:
         """Put the weights back, and take the base optimizer's step.
 
         Raises:
             RuntimeError: `first_step` was not called before.
         """
-        self._restore()
+        self._come_back()
         self._descend()
         self._finish(zero_grad)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @torch.no_grad()
+    @_as_ever
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take both steps, or the second one.
 
@@ -192,7 +290,7 @@ class SAM(torch.optim.Optimizer):
                 " leave that pass out, since step calls the closure for both. If they are"
                 " accumulated from other batches, the closure has to go through all of them"
             )
-        one_pass = all(_is_zero(group["rho"]) for group in self.param_groups)
+        one_pass = all(_is_zero(group.get("rho")) for group in self.param_groups)
         self.zero_grad()
         with torch.enable_grad():
             loss = closure()
@@ -209,7 +307,7 @@ class SAM(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         except BaseException:
-            self._restore()
+            self.restore()
             raise
         self.second_step()
         return loss
@@ -220,13 +318,13 @@ class SAM(torch.optim.Optimizer):
             self.second_step()
             return
         scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is None and self._watch is not None and self._watch.is_untouched():
-            self._restore()
+        if scale is None and self._clean is not None and not self._asked:
+            self.restore()
             self._refuse(
                 "scaler.unscale_(optimizer) was called for the first pass, and the second"
                 " is still scaled: call it after the second backward pass, or not at all"
             )
-        self._restore()
+        self._come_back()
         if found_inf:
             self.skipped += 1
         else:
@@ -246,7 +344,7 @@ class SAM(torch.optim.Optimizer):
     def _is_finite(self, finite: Tensor) -> bool:
         grads = {name: _dense(grad) for name, grad in self._grads().items()}
         if grads:
-            finite = finite & _norm(grads).isfinite().to(finite.device)
+            finite = finite & tree.norm_of_any(grads).isfinite().to(finite.device)
         return bool(finite)
 
     def _grads(self) -> dict[str, Tensor]:
@@ -257,7 +355,7 @@ class SAM(torch.optim.Optimizer):
             self.__dict__.pop(name, None)
         raise RuntimeError(message)
 
-    def _restore(self) -> None:
+    def _come_back(self) -> None:
         if self._clean is None:
             self._refuse(
                 "call first_step, and backward again, before second_step, which step is"
@@ -265,13 +363,7 @@ class SAM(torch.optim.Optimizer):
                 " alone has to give it a closure that computes the loss, calls backward and"
                 " returns the loss"
             )
-        if self._clean:
-            params = [p for name, p, _ in self._parameters() if name in self._clean]
-            torch._foreach_copy_(params, list(self._clean.values()))
-        self._clean = None
-        if self._watch is not None:
-            self._watch.end()
-            self._watch = None
+        self.restore()
 
     def _finish(self, zero_grad: bool) -> None:
         self._opt_called = True  # What a scheduler looks for, before it warns.
@@ -292,12 +384,12 @@ class SAM(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
-        super().zero_grad(set_to_none)
+        self.base_optimizer.zero_grad(set_to_none)
         self._remember_gradients()
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Yield the parameters, by the names that they have here, with their groups."""
-        for number, group in enumerate(self.param_groups):
+        for number, group in enumerate(self._groups()):
             for index, parameter in enumerate(group["params"]):
                 yield f"{number}.{index}", parameter, group
 
@@ -305,29 +397,63 @@ class SAM(torch.optim.Optimizer):
         """Return settings, the base optimizer's state, and how many steps were skipped.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: the weights are perturbed, and not all are of a model that is
+                guarded; see `guard`.
         """
-        if self._clean is not None:
+        if self.perturbed and not self._guarded.issuperset(map(id, self._clean or ())):
             raise RuntimeError(
                 "the weights are perturbed, so there is no state to save: call second_step"
+                " before, save inside of `with optimizer.unperturbed()`, or call"
+                " optimizer.guard(model) once"
             )
+        self.state = self.base_optimizer.state  # It may have loaded one by itself.
         return {**super().state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; also one of davda54/sam, which has no momentum in it."""
+        """Take over a state; also one of davda54/sam, which has no momentum in it.
+
+        A state of the base optimizer alone, or of any that has no `rho` and `adaptive` in
+        it, leaves these as they are.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            TypeError, ValueError: the state has a rho, or else, that is none, or is of
+                other groups. Nothing has changed then.
+        """
+        if self._clean is not None:
+            raise RuntimeError(
+                "the weights are perturbed: call restore() before a state is loaded, and"
+                " before the model's weights are"
+            )
+        own, loaded = self.param_groups, state_dict["param_groups"]
+        if len(own) == len(loaded):  # PyTorch says so, if not.
+            loaded = [
+                {"rho": mine["rho"], "adaptive": mine["adaptive"], **group}
+                for mine, group in zip(own, loaded, strict=True)
+            ]
+            for group in loaded:
+                _require_usable(group)
+        skipped = state_dict.get("skipped", 0)
+        border.require_count("skipped", skipped, least=0)
         kept = {
             index: {name: value for name, value in state.items() if name != "old_p"}
             for index, state in state_dict["state"].items()
         }
         kept = {index: state for index, state in kept.items() if state}
-        super().load_state_dict({**state_dict, "state": kept})
-        shared = {"state": self.state, "param_groups": self.param_groups}
+        super().load_state_dict({**state_dict, "state": kept, "param_groups": loaded})
+        shared = {name: vars(self)[name] for name in ("state", "param_groups")}
         self.base_optimizer.__setstate__(shared)
-        self.skipped = state_dict.get("skipped", 0)
+        self.skipped = skipped
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied: the base optimizer, too."""
+        """Return what is copied: the base optimizer, too.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        if self.perturbed:
+            raise RuntimeError(f"the weights are perturbed: {COPY_LATER}")
         own = ("base_optimizer", "skip_nonfinite", "skipped")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -335,54 +461,27 @@ class SAM(torch.optim.Optimizer):
         """Take over what was copied."""
         super().__setstate__(state)
         if "_clean" not in self.__dict__:
+            self._guarded = set()
             self._start()
 
 
-class _Watch:
-    """Tells whether a gradient was changed after the backward pass that made it.
-
-    Makes it NaN first, unless the pass before was `finite`.
-    """
-
-    def __init__(self, parameter: Tensor, finite: Tensor | None) -> None:
-        self._parameter, self._finite = parameter, finite
-        self._made: Tensor | None = None
-        register: Any = parameter.register_post_accumulate_grad_hook
-        self._handle = register(self._look)
-
-    @torch.no_grad()
-    def _look(self, parameter: Tensor) -> None:
-        grad = cast(Tensor, parameter.grad)
-        if self._finite is not None:
-            grad.mul_(torch.where(self._finite, 1.0, torch.nan).to(grad.device))
-        self._made = _dense(grad).clone()
-
-    def is_untouched(self) -> bool:
-        # By its values: unscaling it leaves its version counter as it was.
-        grad, made = self._parameter.grad, self._made
-        if grad is None or made is None or not made.any():
-            return False
-        return torch.equal(_dense(grad), made)
-
-    def end(self) -> None:
-        self._handle.remove()
+@_as_ever
+def _assign(values: Mapping[Tensor, Tensor]) -> None:
+    """Write values into the memory of their parameters."""
+    if values:
+        torch._foreach_copy_(list(values), list(values.values()))
 
 
-def _require_plain(parameters: list[Tensor]) -> None:
-    if any(type(p).__name__ == "DTensor" for p in parameters):
-        raise TypeError(
-            "expected plain tensors, got DTensors, as of fully_shard or"
-            " parallelize_module, which samfn.SAM does not spread over devices: use it with"
-            " DistributedDataParallel, or samfn.sam_update with samfn.distributed"
-        )
-
-
-def _require_no_closure(optimizer: torch.optim.Optimizer) -> None:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"expected an optimizer whose step needs no closure, got"
-            f" {type(optimizer).__name__}, which evaluates the loss by itself"
+def _require_usable(group: dict[str, Any]) -> None:
+    """Raise unless the settings of a group can be used; a number becomes Python's."""
+    rho = group["rho"] = border.require_dial("rho", cast(float, group.get("rho")))
+    if isinstance(rho, Tensor) and rho.device.type == "cpu":  # Reading it is free there.
+        border.require_dial("rho", rho.item())
+    if (adaptive := group.get("adaptive")) not in (True, False):
+        raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable must be False: samfn.SAM takes its steps outside of autograd"
         )
 
 
@@ -391,29 +490,10 @@ def _dense(grad: Any) -> Tensor:
     return dense
 
 
-def _is_zero(rho: float | Tensor) -> bool:
+def _is_zero(rho: Any) -> bool:
     # What a tensor holds is not looked at: that would make a GPU wait.
     return not isinstance(rho, Tensor) and rho == 0
 
 
 def _multiplied(metric: Params, up: Params) -> dict[str, Tensor]:
     return tree.multiply(metric, up) if metric else {}
-
-
-def _norm(up: Params) -> Tensor:
-    """Return one norm of tensors that may be on several devices."""
-    device = next(iter(up.values())).device
-    parts = _parts(up, lambda name: up[name].device)
-    norms = [tree.norm(part).to(device) for _, part in parts]
-    length: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return length
-
-
-def _parts(
-    tensors: Params, key: Callable[[str], Any]
-) -> Iterable[tuple[Any, dict[str, Tensor]]]:
-    """Return the tensors in parts that have a key in common."""
-    parts: dict[Any, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parts.setdefault(key(name), {})[name] = tensor
-    return parts.items()

@@ -4,7 +4,7 @@ Every function is pure: it reads mappings and returns new dicts. The `_foreach_`
 operations of PyTorch handle all tensors in one call, without a Python loop.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -52,6 +52,22 @@ def norm(tree: Params) -> Tensor:
     return length
 
 
+def norm_of_any(tree: Params) -> Tensor:
+    """Return `norm` of tensors of which some may be complex, or on other devices.
+
+    Returns:
+        On the device of the first.
+    """
+
+    def kind(name: str) -> tuple[torch.device, bool]:
+        return tree[name].device, tree[name].is_complex()
+
+    device = next(iter(tree.values())).device
+    lengths = [norm(part).to(device) for _, part in parts(tree, kind)]
+    length: Tensor = torch.linalg.vector_norm(torch.stack(lengths))
+    return length
+
+
 def norms(tree: Params) -> Tensor:
     """Return the Euclidean norm of each tensor, shape (tensors,), float32 or wider."""
     leaves = list(tree.values())
@@ -89,6 +105,16 @@ def dots(left: Params, right: Params) -> Tensor:
 def only(tree: Params, names: Collection[str]) -> dict[str, Tensor]:
     """Return the part of a mapping that has these names, in their order."""
     return {name: tree[name] for name in names}
+
+
+def parts(
+    tree: Params, key: Callable[[str], Any]
+) -> Iterable[tuple[Any, dict[str, Tensor]]]:
+    """Return parts of a mapping whose names have a key in common, with the key."""
+    found: dict[Any, dict[str, Tensor]] = {}
+    for name, leaf in tree.items():
+        found.setdefault(key(name), {})[name] = leaf
+    return found.items()
 
 
 def scale(tree: Params, factor: float | Tensor) -> dict[str, Tensor]:

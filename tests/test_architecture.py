@@ -14,6 +14,7 @@ LEVELS = {
     "schedules": 0,
     "batches": 1,
     "border": 1,
+    "hooks": 1,
     "tensorfile": 1,
     "gradient": 2.1,
     "average": 2,

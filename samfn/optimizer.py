@@ -21,14 +21,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _as_ever(method: Callable[P, R]) -> Callable[P, R]:
+def _in_any_mode(method: Callable[P, R]) -> Callable[P, R]:
     """Let a method do the same wherever it is called: compiled, or in inference mode."""
     # Dynamo would lose what it sets, and has nothing to win on foreach kernels. What is
     # made in inference mode, as the memory of the base optimizer, could not change later.
     disable: Any = torch.compiler.disable
-    return cast(
-        Callable[P, R], disable(torch.inference_mode(False)(torch.no_grad()(method)))
-    )
+    same: Callable[P, R] = disable(torch.inference_mode(False)(torch.no_grad()(method)))
+    return same
 
 
 class SAM(torch.optim.Optimizer):
@@ -49,7 +48,8 @@ class SAM(torch.optim.Optimizer):
     Where the two passes see different parameters, each counts for what it saw: one with a
     gradient in the first pass only is perturbed, put back, and left where it was; one with
     a gradient in the second only moves by it, unperturbed. Weights are put back exactly,
-    into the memory that they had. BatchNorm's statistics are the caller's business here.
+    into the memory that they had; before that, see `guard`, `unperturbed` and `restore`.
+    BatchNorm's statistics are the caller's business here.
 
     Args:
         params: parameters, or groups of them, as every optimizer of PyTorch takes.
@@ -145,7 +145,7 @@ class SAM(torch.optim.Optimizer):
         """Whether the weights are w + e, as after `first_step`, and not w."""
         return self._clean is not None and not self._is_aside
 
-    @_as_ever
+    @_in_any_mode
     def restore(self) -> None:
         """Put the weights back if they are perturbed, and give up the step.
 
@@ -190,7 +190,7 @@ class SAM(torch.optim.Optimizer):
         Guard(self).watch(model)
         self._guarded |= {id(p) for p in model.parameters()}
 
-    @_as_ever
+    @_in_any_mode
     def first_step(self, zero_grad: bool = False) -> None:
         """Move the weights to the worst point nearby.
 
@@ -242,7 +242,7 @@ class SAM(torch.optim.Optimizer):
         # What is worst for an objective that is maximised is where it is lowest.
         return bool(getattr(self.base_optimizer, "maximize", group.get("maximize")))
 
-    @_as_ever
+    @_in_any_mode
     def second_step(self, zero_grad: bool = False) -> None:
         """Put the weights back, and take the base optimizer's step.
 
@@ -253,7 +253,7 @@ class SAM(torch.optim.Optimizer):
         self._descend()
         self._finish(zero_grad)
 
-    @_as_ever
+    @_in_any_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take both steps, or the second one.
 
@@ -428,7 +428,7 @@ class SAM(torch.optim.Optimizer):
         own, loaded = self.param_groups, state_dict["param_groups"]
         if len(own) == len(loaded):  # PyTorch says so, if not.
             loaded = [
-                {"rho": mine["rho"], "adaptive": mine["adaptive"], **group}
+                {"rho": mine.get("rho"), "adaptive": mine.get("adaptive"), **group}
                 for mine, group in zip(own, loaded, strict=True)
             ]
             for group in loaded:
@@ -465,7 +465,7 @@ class SAM(torch.optim.Optimizer):
             self._start()
 
 
-@_as_ever
+@_in_any_mode
 def _assign(values: Mapping[Tensor, Tensor]) -> None:
     """Write values into the memory of their parameters."""
     if values:

@@ -141,6 +141,8 @@ def test_what_the_base_optimizer_loads_by_itself_is_what_both_have():
     model, state = trained_plainly()
     optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=9.0)
     optimizer.base_optimizer.load_state_dict(state)
+    with pytest.raises(TypeError, match=r"rho must be a number .*, got NoneType"):
+        optimizer.load_state_dict(state)
     assert optimizer.param_groups is optimizer.base_optimizer.param_groups
     assert len(optimizer.state_dict()["state"]) == 4
     with pytest.raises(TypeError, match=r"rho must be a number .*, got NoneType"):

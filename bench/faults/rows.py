@@ -136,4 +136,5 @@ ROWS = (
     ),
     Row("F26", "log or terminal gone", by_tests("test_crashes.py::log"), 0),
     Row("F27", "checkpoints of older versions", by_tests("test_corpus.py"), 0),
+    Row("F41", "weights caught between two steps", by_tests("test_between_steps.py"), 0),
 )

@@ -224,7 +224,7 @@ def test_every_fault_has_a_row_with_its_trials_and_no_failure():
     for name, count in (least | {"F12": 200, "F16": 40}).items():
         assert int(found[name][2].replace(",", "")) >= count
     ((_, text),) = reports("soak").items()
-    trials = int(table_of(text)["F28"][2])
+    trials = int(table_of(text)["soak"][2])
     assert f"{trials} faults" in FLOWING
     assert trials > 500
     assert int(re.search(r"(\d+) min, ", text)[1]) >= 60

@@ -2,7 +2,7 @@
 
     python -m bench.faults                       # all rows, with all trials; 25 minutes
     python -m bench.faults --only F1 F2          # some
-    python -m bench.faults --soak 3600           # F28 alone, for so many seconds
+    python -m bench.faults --soak 3600           # anything, for so many seconds
     python -m bench.faults --report bench/results/faults.md
 
 Rows are those of the table in the README. Some are loops of this package, the others tests.
@@ -31,7 +31,7 @@ class Options:
     only: tuple[str, ...] = ()
     """Rows, as F1; none are all."""
     soak: float | None = None
-    """Seconds of F28, which is not among the rows."""
+    """Seconds of faults of any kind, which are not among the rows."""
     share: float = 1.0
     """Of the trials."""
     report: Path | None = None
@@ -46,7 +46,7 @@ def main(options: Options) -> int:
     if unknown := set(options.only) - {row.name for row in ROWS}:
         raise SystemExit(f"--only: expected rows as F1, got {', '.join(sorted(unknown))}")
     if options.soak is not None:
-        rows = [Row("F28", "anything, for a long time", soak, round(options.soak))]
+        rows = [Row("soak", "anything, for a long time", soak, round(options.soak))]
     else:
         rows = [row for row in ROWS if not options.only or row.name in options.only]
     for row in rows:

@@ -1,4 +1,4 @@
-"""F28: for a long time, anything may happen."""
+"""For a long time, anything may happen."""
 
 import json
 import multiprocessing
@@ -70,7 +70,7 @@ def _loss(params: samfn.tree.Params, buffers: samfn.tree.Params, batch: Any) -> 
 
 
 def soak(seconds: float, root: Path) -> Outcome:
-    """F28: runs meet random faults for so long, while one process saves all the time."""
+    """Runs meet random faults for so long, while one process saves all the time."""
     expected, chance = reference(root), random.Random(0)
     saver = start(keep_saving, str(root / "saver"), seconds)
     deadline = time.monotonic() + seconds

@@ -75,8 +75,8 @@ class Place(NamedTuple):
         getattr(self.module, self.kind)[self.attribute] = tensor
 
     def get(self) -> Any:
-        """Return what it holds, or None."""
-        return getattr(self.module, self.kind).get(self.attribute)
+        """Return what it holds."""
+        return getattr(self.module, self.kind)[self.attribute]
 
 
 class Lender:
@@ -171,10 +171,11 @@ class Lender:
             ImpureError: one of them is missing, or two at the places of one.
         """
         left: dict[str, Tensor] = {}
+        if not torch.compiler.is_compiling():
+            self._require_same()
         for place in self.places:
             if place.kind == "_buffers":
-                if (now := place.get()) is None:
-                    self._require_same()
+                now = place.get()
                 if place.name in self._views and now._version:  # of a copy, 0
                     raise ImpureError(VIEWS.format(place.name))
                 if left.setdefault(place.name, now) is not now:
@@ -286,7 +287,11 @@ class _Kept(NamedTuple):
             now = own[kind]
             if not (now or before):
                 continue
-            if kind == "_modules" and now == before:  # Modules are equal to themselves.
+            if now.keys() == before.keys() and (
+                now == before  # Modules are equal to themselves.
+                if kind == "_modules"
+                else _missing(now) == _missing(before)
+            ):
                 continue
             for name in {**before, **now}:
                 old, new = before.get(name), now.get(name)
@@ -307,6 +312,10 @@ class _Kept(NamedTuple):
             if own[kind].keys() != before.keys():
                 own[kind].clear()
             own[kind].update(before)
+
+
+def _missing(held: dict[str, Any]) -> list[bool]:
+    return [value is None for value in held.values()]
 
 
 def _require_no_cache() -> None:

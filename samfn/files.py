@@ -1,5 +1,7 @@
 """Files that appear whole or not at all, in directories that one process holds."""
 
+import errno
+import io
 import os
 import shutil
 import stat
@@ -7,12 +9,21 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
 
 TEMPORARY = ".samfn-"  # what the directory of an unfinished file is called
 MARGIN = 2**20  # bytes that stay free beside a new file
 LOCK = ".samfn.lock"
+MAX_TEXT = 2**30  # bytes of a file that is read at once; a sparse one may claim any size
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class InUseError(OSError):
@@ -49,6 +60,66 @@ def replacing(path: Path, need: int = 0) -> Iterator[Path]:
         temporary.chmod(stat.S_IMODE(probe.stat().st_mode))
         os.replace(temporary, path)
         sync(path.parent)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading bytes.
+
+    Opening a named pipe would wait for whoever writes into it, and reading a device may
+    never end, or change what it does.
+
+    Raises:
+        OSError: there is no such file, it cannot be opened, or it is no regular file;
+            `strerror` says what it is.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        # What is no file is not even touched; what became one since does not wait.
+        _require_regular(name, os.stat(name).st_mode)
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    file = open(path, "rb", opener=opener)  # noqa: SIM115 - for the caller to close
+    try:
+        _require_regular(path, os.fstat(file.fileno()).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return what a regular file of at most `MAX_TEXT` bytes holds.
+
+    Raises:
+        OSError: as `open_regular`, or it is larger.
+    """
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_TEXT:
+            reason = f"expected at most {MAX_TEXT:,} bytes, got {size:,}"
+            raise OSError(errno.EFBIG, reason, os.fspath(path))
+        return file.read()
+
+
+def read_text(path: str | os.PathLike[str], errors: str = "strict") -> str:
+    """Return the UTF-8 text of a regular file of at most `MAX_TEXT` bytes.
+
+    Args:
+        path: of the file.
+        errors: what is done about other bytes, as for `open`.
+
+    Raises:
+        OSError: as `read_bytes`.
+        UnicodeDecodeError: it is no UTF-8, and `errors` is "strict".
+    """
+    content = io.BytesIO(read_bytes(path))
+    return io.TextIOWrapper(content, encoding="utf-8", errors=errors).read()
+
+
+def _require_regular(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        kind = KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(number, f"expected a regular file, got {kind}", os.fspath(path))
 
 
 def make_directory(path: Path) -> None:

@@ -1,4 +1,5 @@
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -118,3 +119,70 @@ def test_a_directory_where_no_file_can_be_made_cannot_be_held(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"), held(tmp_path / "file" / "directory"):
         pass
+
+
+def make_special(path, kind):
+    """Put something in a path's place that is no regular file."""
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a directory":
+        path.mkdir()
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        where = os.open(path.parent, os.O_RDONLY)  # A socket's whole path is short.
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind(f"/proc/self/fd/{where}/{path.name}")
+        os.close(where)
+
+
+SPECIAL = ["a named pipe", "a directory", "a device", "a socket"]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_only_regular_files_are_read(tmp_path, kind, linked):
+    path = tmp_path / "é"
+    make_special(path, kind)
+    if linked:
+        (tmp_path / "link").symlink_to(path)
+        path = tmp_path / "link"
+    for read in (files.open_regular, files.read_bytes, files.read_text):
+        with pytest.raises(OSError, match=path.name) as caught:
+            read(path)
+        assert caught.value.strerror == f"expected a regular file, got {kind}"
+    assert isinstance(caught.value, IsADirectoryError) == (kind == "a directory")
+
+
+def test_what_becomes_a_pipe_while_it_is_opened_is_refused_too(tmp_path, monkeypatch):
+    path, real = tmp_path / "file", os.stat
+    path.write_text("")
+
+    def stat_and_replace(name, *args, **options):
+        found = real(name, *args, **options)
+        if name == str(path):
+            path.unlink()
+            os.mkfifo(path)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat_and_replace)
+        with pytest.raises(OSError, match="got a named pipe"):
+            files.open_regular(str(path))
+
+
+def test_texts_are_read_as_they_are_and_of_no_absurd_size(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"\xc3\xa9\r\nb")
+    assert files.read_text(path) == "é\nb"
+    assert files.read_bytes(str(path)) == b"\xc3\xa9\r\nb"
+    path.write_bytes(b"a\xff")
+    assert files.read_text(path, errors="replace") == "a\ufffd"
+    with pytest.raises(UnicodeDecodeError):
+        files.read_text(path)
+    with path.open("wb") as file:
+        file.truncate(4 * 2**40)
+    with pytest.raises(
+        OSError, match=r"at most 1,073,741,824 bytes, got 4,398,046,511,104"
+    ):
+        files.read_text(path)

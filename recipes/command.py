@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 
 import samfn
-from recipes.compiling import keep_compiled
 from recipes.config import ConfigError
 from recipes.console import Display, Silent, open_standard_streams
 from recipes.data import DataError
@@ -58,7 +57,6 @@ def run(
     if distributed.launched() and not ranks:
         display.fail("this command runs in one process: start it without torchrun")
         return WRONG_INPUT
-    keep_compiled()
     try:
         with watched() as signals:
             try:

@@ -15,6 +15,7 @@ from torch import Tensor
 import samfn
 from recipes import selection
 from recipes.batches import CHUNK, StopError, augmented, clean, own
+from recipes.compiling import keep_compiled
 from recipes.console import Display, Live
 from recipes.keeping import Keeper, model_of, ranks
 from recipes.layers import LayerMeter
@@ -70,6 +71,7 @@ def prepare(task: Task, training: Training, display: Display) -> None:
     """Compile the step, where it is to be, by a step whose result is dropped."""
     if task.config.compile == "yes" and training.epoch < task.config.epochs:
         batch = next(augmented(task, training.epoch))
+        keep_compiled(display.warn)
         with display.waiting("compiling the training step"):
             step(task, training.state, 0, batch)
 

@@ -299,9 +299,12 @@ def _without_scale(memory: MethodState) -> MethodState:
     return {key: value for key, value in memory.items() if key not in (SCALE, GOOD)}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matching(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if fnmatchcase(name, pattern))
+
+
+# As torch.compiler.assume_constant_result says it, which would import Dynamo.
+_matching._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _require_statistics(statistics: Statistics) -> None:

@@ -48,8 +48,14 @@ Step = Callable[
 ARITHMETIC = 1e10
 
 # On a CPU. Dynamo's guards have checked what these asserts would check again, and waking a
-# second thread takes as long as a loop over ten thousand numbers.
-LEAN = {"size_asserts": False, "alignment_asserts": False, "cpp.min_chunk_size": 16384}
+# second thread takes as long as a loop over ten thousand numbers. Precompiled headers would
+# stay below /tmp, under a name that everyone can guess, whatever the cache's directory.
+LEAN = {
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "cpp.min_chunk_size": 16384,
+    "cpp_cache_precompile_headers": False,
+}
 RECOMPUTES = "one graph cannot hold what is computed again (gradient checkpointing)"
 
 # Calls the kernels from C++. On a GPU, a CUDA graph does away with the calls altogether.

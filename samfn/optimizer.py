@@ -10,6 +10,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from samfn import border, tree
 from samfn.hooks import COPY_LATER, Guard, Mark
@@ -25,7 +26,8 @@ def _in_any_mode(method: Callable[P, R]) -> Callable[P, R]:
     """Let a method do the same wherever it is called: compiled, or in inference mode."""
     # Dynamo would lose what it sets, and has nothing to win on foreach kernels. What is
     # made in inference mode, as the memory of the base optimizer, could not change later.
-    disable: Any = torch.compiler.disable
+    # As in torch.optim: torch.compiler.disable would import Dynamo here, not when used.
+    disable: Any = _disable_dynamo
     same: Callable[P, R] = disable(torch.inference_mode(False)(torch.no_grad()(method)))
     return same
 

@@ -397,7 +397,7 @@ def _cached(
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.held(root, wait=True))
+            stack.enter_context(files.held(root, wait=True, tell=warn))
         except OSError:  # In a read-only directory every run reads the data again.
             return _read_cache(path, warn) or read()
         files.sweep(root)

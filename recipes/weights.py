@@ -167,7 +167,7 @@ def fetch(model: str, display: Display) -> Path:
     size = published.meta["_file_size"]  # MiB, to three digits
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with files.held(folder, wait=True):
+        with files.held(folder, wait=True, tell=display.warn):
             files.sweep(folder)
             if not is_whole(folder / name, begins):
                 with display.waiting(f"downloading {size:,.0f} MiB, weights of {model}"):

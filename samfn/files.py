@@ -6,7 +6,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,7 @@ import filelock
 TEMPORARY = ".samfn-"  # what the directory of an unfinished file is called
 MARGIN = 2**20  # bytes that stay free beside a new file
 LOCK = ".samfn.lock"
+PATIENCE = 2.0  # seconds of waiting before it is said for whom
 MAX_TEXT = 2**30  # bytes of a file that is read at once; a sparse one may claim any size
 KINDS = {
     stat.S_IFDIR: "a directory",
@@ -34,32 +36,58 @@ class InUseError(OSError):
 def replacing(path: Path, need: int = 0) -> Iterator[Path]:
     """Yield where to write what becomes `path` at the end, if nothing is raised.
 
-    Written in a directory beside `path`, synced, given the user's permissions, renamed;
-    then the directory is synced. Whenever the process is killed or the power fails,
-    `path` is what it was or what it is to be.
+    Written in a directory beside `path`, synced, given the permissions of what it replaces
+    or those that the user wants of new files, renamed; then the directory is synced.
+    Whenever the process is killed or the power fails, `path` is what it was or what it is
+    to be.
 
     Args:
         path: of a file that is there or not; its directory exists.
         need: bytes that are to be written.
 
     Raises:
-        OSError: less than `need` is free, or a call of the system failed. `path` is what
+        OSError: less than `need` is free, a call of the system failed, or another process
+            swept the directory. `path` is what
             it was, or, if only its directory could not be synced, what it is to be; and
             nothing is left beside it.
     """
     free = shutil.disk_usage(path.parent).free
     if free < need + MARGIN:
         raise OSError(f"{need:,} bytes are needed and {free:,} are free")
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder,
+        _undisturbed(Path(folder), path),
+    ):
         temporary = Path(folder, "file")
         yield temporary
         sync(temporary)
-        # A new file shows the umask, which cannot be asked for without changing it.
-        probe = Path(folder, "mode")
-        probe.touch()
-        temporary.chmod(stat.S_IMODE(probe.stat().st_mode))
+        temporary.chmod(_mode(path, Path(folder)))
         os.replace(temporary, path)
         sync(path.parent)
+
+
+@contextmanager
+def _undisturbed(folder: Path, path: Path) -> Iterator[None]:
+    """Say so where an error comes of another process that swept the directory."""
+    try:
+        yield
+    except Exception as error:
+        if folder.exists():
+            raise
+        raise OSError(
+            f"another process writes to {path.parent} too, and deleted what was half"
+            " written; `samfn.held` keeps others out"
+        ) from error
+
+
+def _mode(path: Path, folder: Path) -> int:
+    """Return the permissions of a file that is replaced, or of one that is new."""
+    if path.is_file():
+        return path.stat().st_mode & 0o777
+    # A new file shows the umask, which cannot be asked for without changing it.
+    probe = folder / "mode"
+    probe.touch()
+    return stat.S_IMODE(probe.stat().st_mode)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -140,29 +168,60 @@ def sweep(directory: Path) -> None:
 
 
 @contextmanager
-def held(directory: str | os.PathLike[str], *, wait: bool = False) -> Iterator[None]:
+def held(
+    directory: str | os.PathLike[str],
+    *,
+    wait: bool = False,
+    tell: Callable[[str], None] = warnings.warn,
+) -> Iterator[None]:
     """Keep other processes from holding a directory; the kernel frees what a dead one held.
 
     Args:
         directory: made if it is not there; a file named ".samfn.lock" stays in it.
         wait: until nobody else holds it.
+        tell: is told after two seconds of waiting in one line which process holds it.
 
     Raises:
         InUseError: another process holds it, and `wait` is False; says which.
-        OSError: no file can be made there.
+        OSError: no file can be made there, or that file is none of samfn's own.
     """
     path = Path(directory, LOCK)
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(blocking=wait)
+        lock.acquire(timeout=PATIENCE if wait else 0)
     except filelock.Timeout as error:
-        holder = path.read_text().strip() or "unknown"
-        raise InUseError(f"{directory} is in use by process {holder}") from error
+        if not wait:
+            raise InUseError(f"{directory} is in use by process {_holder(path)}") from error
+        tell(f"waiting for {directory}, which process {_holder(path)} holds")
+        lock.acquire()
     try:
-        path.write_text(f"{os.getpid()}\n")
+        _write_holder(path)
         yield
     finally:
         lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        found = read_bytes(path).strip()
+    except OSError:
+        return "unknown"
+    return found.decode() if found.isdigit() else "unknown"
+
+
+def _write_holder(path: Path) -> None:
+    """Say in a lock file which process holds it, unless it is another file's name too."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    handle = os.open(path, os.O_WRONLY | flags)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            reason = "expected a file of samfn's own, got a link to another"
+            raise OSError(errno.EMLINK, reason, os.fspath(path))
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+    finally:
+        os.close(handle)
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -186,3 +187,73 @@ def test_texts_are_read_as_they_are_and_of_no_absurd_size(tmp_path):
         OSError, match=r"at most 1,073,741,824 bytes, got 4,398,046,511,104"
     ):
         files.read_text(path)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_what_is_written_anew_keeps_its_permissions(tmp_path, mode):
+    path = tmp_path / "file"
+    write(path, "old")
+    path.chmod(mode)
+    write(path, "new")
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_two_that_write_into_one_directory_are_told_so(tmp_path):
+    path = tmp_path / "file"
+    write(path, "old")
+
+    def swept(when):
+        with replacing(path) as temporary:
+            if when == "before":
+                files.sweep(tmp_path)
+            temporary.write_text("new")
+            files.sweep(tmp_path)
+
+    for when in ("before", "after"):
+        with pytest.raises(OSError, match=r"another process writes to .*samfn\.held"):
+            swept(when)
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_lock_file_that_is_a_link_is_not_written_through(tmp_path, link):
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    link(mine, tmp_path / files.LOCK)
+    with pytest.raises(OSError, match=r"samfn\.lock"), held(tmp_path):
+        raise AssertionError("it was held")
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_lock_file_that_is_no_file_makes_nobody_wait(tmp_path, kind):
+    make_special(tmp_path / files.LOCK, kind)
+    with pytest.raises(OSError, match=r"samfn\.lock|regular"), held(tmp_path, wait=True):
+        raise AssertionError("it was held")
+
+
+@pytest.mark.parametrize("written", ["{pid}\n", "", "é\x1b[2J", "x" * 10_000])
+def test_who_waits_is_told_for_whom(tmp_path, written):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    said = []
+    with subprocess.Popen(command, **pipes) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        (tmp_path / files.LOCK).write_text(written.format(pid=holder.pid))
+
+        def tell(text):
+            said.append((text, time.monotonic() - begun))
+            holder.stdin.close()
+
+        begun = time.monotonic()
+        with held(tmp_path, wait=True, tell=tell):
+            assert holder.wait() == 0
+    ((text, seconds),) = said
+    process = holder.pid if "pid" in written else "unknown"
+    assert text == f"waiting for {tmp_path}, which process {process} holds"
+    assert 2 <= seconds < 10
+    with held(tmp_path, wait=True, tell=said.append):
+        pass
+    assert len(said) == 1

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,47 +48,39 @@ def replacing(path: Path, need: int = 0) -> Iterator[Path]:
 
     Raises:
         OSError: less than `need` is free, a call of the system failed, or another process
-            swept the directory. `path` is what
-            it was, or, if only its directory could not be synced, what it is to be; and
-            nothing is left beside it.
+            swept the directory. `path` is what it was, or, if only its directory could not
+            be synced, what it is to be; and nothing is left beside it.
     """
     free = shutil.disk_usage(path.parent).free
     if free < need + MARGIN:
         raise OSError(f"{need:,} bytes are needed and {free:,} are free")
-    with (
-        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder,
-        _undisturbed(Path(folder), path),
-    ):
-        temporary = Path(folder, "file")
-        yield temporary
-        sync(temporary)
-        temporary.chmod(_mode(path, Path(folder)))
-        os.replace(temporary, path)
-        sync(path.parent)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
+        temporary, probe = Path(folder, "file"), Path(folder, "mode")
+        with _undisturbed(probe, path):
+            # A new file shows the umask, which cannot be asked for without changing it.
+            probe.touch()
+            yield temporary
+            sync(temporary)
+            like = path if path.is_file() else probe
+            temporary.chmod(like.stat().st_mode & 0o777)
+            os.replace(temporary, path)
+            sync(path.parent)
 
 
 @contextmanager
-def _undisturbed(folder: Path, path: Path) -> Iterator[None]:
+def _undisturbed(probe: Path, path: Path) -> Iterator[None]:
     """Say so where an error comes of another process that swept the directory."""
     try:
         yield
     except Exception as error:
-        if folder.exists():
+        if isinstance(error, FileNotFoundError) or "os error 2" in str(error):
+            time.sleep(0.1)  # It may still be deleting.
+        if probe.exists():
             raise
         raise OSError(
             f"another process writes to {path.parent} too, and deleted what was half"
             " written; `samfn.held` keeps others out"
         ) from error
-
-
-def _mode(path: Path, folder: Path) -> int:
-    """Return the permissions of a file that is replaced, or of one that is new."""
-    if path.is_file():
-        return path.stat().st_mode & 0o777
-    # A new file shows the umask, which cannot be asked for without changing it.
-    probe = folder / "mode"
-    probe.touch()
-    return stat.S_IMODE(probe.stat().st_mode)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -5,6 +5,7 @@ other texts a SHA-256 of the manifest: all names, dtypes, shapes and texts, and 
 of each tensor's bytes. Anything that reads safetensors reads these files.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,11 +25,14 @@ from samfn import files
 
 DIGEST = "samfn.sha256"
 UNKNOWN = "0" * 64  # stands where the digest comes to stand
+UNSIGNED = f"holds no {DIGEST}: it was not written by samfn"
+DAMAGED = "is damaged: its content is not that of the SHA-256 in it"
 METADATA = "__metadata__"  # the format's name for texts
 MAX_HEADER = 8 * 2**20  # bytes
 MAX_TENSORS = 10_000
 THREADS = min(4, os.cpu_count() or 1)  # beside the disk, hashing needs no more
 CHUNK = 2**20  # bytes, which a processor's cache holds
+NAMED = 5  # tensors that a message names at most
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -64,20 +68,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
         texts: by names other than `DIGEST`.
 
     Raises:
-        ValueError: more tensors than any reader takes.
-        TypeError: a dtype that safetensors does not hold, or a sparse tensor.
+        ValueError: more tensors, or more of names and texts, than `read` takes; or a name
+            or text that UTF-8 does not hold.
+        TypeError: a dtype that safetensors does not hold, or a tensor that is sparse,
+            nested or without values; says which.
         OSError: it could not be written; says what was needed and what was free.
     """
-    if len(tensors) > MAX_TENSORS:
-        raise ValueError(f"expected at most {MAX_TENSORS:,} tensors, got {len(tensors):,}")
-    if unknown := sorted(
-        {str(t.dtype) for t in tensors.values()} - {str(d) for d in DTYPES.values()}
-    ):
-        raise TypeError(f"expected dtypes that safetensors holds, got {unknown}")
-    if sparse := [name for name, t in tensors.items() if t.layout is not torch.strided]:
-        raise TypeError(f"expected dense tensors, got sparse ones: {', '.join(sparse)}")
+    _require_dense(tensors)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    _require_readable(tensors, texts, size)
     plain = _separate(tensors)
-    size = sum(tensor.nbytes for tensor in plain.values())
     try:
         with (
             files.replacing(path, size) as temporary,
@@ -108,15 +108,13 @@ def read(
     Raises:
         FileNotFoundError: there is no such file.
         CorruptError: it is damaged, or was not written by `write`.
-        OSError: it cannot be read.
+        OSError: it cannot be read, is no regular file, or is larger than the memory.
     """
-    with path.open("rb") as file:
-        header, start = _header(path, file)
-        texts = _texts(path, header)
-        places = _places(path, header, start, os.fstat(file.fileno()).st_size)
+    with files.open_regular(path) as file:
+        texts, places = _contents(path, file)
         expected = texts.pop(DIGEST, None)
         if expected is None and not foreign:
-            raise CorruptError(f"{path} holds no {DIGEST}: it was not written by samfn")
+            raise CorruptError(f"{path} {UNSIGNED}")
         scratch = _Scratch(
             max((place.layout.nbytes for place in places.values()), default=0)
         )
@@ -139,9 +137,7 @@ def read(
     tensors = {name: tensor for name, (tensor, _) in read_all.items()}
     found = _digest(tensors, (sha for _, sha in read_all.values()), texts)
     if expected is not None and found != expected:
-        raise CorruptError(
-            f"{path} is damaged: its content is not that of the SHA-256 in it"
-        )
+        raise CorruptError(f"{path} {DAMAGED}")
     return tensors, texts
 
 
@@ -150,11 +146,30 @@ def read_texts(path: Path) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CorruptError: there is no header, or one that safetensors does not allow.
-        OSError: it cannot be read.
+        CorruptError: there is no header, one that safetensors does not allow, or one of a
+            file of another size.
+        OSError: as `read`.
     """
-    with path.open("rb") as file:
-        return _texts(path, _header(path, file)[0])
+    with files.open_regular(path) as file:
+        return _contents(path, file)[0]
+
+
+def verified_texts(path: Path) -> dict[str, str]:
+    """Return the texts alone, verified as by `read`, without room for any tensor.
+
+    Raises as `read`.
+    """
+    with files.open_regular(path) as file:
+        texts, places = _contents(path, file)
+        expected = texts.pop(DIGEST, None)
+        if expected is None:
+            raise CorruptError(f"{path} {UNSIGNED}")
+        with ThreadPoolExecutor(THREADS) as pool:
+            hashes = pool.map(lambda p: _sha256_in(file.fileno(), p, path), places.values())
+            found = _digest({name: p.layout for name, p in places.items()}, hashes, texts)
+    if found != expected:
+        raise CorruptError(f"{path} {DAMAGED}")
+    return texts
 
 
 class _Scratch(threading.local):
@@ -169,6 +184,13 @@ class _Place(NamedTuple):
     start: int  # in the file, in bytes
 
 
+def _contents(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, _Place]]:
+    """Return the texts, and where each tensor is, if the file is as large as they say."""
+    header, start = _header(path, file)
+    size = os.fstat(file.fileno()).st_size
+    return _texts(path, header), _places(path, header, start, size)
+
+
 def _header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     """Return the header of a file, not believed yet, and where the tensors begin."""
     head = file.read(8)
@@ -179,7 +201,7 @@ def _header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
             f" bytes, got {length:,}"
         )
     content = file.read(length)
-    if content.count(b'"dtype"') > MAX_TENSORS:  # Before it takes memory and time.
+    if _counted(content) > MAX_TENSORS:  # Before it takes memory and time.
         raise CorruptError(f"{path} names more than {MAX_TENSORS:,} tensors")
     try:
         header = json.loads(content, object_pairs_hook=_unique)
@@ -217,7 +239,64 @@ def _places(
         raise CorruptError(
             f"{path} is damaged: expected {start + here:,} bytes, got {size:,}"
         )
+    if here > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        reason = f"holds {here:,} bytes, more than the memory of this machine, {memory:,}"
+        raise OSError(errno.ENOMEM, reason, os.fspath(path))
     return places
+
+
+def _counted(header: bytes) -> int:
+    """Return how many tensors a header names, or a few more."""
+    return header.count(b'"dtype"')
+
+
+def _require_dense(tensors: Mapping[str, Tensor]) -> None:
+    held = set(DTYPES.values())
+    if wrong := [
+        f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in held
+    ]:
+        raise TypeError(f"expected dtypes that safetensors holds, got {_listed(wrong)}")
+    for kind, is_wrong in (
+        ("nested", lambda tensor: tensor.is_nested),
+        ("sparse", lambda tensor: tensor.layout is not torch.strided),
+        ("meta", lambda tensor: tensor.is_meta),
+    ):
+        if wrong := [name for name, tensor in tensors.items() if is_wrong(tensor)]:
+            raise TypeError(f"expected dense tensors, got {kind} ones: {_listed(wrong)}")
+
+
+def _require_readable(
+    tensors: Mapping[str, Tensor], texts: Mapping[str, str], size: int
+) -> None:
+    """Raise if `read` would not take the header of a file."""
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"expected at most {MAX_TENSORS:,} tensors, got {len(tensors):,}")
+    if METADATA in tensors:
+        raise ValueError(f"the format has its own use for the name {METADATA!r}")
+    header = {METADATA: {**texts, DIGEST: UNKNOWN}} | {
+        # Places that are not known yet, but no longer.
+        name: {"dtype": "F8_E4M3FNUZ", "shape": [*t.shape], "data_offsets": [size, size]}
+        for name, t in tensors.items()
+    }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - 40) : error.end]
+        raise ValueError(f"expected text that UTF-8 holds, got {part!r}") from error
+    if _counted(content) > MAX_TENSORS:
+        raise ValueError(f'{MAX_TENSORS:,} tensors are too many with one called "dtype"')
+    if len(content) + 8 > MAX_HEADER:
+        largest = max([*tensors, *texts], key=lambda name: len(name + texts.get(name, "")))
+        raise ValueError(
+            f"expected names and texts of at most {MAX_HEADER:,} bytes, got"
+            f" {len(content):,}; the largest is {largest[:80]!r}"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
@@ -236,6 +315,19 @@ def _fill(tensor: Tensor, file: int, start: int, path: Path) -> str:
     return found.hexdigest()
 
 
+def _sha256_in(file: int, place: _Place, path: Path) -> str:
+    """Return the SHA-256 of a place in a file."""
+    found, start, left = hashlib.sha256(), place.start, place.layout.nbytes
+    chunk = memoryview(bytearray(min(CHUNK, left)))
+    while left:
+        count = os.preadv(file, [chunk[:left]], start)
+        if not count:
+            raise CorruptError(f"{path} is damaged: it ended while it was read")
+        found.update(chunk[:count])
+        start, left = start + count, left - count
+    return found.hexdigest()
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -248,7 +340,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     separate: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         if plain.untyped_storage().data_ptr() in taken:
             plain = plain.clone()
         taken.add(plain.untyped_storage().data_ptr())

@@ -1,12 +1,17 @@
 import errno
+import json
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -14,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 import samfn
 from tests.reference import batches, small_network
+from tests.test_files import make_special
 
 OPTIMIZERS = {
     "sgd": samfn.sgd(),
@@ -367,3 +373,303 @@ def test_a_lack_of_threads_is_no_damage(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="can't start new thread"):
             checkpoints.latest(counted(0))
     assert checkpoints.latest(counted(0)).state.step == 1
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+WRITABLE = st.characters(codec="utf-8", exclude_characters="/")
+KEYS = st.text(WRITABLE).filter(lambda key: not key.startswith("samfn."))
+
+
+@given(st.dictionaries(KEYS.filter(lambda key: key not in ("path", "state")), JSON))
+def test_whatever_json_holds_comes_back(tmp_path_factory, metadata):
+    path = tmp_path_factory.mktemp("f") / "file"
+    samfn.save(path, counted(1), **metadata)
+    assert samfn.restore(path, like=counted(0))[1] == metadata
+
+
+LONG = {
+    "500,000 losses": [1 / (i + 1) for i in range(500_000)],
+    "a text of 9 MiB": "é" * (9 * 2**19),
+    "just as long as a header holds": "x" * (2**16 - 2),
+    "one more": "x" * (2**16 - 1),
+    "names": {f"layer {i}": i for i in range(300_000)},
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_metadata_of_any_size_comes_back(tmp_path, kind):
+    checkpoints = samfn.Checkpoints(tmp_path)
+    for step in (1, 2):
+        path = checkpoints.save(counted(step), score=1.0, losses=LONG[kind], note="é")
+    found = checkpoints.latest(counted(0))
+    assert found.path == path
+    assert found.metadata == {"score": 1.0, "losses": LONG[kind], "note": "é"}
+    assert steps(checkpoints) == [1, 2]
+    assert checkpoints.best() == [checkpoints.paths()[0]]
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def test_nothing_is_written_that_could_not_be_read(tmp_path):
+    """What is refused names itself, and what is just not refused is read back."""
+    path, like = tmp_path / "file", counted(1)
+    samfn.save(path, like, deep=nested(100))
+    assert samfn.restore(path, like=like)[1] == {"deep": nested(100)}
+    path.unlink()
+    ring = []
+    ring.append(ring)
+    text = "x" * 60_000
+    tensor = torch.ones(1)
+    refused = {
+        r"metadata deep/0/0/.* more than 100 levels": {"deep": nested(101)},
+        r"metadata ring/0/0/.* more than 100 levels": {"ring": ring},
+        r"metadata big: .*4300": {"big": 10**5000},
+        r"metadata a: .*not JSON serializable": {"a": {"b": {1, 2}}},
+        r"metadata a/b/1 is a tensor": {"a": {"b": [0, tensor]}},
+        r"metadata a/b is a tensor": {"a": {"b": tensor, "c": 1}},
+        r"metadata a/b/c is a tensor": {"a": {"b": {"c": tensor}}},
+        r"as metadata/a/b, got NoneType|metadata a/c is a tensor": {
+            "a": {"b": None, "c": tensor}
+        },
+        r"two tensors would be called metadata/a/1": {"a": {1: tensor, "1": tensor}},
+        r"metadata a has two names .*\[1, '1'\]": {"a": {1: 0, "1": 0}},
+        r"metadata a/0 has two names .*\[None, 'null'\]": {"a": [{None: 0, "null": 0}]},
+        r"no / in its name: 'a/b'": {"a/b": tensor, "a": {"b": tensor}},
+        r"UTF-8 holds, got .*udc80": {"\udc80": 1},
+        r"at most 8,388,608 bytes, got 9,0\d\d,\d\d\d; the largest is 'k": {
+            f"k{i}": text for i in range(150)
+        },
+    }
+    for message, metadata in refused.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            samfn.save(path, like, **metadata)
+        assert not list(tmp_path.iterdir()), message
+
+
+def with_params(**params):
+    return counted(1)._replace(params={"w": torch.ones(3), **params})
+
+
+SPARSE = torch.eye(3).to_sparse()
+UNWRITABLE = {
+    "sparse ones: params/edges": lambda: {"edges": SPARSE},
+    "sparse ones: params/rows": lambda: {"rows": torch.eye(3).to_sparse_csr()},
+    "nested ones: params/texts": lambda: {
+        "texts": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    },
+    "nested ones: params/jagged": lambda: {
+        "jagged": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)
+    },
+    "meta ones: params/promised": lambda: {"promised": torch.ones(2, device="meta")},
+    r"params/wide \(torch.complex128\)": lambda: {"wide": torch.ones(1).to(torch.cdouble)},
+    "as params/none, got NoneType": lambda: {"none": None},
+    "as params/listed, got list": lambda: {"listed": [torch.ones(1)]},
+    "as params/number, got float": lambda: {"number": 1.0},
+    "two tensors would be called params/a/b": lambda: {
+        "a": {"b": torch.ones(1)},
+        "a/b": torch.zeros(1),
+    },
+    "two tensors would be called params/1": lambda: {"1": torch.ones(1), 1: torch.ones(1)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Nested|nested|Sparse")
+@pytest.mark.parametrize("message", UNWRITABLE)
+def test_what_a_file_does_not_hold_is_named_and_nothing_written(tmp_path, message):
+    params = {"w": torch.ones(3), **UNWRITABLE[message]()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        samfn.save(tmp_path / "file", counted(1)._replace(params=params))
+    assert not list(tmp_path.iterdir())
+
+
+def test_views_that_conjugate_or_negate_are_written_as_what_they_show(tmp_path):
+    path, number = tmp_path / "file", torch.tensor([1 + 2j, 3 - 4j])
+    conjugate = number.conj()
+    negative = conjugate.imag
+    assert conjugate.is_conj()
+    assert negative.is_neg()
+    samfn.save(path, with_params(conjugate=conjugate, negative=negative), extra=conjugate)
+    found, metadata = samfn.restore(
+        path, like=with_params(conjugate=number, negative=torch.zeros(2))
+    )
+    assert found.params["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+    assert found.params["negative"].tolist() == [-2.0, 4.0]
+    assert metadata["extra"].tolist() == [1 - 2j, 3 + 4j]
+
+
+def test_checkpoints_are_ordered_by_number_and_nothing_else_counts(tmp_path):
+    checkpoints = samfn.Checkpoints(tmp_path)
+    strays = ("step_best", "step_", "step_1x", "step_-1", "step_١", "step_1.0")
+    for name in strays:
+        samfn.save(tmp_path / f"{name}.safetensors", counted(7))
+    for step in (999_999_998, 999_999_999, 10**9, 10**9 + 1, 10**10):
+        path = checkpoints.save(counted(step))
+        assert path.exists()
+        assert checkpoints.latest(counted(0)).state.step == step
+    assert steps(checkpoints) == [10**9 + 1, 10**10]
+    checkpoints.drop_after(10**9 + 1)
+    assert steps(checkpoints) == [10**9 + 1]
+    assert all((tmp_path / f"{name}.safetensors").exists() for name in strays)
+
+
+def test_what_was_just_written_stays_whatever_is_newer(tmp_path):
+    checkpoints = samfn.Checkpoints(tmp_path)
+    for step in (10, 20, 5):
+        assert checkpoints.save(counted(step)).exists()
+    assert steps(checkpoints) == [5, 10, 20]
+
+
+def edited(path, before, after):
+    content = path.read_bytes()
+    assert content.count(before) == 1
+    path.write_bytes(content.replace(before, after))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_forged_score_costs_no_whole_checkpoint(tmp_path, again):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)
+    for step, score in ((1, 5.0), (2, 1.0), (3, 1.5)):
+        checkpoints.save(counted(step), score=score)
+    edited(checkpoints.paths()[1], b'"1.0"', b'"9.0"')
+    if again:  # By a process that has not written it.
+        checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)
+    assert [path.name for path in checkpoints.best()] == ["step_000000001.safetensors"]
+    checkpoints.save(counted(4), score=2.0)
+    assert steps(checkpoints) == [1, 3, 4]
+    assert len(said) == 1
+    assert "step_000000002.safetensors is damaged" in said[0]
+    assert (tmp_path / "step_000000002.safetensors.corrupt").exists()
+    assert checkpoints.best_whole(counted(0)).state.step == 1
+
+
+def test_a_forged_step_of_later_costs_no_whole_checkpoint(tmp_path):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)
+    for step in (1, 2):
+        checkpoints.save(counted(step))
+    (tmp_path / "step_000000008.safetensors").write_bytes(b"junk")
+    (tmp_path / "step_000000009.safetensors").mkdir()
+    checkpoints.save(counted(3))
+    assert steps(checkpoints) == [2, 3, 9]
+    assert checkpoints.latest(counted(0)).state.step == 3
+    assert [text.split(" ")[0] for text in said] == [
+        f"{tmp_path}/step_000000008.safetensors",
+        "cannot",
+        f"{tmp_path}/step_000000009.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (torch.tensor(1.0), "score must be a number, got a Tensor"),
+        ("0.9", "score must be a number, got a str"),
+        (True, "score must be a number, got a bool"),
+        ({"raw": 1.0, "ema": torch.ones(1)}, "ema must be a number, got a Tensor"),
+        ({"raw": None}, "raw must be a number, got a NoneType"),
+    ],
+)
+def test_scores_that_are_no_numbers_are_refused(tmp_path, score, message):
+    checkpoints = samfn.Checkpoints(tmp_path)
+    checkpoints.save(counted(1), score=0.5)
+    with pytest.raises(TypeError, match=message):
+        checkpoints.save(counted(2), score=score)
+    assert steps(checkpoints) == [1]
+
+
+def test_scores_that_are_not_finite_come_last(tmp_path):
+    checkpoints = samfn.Checkpoints(tmp_path, keep_best=3)
+    unranked = (float("nan"), float("inf"), -float("inf"), 10**400)
+    for step, score in enumerate((*unranked, 1.0, 2.0, float("nan"), 0.0, -1.0), 1):
+        checkpoints.save(counted(step), score=score)
+    assert [int(path.stem[5:]) for path in checkpoints.best()] == [6, 5, 8]
+    only = samfn.Checkpoints(tmp_path / "only")
+    for step in range(1, 5):
+        only.save(counted(step), score=float("nan"))
+    assert steps(only) == [1, 3, 4]
+
+
+TWO = """
+import sys, torch, samfn
+directory, own = sys.argv[1], int(sys.argv[2])
+state = samfn.init({"w": torch.ones(2**18)}, {}, optimizer=samfn.sgd(0.0))
+for number in range(60):
+    checkpoints = samfn.Checkpoints(directory, warn=lambda text: None)
+    try:
+        checkpoints.save(state._replace(step=torch.tensor(2 * number + own)))
+    except samfn.CheckpointWriteError as error:
+        print(error)
+"""
+
+
+def test_two_that_save_into_one_directory_are_told_what_keeps_others_out(
+    tmp_path, record_property
+):
+    command, pipe = [sys.executable, "-c", TWO, str(tmp_path)], subprocess.PIPE
+    with (
+        subprocess.Popen([*command, "0"], stdout=pipe, stderr=pipe, text=True) as first,
+        subprocess.Popen([*command, "1"], stdout=pipe, stderr=pipe, text=True) as second,
+    ):
+        (said, errors), (more, others) = first.communicate(), second.communicate()
+    assert (first.returncode, errors) == (second.returncode, others) == (0, "")
+    lines = (said + more).splitlines()
+    assert lines
+    wanted = ("another process writes to", "`samfn.held` keeps others out")
+    assert [line for line in lines if not all(part in line for part in wanted)] == []
+    record_property("trials", len(lines))
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a directory", "a device", "a socket"])
+def test_what_is_no_file_is_set_aside_as_no_checkpoint(tmp_path, kind):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)
+    checkpoints.save(counted(1))
+    path = tmp_path / "step_000000002.safetensors"
+    make_special(path, kind)
+    with pytest.raises(samfn.CheckpointCorruptError, match=f"regular file, got {kind}"):
+        samfn.restore(path, like=counted(0))
+    assert checkpoints.best_whole(counted(0)) is None
+    assert checkpoints.latest(counted(0)).state.step == 1
+    assert len(said) == 1
+    assert steps(checkpoints) == [1]
+
+
+@pytest.mark.parametrize("kind", ["zeros", "longer", "all of it claimed"])
+def test_a_sparse_file_of_4_tb_is_refused_at_once(tmp_path, kind):
+    path, like = tmp_path / "step_000000001.safetensors", counted(1)
+    samfn.save(path, like)
+    if kind == "zeros":
+        path.write_bytes(b"")
+    if kind == "all of it claimed":
+        claimed = {"w": {"dtype": "U8", "shape": [2**42], "data_offsets": [0, 2**42]}}
+        claimed["__metadata__"] = {"samfn.sha256": "0" * 64, "score": "9.0"}
+        header = json.dumps(claimed).encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header)
+        os.truncate(path, 8 + len(header) + 2**42)
+    else:
+        os.truncate(path, 2**42)
+    begun = time.monotonic()
+    with pytest.raises((samfn.CheckpointCorruptError, OSError), match="step_000000001"):
+        samfn.restore(path, like=like)
+    said = []
+    samfn.Checkpoints(tmp_path, warn=said.append).save(counted(2))
+    assert time.monotonic() - begun < 5
+    assert len(said) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_checkpoint_of_the_users_alone_stays_so(tmp_path):
+    path = tmp_path / "file"
+    samfn.save(path, counted(1))
+    path.chmod(0o600)
+    samfn.save(path, counted(2))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

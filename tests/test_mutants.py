@@ -145,13 +145,13 @@ MUTANTS = {
     ),
     "a file is not synced": (
         "files.py",
-        "        sync(temporary)\n",
+        "            sync(temporary)\n",
         "",
         "files::test_a_file_is_written_synced_renamed_and_its_directory_synced",
     ),
     "a directory is not synced": (
         "files.py",
-        "        sync(path.parent)\n",
+        "            sync(path.parent)\n",
         "",
         "files::test_a_file_is_written_synced_renamed_and_its_directory_synced",
     ),
@@ -175,9 +175,27 @@ MUTANTS = {
     ),
     "the best goes with the old": (
         "checkpoint.py",
-        ", *(p for name in names for p in self.best(name))}",
-        "}",
+        "return {*last, *(path for paths in best for path in paths)}",
+        "return {*last}",
         "checkpoint::test_the_last_few_and_the_best_few_stay",
+    ),
+    "what a header says of its score counts unverified": (
+        "checkpoint.py",
+        "scores = _scores(tensorfile.verified_texts(path))",
+        "scores = _scores(tensorfile.read_texts(path))",
+        "checkpoint::test_a_forged_score_costs_no_whole_checkpoint",
+    ),
+    "checkpoints are ordered by their names": (
+        "checkpoint.py",
+        '    return int(path.stem.removeprefix("step_"))\n',
+        "    return path.name\n",
+        "checkpoint::test_checkpoints_are_ordered_by_number_and_nothing_else_counts",
+    ),
+    "a conjugate is written as what it is a view of": (
+        "tensorfile.py",
+        ".resolve_conj()",
+        "",
+        "checkpoint::test_views_that_conjugate_or_negate_are_written_as_what_they_show",
     ),
     "states that are not finite are kept": (
         "checkpoint.py",

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import stat
 import struct
@@ -376,18 +377,29 @@ def test_a_lack_of_threads_is_no_damage(tmp_path, monkeypatch):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=99),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=8,
 )
 WRITABLE = st.characters(codec="utf-8", exclude_characters="/")
 KEYS = st.text(WRITABLE).filter(lambda key: not key.startswith("samfn."))
 
 
-@given(st.dictionaries(KEYS.filter(lambda key: key not in ("path", "state")), JSON))
-def test_whatever_json_holds_comes_back(tmp_path_factory, metadata):
-    path = tmp_path_factory.mktemp("f") / "file"
-    samfn.save(path, counted(1), **metadata)
-    assert samfn.restore(path, like=counted(0))[1] == metadata
+def test_whatever_json_holds_comes_back(tmp_path, record_property):
+    path, trials = tmp_path / "file", []
+
+    @given(st.dictionaries(KEYS.filter(lambda key: key not in ("path", "state")), JSON))
+    def comes_back(metadata):
+        samfn.save(path, counted(1), **metadata)
+        assert samfn.restore(path, like=counted(0))[1] == metadata
+        trials.append(metadata)
+
+    comes_back()
+    record_property("trials", len(trials))
 
 
 LONG = {
@@ -418,7 +430,7 @@ def nested(levels):
     return value
 
 
-def test_nothing_is_written_that_could_not_be_read(tmp_path):
+def test_nothing_is_written_that_could_not_be_read(tmp_path, record_property):
     """What is refused names itself, and what is just not refused is read back."""
     path, like = tmp_path / "file", counted(1)
     samfn.save(path, like, deep=nested(100))
@@ -452,6 +464,7 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path):
         with pytest.raises((TypeError, ValueError), match=message):
             samfn.save(path, like, **metadata)
         assert not list(tmp_path.iterdir()), message
+    record_property("trials", len(refused))
 
 
 def with_params(**params):
@@ -549,6 +562,24 @@ def test_a_forged_score_costs_no_whole_checkpoint(tmp_path, again):
     assert "step_000000002.safetensors is damaged" in said[0]
     assert (tmp_path / "step_000000002.safetensors.corrupt").exists()
     assert checkpoints.best_whole(counted(0)).state.step == 1
+
+
+def test_200_changed_bytes_cost_no_whole_checkpoint(tmp_path, record_property):
+    before = samfn.Checkpoints(tmp_path / "before")
+    for step, score in ((1, 5.0), (2, 1.0), (3, 1.5)):
+        before.save(counted(step), score=score)
+    content = before.paths()[1].read_bytes()
+    places = range(0, len(content), len(content) // 200)
+    for place in places:
+        directory = tmp_path / str(place)
+        shutil.copytree(before.directory, directory)
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        checkpoints = samfn.Checkpoints(directory, warn=lambda text: None)
+        checkpoints.paths()[1].write_bytes(changed)
+        checkpoints.save(counted(4), score=2.0)
+        assert steps(checkpoints) == [1, 3, 4], place
+    record_property("trials", len(places))
 
 
 def test_a_forged_step_of_later_costs_no_whole_checkpoint(tmp_path):

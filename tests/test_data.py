@@ -1,5 +1,8 @@
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 
 from recipes import cifar, data
 from recipes.data import DataError
+from tests.test_files import HOLD
 
 
 def make_folder(root, sizes=((6, 6),), classes=("cat", "dog"), count=3):
@@ -362,3 +366,31 @@ def test_a_cache_of_another_way_to_read_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setitem(data.pictures.ENDINGS, "PNG", (".png",))
     data.load("folder", root)
     assert len(list(root.glob("samfn-*.safetensors"))) == 3
+
+
+def test_who_waits_for_data_is_told_which_process_reads_it(tmp_path):
+    root, said = make_folder(tmp_path), []
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout.readline() == b"held\n"
+
+        def warn(text):
+            said.append(text)
+            holder.stdin.close()
+
+        assert data.load("folder", root, warn=warn).classes == ("cat", "dog")
+        assert holder.wait() == 0
+    assert said[0] == f"waiting for {root}, which process {holder.pid} holds"
+
+
+def test_a_pipe_in_the_place_of_a_cache_makes_nobody_wait(tmp_path):
+    root = make_folder(tmp_path)
+    data.load("folder", root)
+    (cache,) = root.glob("samfn-*.safetensors")
+    cache.unlink()
+    os.mkfifo(cache)
+    with pytest.raises(OSError, match="expected a regular file, got a named pipe"):
+        data.load("folder", root)

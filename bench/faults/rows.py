@@ -136,5 +136,45 @@ ROWS = (
     ),
     Row("F26", "log or terminal gone", by_tests("test_crashes.py::log"), 0),
     Row("F27", "checkpoints of older versions", by_tests("test_corpus.py"), 0),
+    Row(
+        "F28",
+        "compiled code that somebody else could have put there",
+        by_tests("test_compiling.py"),
+        0,
+    ),
+    Row(
+        "F29",
+        "metadata, tensors, names and steps that are large or odd",
+        by_tests(
+            "test_checkpoint.py::json or any_size or not_be_read or not_hold or views"
+            " or ordered"
+        ),
+        0,
+    ),
+    Row(
+        "F30",
+        "forged or odd scores and steps",
+        by_tests("test_checkpoint.py::forged or changed_bytes or scores or just_written"),
+        0,
+    ),
+    Row(
+        "F31",
+        "no regular file, a held lock, a file of 4 TB",
+        by_tests(
+            "test_files.py::regular or pipe or absurd or wait or waits",
+            "test_checkpoint.py::no_file or 4_tb",
+            "test_data.py::waits or pipe",
+        ),
+        0,
+    ),
+    Row(
+        "F32",
+        "lock files that are links; two writers; files closed to others",
+        by_tests(
+            "test_files.py::link or two_that or permissions",
+            "test_checkpoint.py::two_that or users_alone",
+        ),
+        0,
+    ),
     Row("F41", "weights caught between two steps", by_tests("test_between_steps.py"), 0),
 )

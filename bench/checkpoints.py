@@ -182,7 +182,7 @@ An epoch of SAM takes {seconds:,.0f} s here, reckoned from a step of
 """
     print(text)
     if options.report is not None:
-        options.report.write_text(text)
+        options.report.write_text(text, encoding="utf-8")
 
 
 def _ratio(times: list[float], peers: list[float]) -> float:

@@ -134,7 +134,7 @@ def main() -> None:
     print(text)
     options.report.mkdir(parents=True, exist_ok=True)
     name = f"{'smoke' if options.smoke else 'gpu'}_{time.strftime('%Y-%m-%d')}.md"
-    (options.report / name).write_text(text)
+    (options.report / name).write_text(text, encoding="utf-8")
     if left:
         print(f"not run yet, start again to go on: {', '.join(left)}")
 

@@ -129,7 +129,7 @@ def main(options: Options) -> None:
     )
     print(f"\n{text}")
     if options.report is not None:
-        options.report.write_text(text)
+        options.report.write_text(text, encoding="utf-8")
 
 
 def report(case: str, rows: list[dict[str, Any]], command: str) -> str:

@@ -99,7 +99,7 @@ process. "ratio" is the median over the rounds, with its 20 % and 80 % quantiles
 """
     print(text)
     if options.report is not None:
-        options.report.write_text(text)
+        options.report.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -501,7 +501,7 @@ def main(options: Options) -> None:
     text = report(seen, sent, held, command)
     print(f"\n{text}")
     if options.report is not None:
-        options.report.write_text(text)
+        options.report.write_text(text, encoding="utf-8")
     if options.output is not None:
         everything = [*sent, *(row for rows in seen.values() for row in rows), *held]
         with options.output.open("a") as file:

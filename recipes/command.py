@@ -8,6 +8,7 @@ import samfn
 from recipes.config import ConfigError
 from recipes.console import Display, Silent, open_standard_streams
 from recipes.data import DataError
+from recipes.legible import replace_what_streams_lack
 from recipes.signals import Signals, Stopped, watched
 from recipes.training import DivergedError
 from samfn import distributed
@@ -52,6 +53,7 @@ def run(
         ranks: whether it can be one of several processes that torchrun starts.
     """
     open_standard_streams()
+    replace_what_streams_lack()
     rank = distributed.rank()
     display = Silent(f"rank {rank}") if rank else Display()
     if distributed.launched() and not ranks:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import os
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,13 @@ import tyro
 from recipes import methods, models
 from recipes.data import choose_source, root_of
 from recipes.machine import emulated
+from samfn import files
 from samfn.compiled import missing_compiler
 
 PROGRAM = "python -m recipes.cifar_wrn"
 CONFIG_FILE = "config.toml"
+# Names of files are bytes; those of them that are no UTF-8 stand in it as they are.
+AS_TOML = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -384,7 +388,9 @@ def _parsed(
 ) -> Config:
     def read(values: dict[str, Any]) -> Config:
         default = Config(**{"preset": base} | values)
-        return tyro.cli(Config, prog=program, args=args, default=default)
+        config = tyro.cli(Config, prog=program, args=args, default=default)
+        _require_names(config)
+        return config
 
     asked = read(_preset(base))
     if (run := _to_resume(asked)) is not None:
@@ -426,6 +432,7 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what came.
     """
+    _require_names(config)
     _require_model(config.model)
     groups = (
         _rules_of_data,
@@ -543,10 +550,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, no TOML, or a key or type that `Config` does not have.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(files.read_text(path, AS_TOML["errors"]))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     types = get_type_hints(Config)
     if unknown := sorted(values.keys() - (types.keys() - PER_CALL)):
@@ -570,12 +577,17 @@ def to_toml(config: Config) -> str:
 
 
 def plain_values(config: Config) -> dict[str, Any]:
-    """Return all settings by name, as JSON and TOML hold them: no paths, no tuples."""
+    """Return all settings by name, as JSON and TOML hold them: no paths, no tuples.
+
+    Names of files are read as UTF-8 whatever the locale, as `AS_TOML` writes them.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return list(value)
-        return str(value) if isinstance(value, Path) else value
+        if isinstance(value, Path | str):
+            return os.fsencode(value).decode("utf-8", "surrogateescape")
+        return value
 
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
 
@@ -686,6 +698,14 @@ def _resolved(weights: str) -> str:
     return weights if weights in WEIGHTS else str(Path(weights).resolve())
 
 
+def _require_names(config: Config) -> None:
+    """Raise where a text, which may be the name of a file, holds what no name can."""
+    for name, value in vars(config).items():
+        if "\0" in str(value):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag}: expected a text without NUL, got {str(value)!r}")
+
+
 def _require_weights(weights: str) -> None:
     if weights not in WEIGHTS and not Path(weights).is_file():
         close = difflib.get_close_matches(Path(weights).name, WEIGHTS, 1)
@@ -746,6 +766,8 @@ def _typed(path: Path, key: str, value: Any, expected: Any) -> Any:
 
 def _as(kind: Any, value: Any) -> Any:
     """Return a TOML value as one of a kind, or raise TypeError."""
+    if isinstance(value, str):  # the reverse of `plain_values`
+        value = os.fsdecode(value.encode("utf-8", "surrogateescape"))
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_as(get_args(kind)[0], item) for item in value)
     if kind is Path and isinstance(value, str):

@@ -28,6 +28,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from recipes.legible import legible
+
 TICK = 0.25  # seconds between two looks at the loss; each makes a GPU wait once
 COLUMNS = (
     ("epoch", 9),
@@ -53,6 +55,10 @@ def open_standard_streams() -> None:
 class QuietConsole(Console):
     """A console that falls silent when nobody reads it any more, or its disk is full."""
 
+    def shown(self, text: str) -> str:
+        """Return text as the console's encoding has it."""
+        return legible(text, self.encoding)
+
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as rich does."""
         try:
@@ -71,7 +77,7 @@ class QuietConsole(Console):
 class Display:
     """Prints a run's banner, progress, epochs and summary."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: QuietConsole | None = None) -> None:
         self._console = console or QuietConsole(highlight=False)
         self._errors = QuietConsole(highlight=False, stderr=True)
 
@@ -93,6 +99,8 @@ class Display:
 
     def facts(self, title: str, facts: dict[str, str]) -> None:
         """Print a titled list of names and values."""
+        shown = self._console.shown
+        facts = {shown(name): shown(value) for name, value in facts.items()}
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim")
         grid.add_column(overflow="fold")
@@ -123,7 +131,9 @@ class Display:
 
         One that is too wide for the terminal is turned, or else errors stand below values.
         """
-        lines: list[Sequence[str]] = [columns, *rows]
+        lines: list[Sequence[str]] = [
+            [self._console.shown(cell) for cell in line] for line in (columns, *rows)
+        ]
         if not self._console.is_terminal:
             widths = _widths(lines)
             for name, *cells in lines:
@@ -134,7 +144,10 @@ class Display:
         if not self._fits(lines) and self._fits(turned):
             lines = turned
         elif not self._fits(lines):
-            lines = [[text.replace(" ± ", "\n± ") for text in line] for line in lines]
+            sign = self._console.shown("±")
+            lines = [
+                [text.replace(f" {sign} ", f"\n{sign} ") for text in line] for line in lines
+            ]
         table = Table(box=SIMPLE_HEAD, show_edge=False)
         for place, column in enumerate(lines[0]):
             side: Literal["left", "right"] = "right" if place else "left"
@@ -181,7 +194,7 @@ class Display:
         """Show that something takes its time, and at the end how much it took."""
         started = time.monotonic()
         clock = Progress(
-            SpinnerColumn(),
+            SpinnerColumn("line" if self._console.options.ascii_only else "dots"),
             TextColumn(plain(text)),
             TimeElapsedColumn(),
             console=self._console,
@@ -240,7 +253,7 @@ class Display:
 class _Brief(Display):
     """Shows of a run what moves and what goes wrong, and leaves no other line behind."""
 
-    def __init__(self, console: Console, about: str) -> None:
+    def __init__(self, console: QuietConsole, about: str) -> None:
         super().__init__(console)
         self._about = about
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from recipes.config import Config, plain_values
+from recipes.legible import legible
 from recipes.rundir import Row, RunDirectory
 
 PROJECT = "samfn"
@@ -36,6 +37,7 @@ class TensorBoard:
     """Event files in `tensorboard/`."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
+        _require_text(path)
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -71,6 +73,7 @@ class WandB:
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
+        _require_text(path)
         os.environ["WANDB_ERROR_REPORTING"] = "false"
         os.environ["WANDB_CACHE_DIR"] = str(path.resolve())
         import wandb
@@ -207,7 +210,11 @@ def logged(
         warn: is given one line about each logger that fails.
     """
     rows = [row for row in run.rows() if isinstance(row.get("step"), int)]
-    loggers = Loggers(config.log, run.path, plain_values(config), rows, warn)
+    settings = {
+        name: legible(value, "utf-8") if isinstance(value, str) else value
+        for name, value in plain_values(config).items()
+    }
+    loggers = Loggers(config.log, run.path, settings, rows, warn)
     run.log = loggers.log
     try:
         yield
@@ -227,8 +234,14 @@ def _scalars(row: Row) -> dict[str, float]:
     return found
 
 
+def _require_text(path: Path) -> None:
+    """Raise for a logger that writes below no name that is not UTF-8."""
+    if legible(str(path.resolve()), "utf-8") != str(path.resolve()):
+        raise ValueError("it needs a directory whose name is text in this locale")
+
+
 def _name(path: Path) -> str:
-    return path.resolve().name
+    return legible(path.resolve().name, "utf-8")
 
 
 @contextlib.contextmanager

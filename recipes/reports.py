@@ -2,7 +2,6 @@
 
 import json
 import platform
-import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from recipes.config import PER_CALL, Config, plain_values
+from recipes.legible import quoted
 from recipes.machine import hardware
 from recipes.plots import Series
 from recipes.study import Result, chosen_by
@@ -186,4 +186,4 @@ def files_in(output: Path, page: str, picture: str) -> dict[str, str]:
 
 def called(program: str, args: Sequence[str]) -> str:
     """Return a command as it is typed."""
-    return f"{program} {shlex.join(args)}".strip()
+    return " ".join((program, *map(quoted, args)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import samfn
-from recipes.config import CONFIG_FILE, Config, ConfigError, to_toml
+from recipes.config import AS_TOML, CONFIG_FILE, Config, ConfigError, to_toml
 from samfn import files
 
 Row = dict[str, Any]  # one epoch of metrics.jsonl
@@ -76,13 +76,13 @@ class RunDirectory:
     def write_config(self, config: Config) -> None:
         """Write the settings; those of before, if they differ, are kept beside."""
         path, text = self.path / CONFIG_FILE, to_toml(config)
-        if path.exists() and (before := path.read_text(encoding="utf-8")) != text:
+        if path.exists() and (before := path.read_text(**AS_TOML)) != text:
             older = len(list(self.path.glob(f"{CONFIG_FILE}.*"))) + 1
             # A copy first, so that there are settings whenever the process is killed.
             with files.replacing(path.with_name(f"{CONFIG_FILE}.{older}")) as temporary:
-                temporary.write_text(before, encoding="utf-8")
+                temporary.write_text(before, **AS_TOML)
         with files.replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, **AS_TOML)
 
     def append(self, row: Row) -> None:
         """Add an epoch to the metrics.

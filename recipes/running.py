@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from recipes.batches import augmented
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, run_of
 from recipes.console import Display
 from recipes.keeping import Keeper, mean_of_best, model_of, ranks, restore_best, resume
+from recipes.legible import quoted
 from recipes.loggers import logged
 from recipes.rundir import RunDirectory, Unwritten
 from recipes.signals import Signals
@@ -133,7 +133,7 @@ def train_and_report(
         seconds = time.perf_counter() - started
         if distributed.rank() != distributed.FIRST:
             return 0 if finished else 128 + (signals.stop or signal.SIGINT)
-        where = shlex.quote(str(directory.path))
+        where = quoted(directory.path)
         _draw(task, directory, display)
         if keeper.missing is not None:
             raise keeper.missing
@@ -311,8 +311,8 @@ def summarise(
     of, test = " of the average" if average else "", f"{average}test_accuracy"
     plain = f"plain {BASES[config.optimizer]}"
     other, compared = ("0", plain) if config.rho else ("0.05", "SAM")
-    where = shlex.quote(str(directory.path))
-    again = shlex.quote(str(directory.path / CONFIG_FILE))
+    where = quoted(directory.path)
+    again = quoted(directory.path / CONFIG_FILE)
     spared = {"skipped": selection.summarise(task, rows)} if config.select != "all" else {}
     return {
         "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",

@@ -74,7 +74,7 @@ def main(options: Options) -> int:
             print(f"    {problem}", flush=True)
     if options.report is not None:
         command = shlex.join(["python", "-m", "bench.faults", *sys.argv[1:]])
-        options.report.write_text(report(lines, command))
+        options.report.write_text(report(lines, command), encoding="utf-8")
     return int(failed)
 
 

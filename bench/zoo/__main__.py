@@ -156,7 +156,7 @@ def main(options: Options) -> None:
     print(text + table(rows))
     if options.report is not None:
         path = options.report / f"zoo_{about['date']}.md"
-        path.write_text(text + table(rows) + "\n")
+        path.write_text(text + table(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import pickletools
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from recipes.download import download
+from samfn import files
 
 SERVER = "https://www.cs.toronto.edu/~kriz/"
 PIXELS = 3 * 32 * 32
@@ -93,7 +94,7 @@ Part = tuple[Tensor, Tensor]  # images, NCHW uint8, and labels, int64
 def is_there(source: str, root: Path) -> bool:
     """Return whether `root` holds the archive, or what torchvision made of its own."""
     form = FORMS[source]
-    return (root / form.archive).is_file() or (root / form.pickles).is_dir()
+    return (root / form.archive).exists() or (root / form.pickles).is_dir()
 
 
 def stamp(source: str, root: Path) -> list[list[Any]]:
@@ -136,7 +137,7 @@ def read(
     """
     form = FORMS[source]
     path = root / form.archive
-    if path.is_file():
+    if path.exists():
         train, test, names = _read_archive(path, form, modified)
     else:
         train, test, names = _read_pickled(root / form.pickles, form, modified)
@@ -169,7 +170,8 @@ def _read_archive(
     limit = 2 * sum(form.images) * (form.labels + PIXELS)
     try:
         with (
-            gzip.open(path) as stream,
+            files.open_regular(path) as file,
+            gzip.open(file) as stream,
             tarfile.open(fileobj=stream, mode="r|") as archive,
         ):
             for number, member in enumerate(archive):
@@ -178,9 +180,9 @@ def _read_archive(
                 name = wanted.get(member.name)
                 if name is None or not member.isreg():
                     continue
-                file = archive.extractfile(member)
-                assert file is not None  # It is a regular file.
-                contents[name] = file.read()
+                content = archive.extractfile(member)
+                assert content is not None  # It is a regular file.
+                contents[name] = content.read()
                 if len(contents) == len(wanted):
                     break
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -249,7 +251,7 @@ def _take_apart(path: Path, taken: _Taken) -> None:
     """Add what a pickle lists after the keys that are known, without running it."""
     key = ""
     try:
-        with path.open("rb") as file:
+        with files.open_regular(path) as file:
             for opcode, value, _ in pickletools.genops(file):
                 if isinstance(value, int):
                     if key in LABELS and opcode.name in INTEGERS:
@@ -269,8 +271,8 @@ def _take_apart(path: Path, taken: _Taken) -> None:
 
 
 def _require_digest(path: Path, kind: str, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, kind).hexdigest()
+    with files.open_regular(path) as file:
+        found = hashlib.file_digest(cast(Any, file), kind).hexdigest()
     if found != expected:
         raise CifarError(
             f"{path} is not the published file: expected {kind.upper()} {expected}, got"

@@ -9,6 +9,7 @@ from recipes.config import ConfigError
 from recipes.console import Display, Silent, open_standard_streams
 from recipes.data import DataError
 from recipes.legible import replace_what_streams_lack
+from recipes.machine import lacks_memory
 from recipes.signals import Signals, Stopped, watched
 from recipes.training import DivergedError
 from samfn import distributed
@@ -87,7 +88,8 @@ def run(
             return RANK_LOST
         if not lacks_memory(error):
             raise
-        display.fail(f"out of memory{peak()}")
+        about = f" {error}" if isinstance(error, MemoryError) and str(error) else ""
+        display.fail(f"out of memory{about}{peak()}")
         return OUT_OF_MEMORY
     except (ConfigError, DataError, OSError) as error:
         display.fail(str(error))
@@ -98,15 +100,6 @@ def run(
     except Stopped as error:
         display.fail(f"{error} ended this; {left}")
         return 128 + error.number
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Return whether an error says that there is no memory left."""
-    # What is raised on a CPU has no type of its own; the third is oneDNN's.
-    texts = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error) for text in texts
-    )
 
 
 def peak() -> str:

@@ -747,7 +747,7 @@ def choose_device(name: str) -> torch.device:
         )
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # A meta tensor has no value.
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device: {name!r} cannot be used: {error}") from error
     return device

@@ -11,25 +11,23 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from recipes import cifar, pictures
+from recipes import cifar, folders, pictures
 from recipes.download import DownloadError
+from recipes.folders import SPLITS, Samples
+from recipes.machine import lacks_memory
 from samfn import files, tensorfile
 
-SPLITS = ("train", "test")
 CACHE_FORMAT = 3  # to be raised when what is cached changes
-# Folders that a reader may take for something that is read.
-UNREAD = ("val", "valid", "validation")
-# What systems leave beside the files of a user, as they do all that begins with a dot.
-LITTER = ("Thumbs.db", "desktop.ini")
-
+# What reading a cache raises that somebody else has touched.
+CACHE_ERRORS = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 Source = Literal["cifar10", "cifar100", "folder", "digits"]
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 """(items, how many, what is being done) -> the same items, with progress shown."""
@@ -80,7 +78,7 @@ def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
 
 
 def _found(root: Path, must_be_there: bool) -> tuple[Source, str]:
-    if _has_folders(root):
+    if folders.are_in(root):
         return "folder", f"images in the class folders of {root}"
     if cifar.is_there("cifar10", root):
         return "cifar10", f"CIFAR-10 in {root}"
@@ -132,12 +130,17 @@ def load(
         return read_digits()
     root = root_of(data_dir)
     if source == "folder":
-        paths = _paths(root)
+        try:
+            found = folders.look_through(root)
+            for line in folders.left_out(root, found):
+                warn(line)
+            samples = folders.samples(root, found)
+        except (OSError, folders.FolderError) as error:
+            raise DataError(str(error)) from error
         folder = {"reading": pictures.READING, "endings": pictures.endings()}
-        folder |= {"image_size": image_size, "files": _listing(root, paths)}
-        for line in _left_out(root, paths):
-            warn(line)
-        dataset = _cached(root, folder, lambda: read_folder(root, image_size, track), warn)
+        folder |= {"image_size": image_size, "files": folders.digest(root, found)}
+        read = partial(read_folder, root, samples, image_size, track)
+        dataset = _cached(root, folder, read, warn, samples)
         for line in dataset.notes:
             warn(line)
         return dataset
@@ -208,38 +211,22 @@ def read_cifar(source: Source, root: Path, modified: bool = False) -> Dataset:
     return Dataset(*train, *test, classes)
 
 
-def read_folder(root: Path, image_size: int | None, track: Track) -> Dataset:
-    """Read `train/<class>/*` and `test/<class>/*` below `root`."""
-    from torchvision.datasets import DatasetFolder
-
-    if not _has_folders(root):
-        raise DataError(f"expected train/<class>/* and test/<class>/* images in {root}")
-
-    def listed(split: str) -> Any:
-        folder = str(root / split)
-        return DatasetFolder(folder, pictures.read, extensions=pictures.endings())
-
-    try:
-        train, test = map(listed, SPLITS)
-    except FileNotFoundError as error:
-        raise DataError(f"{root}: {error}") from error
-    if train.classes != test.classes:
-        differing = sorted({*train.classes} ^ {*test.classes})
-        raise DataError(f"{root}: classes not in both train and test: {differing}")
-    if len(train.classes) < 2:
-        found = ", ".join(train.classes)
-        raise DataError(f"{root}: expected at least two classes, got only {found}")
+def read_folder(
+    root: Path, samples: Samples, image_size: int | None, track: Track
+) -> Dataset:
+    """Read the images of `train/<class>/*` and `test/<class>/*` below `root`."""
     remarked: Remarked = {}
 
-    def tensors(split: str, part: Any) -> tuple[Tensor, Tensor]:
-        samples = track(part.samples, len(part.samples), f"reading {split} images")
-        return _stack(samples, image_size, remarked), torch.tensor(part.targets)
+    def tensors(split: str) -> tuple[Tensor, Tensor]:
+        paths, labels = zip(*samples.of[split], strict=True)
+        tracked = track(paths, len(paths), f"reading {split} images")
+        return _stack(tracked, image_size, remarked), torch.tensor(labels)
 
-    (images, labels), (test_images, test_labels) = map(tensors, SPLITS, (train, test))
-    _require_one_size(images, test_images)
+    train, test = map(tensors, SPLITS)
+    _require_one_size(train[0], test[0])
     _require_depth(remarked)
-    notes = _notes(root, remarked, len(images) + len(test_images))
-    return Dataset(images, labels, test_images, test_labels, tuple(train.classes), notes)
+    notes = _notes(root, remarked, len(train[0]) + len(test[0]))
+    return Dataset(*train, *test, samples.classes, notes)
 
 
 Remarked = dict[pictures.Remark, list[str]]
@@ -332,65 +319,17 @@ def statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means).float(), torch.stack(stds).float()
 
 
-def _has_folders(root: Path) -> bool:
-    return all((root / split).is_dir() for split in SPLITS)
-
-
-def _paths(root: Path) -> list[Path]:
-    """Return all files that may count, in one order everywhere."""
-    return [
-        Path(folder, name)
-        for split in SPLITS
-        for folder, _, names in os.walk(root / split, followlinks=True)
-        for name in names
-    ]
-
-
-def _listing(root: Path, paths: list[Path]) -> str:
-    """Return a digest of the names, sizes and times of files."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        status = path.stat()
-        row = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
-
-
-def _left_out(root: Path, paths: list[Path]) -> Iterator[str]:
-    """Yield a line for each reason to leave files out that a reader may count on."""
-    ends = pictures.endings()
-    images = [path for path in paths if path.name.lower().endswith(ends)]
-    others = [
-        path
-        for path in sorted({*paths} - {*images})
-        if not path.name.startswith(".") and path.name not in LITTER
-    ]
-    if others:
-        kinds = Counter(path.suffix.lower() or "no ending" for path in others)
-        said = ", ".join(f"{count:,} of {kind}" for kind, count in kinds.most_common(5))
-        more = ", ..." * (len(kinds) > 5)
-        yield (
-            f"left out, as their names end otherwise: {len(others):,} files ({said}{more}),"
-            f" the first {others[0].relative_to(root)}; read are {', '.join(ends)}"
-        )
-    loose = sorted(path for path in images if path.parent.parent == root)
-    if loose:
-        yield (
-            f"left out, as they are in no class folder: {len(loose):,} of the images, the"
-            f" first {loose[0].relative_to(root)}"
-        )
-    for name in UNREAD:
-        if (root / name).is_dir():
-            yield (
-                f"left out {root / name}: only train and test are read, and --validation"
-                " holds images of train out"
-            )
-
-
 def _cached(
-    root: Path, key: dict[str, Any], read: Callable[[], Dataset], warn: Say
+    root: Path,
+    key: dict[str, Any],
+    read: Callable[[], Dataset],
+    warn: Say,
+    samples: Samples | None = None,
 ) -> Dataset:
-    """Return what `read` returns, from `root`'s cache where it was kept under `key`."""
+    """Return what `read` returns, from `root`'s cache where it was kept under `key`.
+
+    Classes and labels of a cache are to be those of the `samples` that it was made of.
+    """
     text = json.dumps(key | {"format": CACHE_FORMAT}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = root / f"samfn-{name}.safetensors"
@@ -399,43 +338,83 @@ def _cached(
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(files.held(root, wait=True, tell=warn))
         except OSError:  # In a read-only directory every run reads the data again.
-            return _read_cache(path, warn) or read()
+            return _read_cache(path, text, samples, warn) or read()
         files.sweep(root)
-        cached = _read_cache(path, warn)
+        cached = _read_cache(path, text, samples, warn)
         if cached is not None:
             return cached
         dataset = read()
         tensors = dict(zip(Dataset._fields[:4], dataset[:4], strict=True))
         try:
             texts = {key: json.dumps(getattr(dataset, key)) for key in ("classes", "notes")}
-            tensorfile.write(path, tensors, texts)
+            tensorfile.write(path, tensors, texts | {"key": text})
         except OSError as error:
             warn(f"the next run reads the data again: {error}")
         return dataset
 
 
-def _read_cache(path: Path, warn: Say) -> Dataset | None:
+def _read_cache(path: Path, key: str, samples: Samples | None, warn: Say) -> Dataset | None:
     if not path.exists():
         return None
     try:
         tensors, texts = tensorfile.read(path)
-        notes = tuple(json.loads(texts.get("notes", "[]")))  # Older files have none.
-        return Dataset(**tensors, classes=tuple(json.loads(texts["classes"])), notes=notes)
-    except (tensorfile.CorruptError, KeyError, TypeError, ValueError) as error:
+        if texts.get("key", key) != key:  # Older files have none, and no notes.
+            raise ValueError(f"{path} was made of other files, or read otherwise")
+        notes = tuple(json.loads(texts.get("notes", "[]")))
+        dataset = Dataset(
+            **tensors, classes=tuple(json.loads(texts["classes"])), notes=notes
+        )
+        _require_whole(path, dataset)
+        if samples is not None and not _agree(samples, dataset):
+            raise ValueError(f"{path} has other labels than the folders")
+        return dataset
+    except (
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         warn(f"reading the data again: {error}")
         return None
 
 
-def _stack(
-    samples: Iterable[tuple[str, int]], image_size: int | None, remarked: Remarked
-) -> Tensor:
-    """Return the images of files, and add what is remarked of them."""
+def _agree(samples: Samples, dataset: Dataset) -> bool:
+    labels = dict(zip(SPLITS, (dataset.train_labels, dataset.test_labels), strict=True))
+    return dataset.classes == samples.classes and all(
+        labels[split].tolist() == [label for _, label in samples.of[split]]
+        for split in SPLITS
+    )
+
+
+def _require_whole(path: Path, dataset: Dataset) -> None:
+    """Raise unless a cache holds images, and a label of a class for each of them."""
+    for images, labels in ((dataset[0], dataset[1]), (dataset[2], dataset[3])):
+        holds = images.dtype is torch.uint8 and images.ndim == 4 and images.numel() > 0
+        holds &= labels.dtype is torch.int64 and labels.shape == images.shape[:1]
+        if not holds or not 0 <= labels.min() <= labels.max() < len(dataset.classes):
+            raise ValueError(f"{path} holds no images with labels")
+    if not all(isinstance(text, str) for text in (*dataset.classes, *dataset.notes)):
+        raise ValueError(f"{path} holds no names of classes")
+
+
+def _stack(paths: Iterable[Path], image_size: int | None, remarked: Remarked) -> Tensor:
+    """Return the images of files, and add what is remarked of them.
+
+    Raises:
+        DataError: names the image that cannot be read, or is of another size.
+        MemoryError: says what there was not enough for.
+    """
     images: list[Tensor] = []
-    for path, _ in samples:
+    for path in paths:
         try:
             image, remarks = pictures.read(path, image_size)
         except Exception as error:  # Decoders raise anything at damaged files.
-            raise DataError(f"cannot read the image {path}: {error}") from error
+            if lacks_memory(error):
+                raise MemoryError(f"reading the image {path}") from error
+            reason = getattr(error, "strerror", None) or str(error) or repr(error)
+            raise DataError(f"cannot read the image {path}: {reason}") from error
         if images and image.shape != images[0].shape:
             raise DataError(
                 f"{path} is {_size(image)}, the images before it {_size(images[0])};"
@@ -443,8 +422,14 @@ def _stack(
             )
         images.append(image)
         for remark in remarks:
-            remarked.setdefault(remark, []).append(path)
-    return torch.stack(images)
+            remarked.setdefault(remark, []).append(str(path))
+    try:
+        return torch.stack(images)
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        text = f"keeping {len(images):,} images of {_size(images[0])}"
+        raise MemoryError(text) from error
 
 
 def _require_one_size(train: Tensor, test: Tensor) -> None:

@@ -62,6 +62,15 @@ def slowness(dtype: torch.dtype) -> float:
     return best[0] / best[1]
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Return whether an error says that there is no memory left."""
+    # What is raised on a CPU has no type of its own; the third is oneDNN's.
+    texts = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error) for text in texts
+    )
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

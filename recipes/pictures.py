@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from samfn import files
+
 READING = 2  # to be raised when the same file gives other bytes
 # What images may be, and how the names of their files end. Others that Pillow knows run
 # programs to be read, or are read by code that few have tried.
@@ -37,6 +39,9 @@ REMARKS: dict[Remark, str] = {
 }
 """What a reader is told of some images. Of "deep" ones, of 16 bits, nothing is told, unless
 all are "dim": a sixteenth of their range holds them."""
+LONGEST = (
+    64  # times the shorter side; what a longer image has beyond is far from its middle
+)
 DIM = 16  # of 255, to which the largest value of 12 bits falls where 16 are expected
 
 
@@ -71,12 +76,16 @@ def read(path: str | Path, image_size: int | None = None) -> Picture:
 
     Raises:
         ValueError: the range of its values is not known, or nothing of it can be seen.
+        OSError: it is no regular file, or cannot be read.
         Exception: decoders raise anything at damaged files.
     """
     from PIL import Image, ImageOps
     from torchvision.transforms.v2 import functional as transforms
 
-    with Image.open(path, formats=formats()) as file:
+    with (
+        files.open_regular(path) as content,
+        Image.open(content, formats=formats()) as file,
+    ):
         remarks = _of_file(file)
         largest = _largest(file)
         image = ImageOps.exif_transpose(file)  # Cameras store how they were held.
@@ -91,6 +100,8 @@ def read(path: str | Path, image_size: int | None = None) -> Picture:
     remarks |= {"blank"} if low == high and low in (0, 255) else set()
     remarks |= {"dim"} if high <= DIM else set()
     if image_size is not None:
+        most = LONGEST * min(pixels.shape[1:])
+        pixels = transforms.center_crop(pixels, [min(most, n) for n in pixels.shape[1:]])
         pixels = transforms.resize(pixels, [image_size], antialias=True)
         pixels = transforms.center_crop(pixels, [image_size, image_size])
     return Picture(pixels, frozenset(remarks))

@@ -18,6 +18,7 @@ from recipes.console import Display
 from recipes.keeping import Keeper, mean_of_best, model_of, ranks, restore_best, resume
 from recipes.legible import quoted
 from recipes.loggers import logged
+from recipes.machine import lacks_memory
 from recipes.rundir import RunDirectory, Unwritten
 from recipes.signals import Signals
 from recipes.task import Read, Task, assemble, read_data
@@ -70,8 +71,8 @@ def run(
 
     `program` is the command in the lines that say how to go on.
     """
+    dataset = read(config, display.track, display.warn)
     try:
-        dataset = read(config, display.track, display.warn)
         task, state = assemble(config, dataset)
         if config.preset == "small":
             display.say(
@@ -85,7 +86,7 @@ def run(
             return evaluate_best(task, state, display)
         return train_and_report(task, state, display, signals, program)
     except (MemoryError, RuntimeError) as error:
-        if not command.lacks_memory(error):
+        if not lacks_memory(error):
             raise
         parts = f"accumulated({config.method}, {config.batch_size // 2})"
         display.fail(

@@ -65,7 +65,8 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return tensorfile.read(path, foreign=True)[0]
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with files.open_regular(path) as file:
+            found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConfigError(f"--weights: cannot read {path}: {error.strerror}") from error
     except tensorfile.CorruptError as error:
@@ -82,7 +83,28 @@ def read(path: Path) -> dict[str, Tensor]:
             f"--weights: expected a state dict in {path}, tensors by name, got"
             f" {kind(found[others[0]])} as {others[0]!r}"
         )
+    for name, tensor in found.items():
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"--weights: expected a state dict in {path}, tensors by name, got the name"
+                f" {name!r}"
+            )
+        if odd := _oddity(tensor):
+            raise ConfigError(
+                f"--weights: expected plain tensors in {path}, got a {odd} one as {name!r}"
+            )
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _oddity(tensor: Tensor) -> str | None:
+    """Return what makes of a tensor more or less than numbers at places; None of others."""
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_nested:
+        return "nested"
+    return None if tensor.layout is torch.strided else str(tensor.layout)
 
 
 def rename(given: Mapping[str, Tensor], dropped: tuple[str, ...]) -> dict[str, Tensor]:
@@ -120,6 +142,12 @@ def fit(
         f"{name} is {tuple(given[name].shape)}, and {tuple(own[name].shape)} here"
         for name in misfits
         if name in body
+    ]
+    wrong += [
+        f"{name} is of {given[name].dtype}, and of {own[name].dtype} here"
+        for name in own
+        if name in given.keys() - {*misfits}
+        and given[name].is_floating_point() != own[name].is_floating_point()
     ]
     for problem, names in (
         ("lacks", missing),

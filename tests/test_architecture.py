@@ -56,7 +56,6 @@ OWNERS = {
     "torch.export": {"samfn/export.py"},
     "torchvision": {
         "bench/zoo/networks.py",
-        "recipes/data.py",
         "recipes/pictures.py",
         "recipes/cifar.py",
         "recipes/augment.py",

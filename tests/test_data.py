@@ -13,13 +13,14 @@ from PIL import Image
 
 from recipes import cifar, data
 from recipes.data import DataError
+from recipes.folders import SPLITS
 from tests.test_files import HOLD
 
 
 def make_folder(root, sizes=((6, 6),), classes=("cat", "dog"), count=3):
     """Write PNG images whose pixels all say which image they are."""
     number = 0
-    for split in data.SPLITS:
+    for split in SPLITS:
         for name in classes:
             folder = root / split / name
             folder.mkdir(parents=True)

@@ -23,6 +23,7 @@ from bench.faults.trial import (
     wrap,
 )
 from recipes import data
+from recipes.folders import SPLITS
 
 PROCESSES = 8
 IN_USE = "is in use by process"
@@ -97,7 +98,7 @@ def one_data_set(trials: int, root: Path) -> Outcome:
     chance = random.Random(0)
     for trial in range(trials):
         images, log = root / f"images{trial}", root / f"data{trial}.log"
-        for split in data.SPLITS:
+        for split in SPLITS:
             for name in ("cat", "dog"):
                 folder = images / split / name
                 folder.mkdir(parents=True)

@@ -137,6 +137,7 @@ ROWS = (
     Row("F26", "log or terminal gone", by_tests("test_crashes.py::log"), 0),
     Row("F27", "checkpoints of older versions", by_tests("test_corpus.py"), 0),
     Row("F37", "output and names in any encoding", by_tests("test_legible.py"), 0),
+    Row("F40", "links and hidden folders among images", by_tests("test_folders.py"), 0),
     Row(
         "F28",
         "compiled code that somebody else could have put there",

@@ -137,6 +137,18 @@ ROWS = (
     Row("F26", "log or terminal gone", by_tests("test_crashes.py::log"), 0),
     Row("F27", "checkpoints of older versions", by_tests("test_corpus.py"), 0),
     Row("F37", "output and names in any encoding", by_tests("test_legible.py"), 0),
+    Row(
+        "F38",
+        "pipes, devices and locks where data are read",
+        by_tests("test_misleading.py::pipe or locks"),
+        0,
+    ),
+    Row(
+        "F39",
+        "pictures, weights and caches that mislead",
+        by_tests("test_misleading.py::not pipe and not locks"),
+        0,
+    ),
     Row("F40", "links and hidden folders among images", by_tests("test_folders.py"), 0),
     Row(
         "F28",

@@ -368,14 +368,7 @@ def _read_cache(path: Path, key: str, samples: Samples | None, warn: Say) -> Dat
         if samples is not None and not _agree(samples, dataset):
             raise ValueError(f"{path} has other labels than the folders")
         return dataset
-    except (
-        OSError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+    except CACHE_ERRORS as error:
         warn(f"reading the data again: {error}")
         return None
 

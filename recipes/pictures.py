@@ -39,9 +39,7 @@ REMARKS: dict[Remark, str] = {
 }
 """What a reader is told of some images. Of "deep" ones, of 16 bits, nothing is told, unless
 all are "dim": a sixteenth of their range holds them."""
-LONGEST = (
-    64  # times the shorter side; what a longer image has beyond is far from its middle
-)
+LONGEST = 64  # times the shorter side, so that resizing needs no memory without bounds
 DIM = 16  # of 255, to which the largest value of 12 bits falls where 16 are expected
 
 

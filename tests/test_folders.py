@@ -148,8 +148,7 @@ def test_a_folder_of_nothing_but_links_ends_where_it_began(tmp_path):
 def test_folders_that_link_to_each_other_are_read_once_in_each(tmp_path):
     root = make_folder(tmp_path)
     for one, other in (("cat", "dog"), ("dog", "cat")):
-        for name in "abcdefgh":
-            (root / "train" / one / name).symlink_to(f"../{other}")
+        (root / "train" / one / "a").symlink_to(f"../{other}")
     found, (line,) = warned(root)
-    assert "back: 128 links, the first train/cat/a/a" in line
-    assert len(found.train_images) == 2 * (3 + 8 * 3)
+    assert "back: 2 links, the first train/cat/a/a" in line
+    assert len(found.train_images) == 2 * (3 + 3)

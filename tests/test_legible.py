@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from recipes import compare
 from recipes.cifar_wrn import main
 from recipes.config import of_run
-from recipes.console import COLUMNS, Display
+from recipes.console import COLUMNS, Display, QuietConsole
 from recipes.legible import legible, quoted, replace_what_streams_lack
+from recipes.loggers import Loggers
 from tests.test_data import make_folder
 from tests.test_recipe import SMALL, equal, tensors
 
@@ -203,3 +205,30 @@ def test_in_the_locale_c_all_is_as_in_others(tmp_path, name):
     assert main(["--resume", str(paths[0])]) == 0
     text = (paths[2] / "compare.md").read_text(encoding="utf-8")
     assert "±" in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_boxes_stay_boxes_where_signs_become_words(encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, "samfn.legible")
+    display = Display(QuietConsole(file=stream, force_terminal=True, width=60))
+    display.facts("samfn", {"ρ": "0.05 ± 0.01", "λ": "目录 …"})
+    stream.flush()
+    lines = stream.buffer.getvalue().decode(encoding).splitlines()
+    lines = [re.sub(r"\x1b\[\d*m", "", line) for line in lines]
+    assert len(lines) == 4
+    assert len({*map(cell_len, lines)}) == 1
+    assert (" rho " in lines[1]) == (encoding != "utf-8")
+    assert lines[1][0] == ("│" if encoding == "utf-8" else "|")
+
+
+def test_loggers_that_know_utf_8_alone_are_left_out_and_named(tmp_path):
+    said = []
+    run = tmp_path / NAME
+    run.mkdir()
+    Loggers(["tensorboard", "wandb"], run, {}, [], said.append).close()
+    assert [line.split()[:3] for line in said] == [
+        ["--log", "tensorboard", "failed,"],
+        ["--log", "wandb", "failed,"],
+    ]
+    assert all("needs a directory whose name is text in this locale" in x for x in said)
+    assert not [*run.iterdir()]

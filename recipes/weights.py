@@ -147,7 +147,8 @@ def fit(
         f"{name} is of {given[name].dtype}, and of {own[name].dtype} here"
         for name in own
         if name in given.keys() - {*misfits}
-        and given[name].is_floating_point() != own[name].is_floating_point()
+        and (own[name].is_floating_point() or given[name].is_complex())
+        and not given[name].is_floating_point()
     ]
     for problem, names in (
         ("lacks", missing),

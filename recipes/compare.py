@@ -8,11 +8,12 @@ Runs that differ in nothing but the seed are one row: mean ± standard deviation
 What sharpness.json in a run's directory holds of the same checkpoint is not measured again.
 """
 
+import math
 import shlex
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -20,27 +21,27 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from recipes import command, methods, plots, sharpness
+from recipes import command, methods, plots, recorded, sharpness
 from recipes.config import (
     FREE_ON_RESUME,
     PER_CALL,
     Config,
     ConfigError,
     choose_device,
-    of_run,
     plain_values,
 )
 from recipes.console import Display
+from recipes.recorded import Recorded as Run
+from recipes.recorded import chosen_by
 from recipes.reports import versions
-from recipes.rundir import Row, RunDirectory
 from recipes.running import name
 from recipes.sharpness import MISSING, Measuring, Record, quantity
 from recipes.solutions import (
     among,
     checkpoint_of,
     distinct,
-    header,
     labels,
+    real,
     require_runs,
     write_json,
 )
@@ -64,36 +65,6 @@ class Settings(Measuring):
     output: Path | None = None
     """Directory of the report; what it holds of another call is replaced. None is compare,
     beside the first run."""
-
-
-class Run(NamedTuple):
-    """What a run left behind."""
-
-    path: Path
-    config: Config
-    rows: list[Row]
-    ended: bool
-    """Whether it came to its end: all epochs, or no patience left."""
-    data: str | None
-    """Fingerprint of the images and labels, if a checkpoint says it."""
-    versions: Mapping[str, str]
-    """Of torch and hardware, if a checkpoint says them."""
-
-    @property
-    def done(self) -> int:
-        """Epochs that were recorded."""
-        return int(self.rows[-1]["epoch"]) if self.rows else 0
-
-    @property
-    def best(self) -> Row | None:
-        """The best epoch, by what the run chose it by."""
-        by = f"{average(self.config)}{chosen_by(self.config)}_accuracy"
-        return max(self.rows, key=lambda row: float(row[by])) if self.rows else None
-
-    @property
-    def test(self) -> str:
-        """The column with the accuracy that counts."""
-        return f"{average(self.config)}test_accuracy"
 
 
 class Group(NamedTuple):
@@ -137,7 +108,7 @@ def compare(settings: Settings, called: str, display: Display) -> int:
     sharpness.validate(settings)
     if files_given := [path for path in settings.runs if path.is_file()]:
         raise ConfigError(f"expected directories of runs, got the file {files_given[0]}")
-    output = settings.output or settings.runs[0].resolve().parent / "compare"
+    output = settings.output or real(settings.runs[0]).parent / "compare"
     try:
         files.make_directory(output)
     except OSError as error:
@@ -163,41 +134,16 @@ def compare(settings: Settings, called: str, display: Display) -> int:
     return 0
 
 
-def average(config: Config) -> str:
-    """Return how columns of the model that comes out begin."""
-    return "" if config.ema_decay is None else "ema_"
-
-
-def chosen_by(config: Config) -> str:
-    """Return the split that the best epoch is chosen by."""
-    return "validation" if config.validation else "test"
-
-
 def read(path: Path, display: Display) -> Run:
     """Read what a run recorded; what of it is damaged is told and left out.
 
     Raises:
-        ConfigError: there is no run, or its settings are damaged.
+        ConfigError: as `recorded.read`.
     """
-    config, directory = of_run(path), RunDirectory(path)
-    model = average(config)
-    needed = {f"{model}test_accuracy", f"{model}{chosen_by(config)}_accuracy"}
-    needed |= {"train_loss", "seconds", "images_per_second"}
-    found = directory.rows()
-    rows = [
-        row for row in found if all(isinstance(row.get(n), int | float) for n in needed)
-    ]
-    if len(rows) < len(found):
-        display.warn(
-            f"{directory.metrics}: {len(found) - len(rows)} damaged lines left out"
-        )
-    if not rows:
+    run = recorded.read(path, display.warn)
+    if not run.rows:
         display.warn(f"{path} has no epoch recorded")
-    ended = bool(rows) and (
-        rows[-1]["epoch"] >= config.epochs or directory.weights.exists()
-    )
-    head = header(path)
-    return Run(path, config, rows, ended, head.get("data"), head.get("versions", {}))
+    return run
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -223,7 +169,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         firsts,
         lambda run: name(run.config),
         told_apart,
-        lambda run: run.path.resolve().name,
+        lambda run: real(run.path).name,
         lambda run: str(run.path),
     )
     return [Group(n, row) for n, row in zip(names, rows.values(), strict=True)]
@@ -337,7 +283,8 @@ class Report(NamedTuple):
 
         def value(run: Run) -> float | None:
             number = self.records.get(run.path, {"numbers": {}})["numbers"].get(column)
-            return float(number["value"]) if number else None
+            known = number and math.isfinite(float(number["value"]))
+            return float(number["value"]) if known else None
 
         return value
 

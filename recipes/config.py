@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -423,6 +423,7 @@ def _parsed(
         precision: Any = "float32" if device.type == "cpu" else "bf16"
         config = replace(config, precision=precision)
     validate(config)
+    _require_loggers(config.log)
     return config
 
 
@@ -435,6 +436,7 @@ def validate(config: Config) -> None:
     _require_names(config)
     _require_model(config.model)
     groups = (
+        _rules_of_numbers,
         _rules_of_data,
         _rules_of_networks,
         _rules_of_training,
@@ -445,14 +447,18 @@ def validate(config: Config) -> None:
         if not holds:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag}: expected {expected}, got {getattr(config, name)!r}")
-    for name in () if config.eval_only else config.log:
-        if importlib.util.find_spec(name) is None:
-            missing = f'{name} is not installed: pip install "samfn[{name}]"'
-            raise ConfigError(f"--log: {missing}")
     try:
         methods.parse(config.method, steps=1, norm_layers=())
     except ValueError as error:
         raise ConfigError(f"--method: {error}") from error
+
+
+def _require_loggers(names: Iterable[str]) -> None:
+    """Raise unless the packages of loggers are installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            missing = f'{name} is not installed: pip install "samfn[{name}]"'
+            raise ConfigError(f"--log: {missing}")
 
 
 Rule = tuple[str, bool, str]
@@ -468,6 +474,12 @@ def _rules_of_readers(config: Config) -> Iterator[Rule]:
             read = getattr(config, choice) in readers
             given = getattr(config, name) != getattr(Config, name)
             yield name, read or not given, f"--{choice} {' or '.join(readers)} with it"
+
+
+def _rules_of_numbers(config: Config) -> Iterator[Rule]:
+    for name, value in dataclasses.asdict(config).items():
+        small = not isinstance(value, int) or abs(value) < 2**63
+        yield name, small, "a number of at most 64 bits"
 
 
 def _rules_of_data(config: Config) -> Iterator[Rule]:
@@ -565,11 +577,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """Return what a run trains as the text of a file, with which `--config` repeats it."""
+    return plain_toml(plain_values(config))
+
+
+def plain_toml(values: Mapping[str, Any]) -> str:
+    """Return the same of settings as `plain_values` gives them."""
     # With all settings named, a preset would only bring back what was turned off.
-    values = plain_values(replace(config, preset="none"))
     written = {
         key: value
-        for key, value in values.items()
+        for key, value in {**values, "preset": "none"}.items()
         if value is not None and key not in PER_CALL
     }
     text = "# Settings of a run; what is absent is off.\n"
@@ -608,7 +624,7 @@ def _resumed(
 ) -> Config:
     """Return the settings of a run, which flags may repeat, and some of them change."""
     values = read_toml(run_of(run) / CONFIG_FILE)
-    before = Config(**values)
+    before = _settled(values, run)
     if asked.auto_resume:  # The command that began the run repeats all that it said then.
         file = read_toml(asked.config) if asked.config else {}
         config = read(values | _preset(read(file).preset) | file)
@@ -622,6 +638,8 @@ def _resumed(
     config = replace(config, weights=_resolved(config.weights))
     require_same_settings(plain_values(before), config)
     validate(config)
+    if not config.eval_only:  # The run's own are left out where they are missing.
+        _require_loggers({*config.log} - {*before.log})
     _require_fitting(config)
     root = None if config.data == "digits" else root_of(config.data_dir)
     return replace(config, data_dir=root, device=str(choose_device(config.device)))
@@ -646,11 +664,9 @@ def require_same_settings(before: dict[str, Any], config: Config) -> None:
         ConfigError: lists what differs, of what may never differ, or else of what needs
             `resume_override`.
     """
-    now = plain_values(config)
     changed = {
-        name: f"{name} was {before[name]!r}, is now {now[name]!r}"
-        for name in sorted(now.keys() & before.keys() - PER_CALL - FREE_ON_RESUME)
-        if now[name] != before[name]
+        name: f"{name} was {one!r}, is now {other!r}"
+        for name, (one, other) in differing(before, plain_values(config)).items()
     }
     if fixed := changed.keys() & FIXED:
         changes = "; ".join(changed[name] for name in sorted(fixed))
@@ -663,14 +679,35 @@ def require_same_settings(before: dict[str, Any], config: Config) -> None:
         )
 
 
+def differing(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return both values of the settings in which two runs are not one, by name.
+
+    Settings that only one of the two has are of another version, and count as alike.
+    """
+    names = sorted(now.keys() & before.keys() - PER_CALL - FREE_ON_RESUME)
+    return {n: (before[n], now[n]) for n in names if before[n] != now[n]}
+
+
 def of_run(path: Path) -> Config:
     """Return the settings of the run that `path` is, or is a checkpoint of.
 
     Raises:
         ConfigError: there is no run, or a setting is not among what is allowed.
     """
-    config = Config(**read_toml(run_of(path) / CONFIG_FILE))
+    config = _settled(read_toml(run_of(path) / CONFIG_FILE), path)
     validate(config)
+    return config
+
+
+def _settled(values: Mapping[str, Any], run: Path) -> Config:
+    """Return the settings that a run wrote, which names its data and its precision."""
+    config = Config(**values)
+    for name in ("data", "precision"):
+        if getattr(config, name) == "auto":
+            file = run_of(run) / CONFIG_FILE
+            raise ConfigError(f"{file} is none that a run wrote: it does not say {name}")
     return config
 
 
@@ -695,7 +732,8 @@ def _side(preset: str, source: str, model: str) -> dict[str, int]:
 
 
 def _resolved(weights: str) -> str:
-    return weights if weights in WEIGHTS else str(Path(weights).resolve())
+    # Unlike `Path.resolve`, this takes a loop of links for a path.
+    return weights if weights in WEIGHTS else os.path.realpath(weights)
 
 
 def _require_names(config: Config) -> None:
@@ -766,6 +804,8 @@ def _typed(path: Path, key: str, value: Any, expected: Any) -> Any:
 
 def _as(kind: Any, value: Any) -> Any:
     """Return a TOML value as one of a kind, or raise TypeError."""
+    if isinstance(value, str) and "\0" in value:  # which no path has
+        raise TypeError
     if isinstance(value, str):  # the reverse of `plain_values`
         value = os.fsdecode(value.encode("utf-8", "surrogateescape"))
     if get_origin(kind) is tuple and isinstance(value, list):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import samfn
+from recipes import recorded
 from recipes.batches import augmented
 from recipes.config import (
-    Config,
     ConfigError,
     of_run,
     plain_values,
@@ -20,6 +20,7 @@ from recipes.config import (
     run_of,
 )
 from recipes.console import Display
+from recipes.recorded import best_by
 from recipes.rundir import RunDirectory
 from recipes.task import Task, assemble, read_data
 from recipes.weights import begin
@@ -107,6 +108,7 @@ def resume(
     Raises:
         ConfigError: the checkpoint is damaged, or belongs to another network or to other
             data.
+        CheckpointWriteError: the settings that it had cannot be kept.
     """
     checkpoints = run.checkpoints(display.warn)
     try:
@@ -120,6 +122,12 @@ def resume(
     require_same_settings(metadata["config"], task.config)
     if distributed.rank() == distributed.FIRST:
         checkpoints.drop_after(training.step)
+        # Whoever changed them by hand and said so has checkpoints of both.
+        if not recorded.is_own(metadata["config"], run.path):
+            try:
+                run.keep_settings(metadata["config"])
+            except OSError as error:
+                raise samfn.CheckpointWriteError(f"cannot write: {error}") from error
     now = versions(task)
     for name, before in metadata["versions"].items():
         if now.get(name) != before:
@@ -170,20 +178,16 @@ def reopen(
 
     Raises:
         ConfigError: there is no run, no checkpoint that is whole, or no such device; the
-            data are others.
+            data are others, or a checkpoint is of another run.
         DataError: the data are not there any more.
     """
     config = replace(of_run(path), device=device, compile="no")
+    recorded.require_one_run(path)
     task, like = assemble(config, read_data(config, display.track, display.warn))
     checkpoints = RunDirectory(run_of(path)).checkpoints(display.warn)
     best = partial(checkpoints.best_whole, by=best_by(task.config))
     training = _read(task, path, like, checkpoints.latest if last else best)
     return task, model_of(task, training), training.epoch
-
-
-def best_by(config: Config) -> str:
-    """Return the name of the score that the best checkpoint is chosen by."""
-    return "score" if config.ema_decay is None else "ema"
 
 
 def _read(

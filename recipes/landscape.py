@@ -32,6 +32,7 @@ from recipes.solutions import (
     among,
     named,
     read,
+    real,
     require,
     require_runs,
     write_json,
@@ -84,7 +85,7 @@ def draw(settings: Settings, display: Display) -> int:
     settings = replace(settings, runs=among(settings.runs, display))
     validate(settings)
     solutions = named([read(path, settings, display) for path in settings.runs])
-    output = settings.output or run_of(settings.runs[0]).resolve().parent / "landscape"
+    output = settings.output or real(run_of(settings.runs[0])).parent / "landscape"
     try:
         files.make_directory(output)
     except OSError as error:

@@ -194,6 +194,9 @@ class Loggers:
             yield
         except Exception as error:  # Whatever it is: training is worth more than its log.
             self._loggers.pop(name, None)
+            if isinstance(error, ModuleNotFoundError) and error.name == name:
+                self._warn(f"--log {name} is left out: it is not installed")
+                return
             text = " ".join(f"{type(error).__name__}: {error}".split())
             self._warn(f"--log {name} failed, and the run goes on without it: {text}")
 

@@ -14,7 +14,8 @@ from recipes.config import PER_CALL, Config, plain_values
 from recipes.legible import quoted
 from recipes.machine import hardware
 from recipes.plots import Series
-from recipes.study import Result, chosen_by
+from recipes.recorded import chosen_by
+from recipes.study import Result
 from samfn import files
 
 DATA = "results.json"

@@ -4,12 +4,20 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import samfn
-from recipes.config import AS_TOML, CONFIG_FILE, Config, ConfigError, to_toml
+from recipes.config import (
+    AS_TOML,
+    CONFIG_FILE,
+    Config,
+    ConfigError,
+    plain_toml,
+    to_toml,
+)
 from samfn import files
 
 Row = dict[str, Any]  # one epoch of metrics.jsonl
@@ -76,13 +84,24 @@ class RunDirectory:
     def write_config(self, config: Config) -> None:
         """Write the settings; those of before, if they differ, are kept beside."""
         path, text = self.path / CONFIG_FILE, to_toml(config)
-        if path.exists() and (before := path.read_text(**AS_TOML)) != text:
-            older = len(list(self.path.glob(f"{CONFIG_FILE}.*"))) + 1
+        if path.exists() and (before := files.read_text(path, AS_TOML["errors"])) != text:
             # A copy first, so that there are settings whenever the process is killed.
-            with files.replacing(path.with_name(f"{CONFIG_FILE}.{older}")) as temporary:
-                temporary.write_text(before, **AS_TOML)
+            self._keep_aside(before)
         with files.replacing(path) as temporary:
             temporary.write_text(text, **AS_TOML)
+
+    def keep_settings(self, values: Mapping[str, Any]) -> None:
+        """Keep settings that a part of the run had, as `plain_values` gives them."""
+        self._keep_aside(plain_toml(values))
+
+    def _keep_aside(self, text: str) -> None:
+        numbered = (self.path / f"{CONFIG_FILE}.{number}" for number in count(1))
+        with files.replacing(next(p for p in numbered if not p.exists())) as temporary:
+            temporary.write_text(text, **AS_TOML)
+
+    def older_settings(self) -> list[Path]:
+        """Return the files of settings that the run had before it was given others."""
+        return list(self.path.glob(f"{CONFIG_FILE}.*"))
 
     def append(self, row: Row) -> None:
         """Add an epoch to the metrics.
@@ -106,22 +125,25 @@ class RunDirectory:
         self._unwritten.clear()
 
     def rows(self) -> list[Row]:
-        """Return the epochs recorded so far; a line that is cut off or damaged is none."""
-        rows: list[Row] = []
-        exists = self.metrics.exists()
-        text = self.metrics.read_text(errors="replace") if exists else ""
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("epoch"), int):
-                    rows.append(row)
-        return rows + self._unwritten
+        """Return the epochs recorded so far, ascending, each as its last line says it.
 
-    def rewind(self, epochs: int) -> None:
-        """Drop what was recorded after the first `epochs` epochs."""
-        kept = [row for row in self.rows() if row["epoch"] <= epochs]
+        A line that is cut off or damaged is none.
+        """
+        rows = {row["epoch"]: row for row in self.lines() if row}
+        return [rows[epoch] for epoch in sorted(rows)]
+
+    def lines(self) -> list[Row | None]:
+        """Return the epochs as they were recorded, and None for a line that is none."""
+        try:
+            text = files.read_text(self.metrics, errors="replace")
+        except FileNotFoundError:
+            text = ""
+        return [*map(_row, text.splitlines()), *self._unwritten]
+
+    def rewrite(self, rows: Sequence[Row]) -> None:
+        """Let these be the epochs that are recorded."""
         with files.replacing(self.metrics) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _require_new(self) -> None:
         """Raise if there is more than a run leaves that was killed while it began."""
@@ -143,5 +165,28 @@ class Unwritten(RunDirectory):
     def append(self, row: Row) -> None:
         """Write nothing."""
 
-    def rewind(self, epochs: int) -> None:
+    def rewrite(self, rows: Sequence[Row]) -> None:
         """Write nothing."""
+
+
+def _row(line: str) -> Row | None:
+    """Return the epoch that a line is, or None if it is none."""
+    try:
+        row = parsed(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and type(row.get("epoch")) is int and row["epoch"] > 0
+    return row if whole else None
+
+
+def parsed(text: str) -> Any:
+    """Return what JSON says; integers of more than 20 digits are floats, or infinite.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON, or too deep.
+    """
+
+    def whole(digits: str) -> float:
+        return int(digits) if len(digits) <= 20 else float(digits)
+
+    return json.loads(text, parse_int=whole)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import samfn
-from recipes import command, plots, selection
+from recipes import command, plots, recorded, selection
 from recipes.batches import augmented
 from recipes.config import CONFIG_FILE, PROGRAM, Config, ConfigError, run_of
 from recipes.console import Display
@@ -19,7 +19,7 @@ from recipes.keeping import Keeper, mean_of_best, model_of, ranks, restore_best,
 from recipes.legible import quoted
 from recipes.loggers import logged
 from recipes.machine import lacks_memory
-from recipes.rundir import RunDirectory, Unwritten
+from recipes.rundir import Row, RunDirectory, Unwritten
 from recipes.signals import Signals
 from recipes.task import Read, Task, assemble, read_data
 from recipes.training import (
@@ -111,6 +111,7 @@ def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
     assert task.config.resume is not None  # `validate` saw to it.
     directory = RunDirectory(run_of(task.config.resume))
     path = task.config.resume
+    recorded.require_one_run(path)
     training = restore_best(task, path, directory, state, display)
     loss, accuracy = evaluate(task, model_of(task, training), task.test)
     what = f"{path.name}, after" if path.is_file() else "best"
@@ -141,8 +142,8 @@ def train_and_report(
         if not finished:
             display.say(f"stopped; {program} --resume {where} goes on where this ended")
             return 128 + (signals.stop or signal.SIGINT)
-        _export(task, directory, state, display)
-        facts = summarise(task, directory, seconds, program)
+        best = _export(task, directory, state, display)
+        facts = summarise(task, directory, best, seconds, program)
         if task.config.average_best is not None:
             facts |= _average(task, directory, checkpoints, state)
         display.facts("done", facts)
@@ -182,8 +183,10 @@ def _opened(
     directory = RunDirectory(run_of(config.resume))
     with directory.held():
         training = resume(task, config.resume, directory, state, display)
+        checkpoints = recorded.checkpoints_of(directory, display.warn)
+        rows = recorded.epochs_of(directory, config, checkpoints, display.warn)
         with writing():
-            directory.rewind(training.epoch)
+            directory.rewrite([row for row in rows if row["epoch"] <= training.epoch])
             directory.write_config(config)
         display.say(f"resuming after {training.epoch} epochs and {training.batch} steps")
         yield directory, training
@@ -215,8 +218,8 @@ def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
 
 def _export(
     task: Task, directory: RunDirectory, like: samfn.TrainState, display: Display
-) -> None:
-    """Write the best epoch's model for those who have no samfn."""
+) -> Row:
+    """Write the best epoch's model for those who have no samfn; return what it was."""
     try:
         best = restore_best(task, directory.path, directory, like, display, alone=True)
     except ConfigError as error:  # It was whole when it was written.
@@ -228,6 +231,7 @@ def _export(
     if task.config.export:
         inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
         samfn.export_program(directory.program, *trained, inputs)
+    return best.row
 
 
 def _average(
@@ -301,20 +305,26 @@ def describe(task: Task) -> dict[str, str]:
 
 
 def summarise(
-    task: Task, directory: RunDirectory, seconds: float, program: str
+    task: Task, directory: RunDirectory, best: Row, seconds: float, program: str
 ) -> dict[str, str]:
-    """Return what the closing summary says of a run."""
-    rows, config = directory.rows(), task.config
-    average = "ema_" if config.ema_decay is not None else ""
-    if not rows:  # Someone took the log of a finished run away.
+    """Return what the closing summary says of a run.
+
+    `best` is the epoch of the model that it leaves, or empty where an older version wrote
+    the checkpoint.
+    """
+    rows, config = directory.rows() or [best], task.config
+    if not rows[-1]:  # And someone took the log away.
         return {"files": str(directory.path), "model": str(directory.weights)}
-    best = max(rows, key=lambda row: row[chosen(task)])
-    of, test = " of the average" if average else "", f"{average}test_accuracy"
+    best = best or max(rows, key=lambda row: row[chosen(task)])
+    of = "" if config.ema_decay is None else " of the average"
+    test = recorded.column(config, "test")
     plain = f"plain {BASES[config.optimizer]}"
     other, compared = ("0", plain) if config.rho else ("0.05", "SAM")
-    where = quoted(directory.path)
-    again = quoted(directory.path / CONFIG_FILE)
-    spared = {"skipped": selection.summarise(task, rows)} if config.select != "all" else {}
+    where, again = quoted(directory.path), quoted(directory.path / CONFIG_FILE)
+    counted = [row for row in rows if "step" in row]
+    spared = (
+        {"skipped": selection.summarise(task, counted)} if config.select != "all" else {}
+    )
     return {
         "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",
         "best epoch": f"test accuracy{of} {best[test]:.2f} % in epoch"

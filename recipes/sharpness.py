@@ -10,6 +10,7 @@ compared; those of two networks differ in scale, and so do all distances and cur
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from recipes.config import (
 )
 from recipes.console import Display
 from recipes.data import DataError
+from recipes.rundir import parsed
 from recipes.solutions import (
     Selection,
     Solution,
@@ -52,7 +54,7 @@ from recipes.solutions import (
     write_json,
 )
 from recipes.task import generator
-from samfn import sharpness
+from samfn import files, sharpness
 from samfn.kernels import NotTwiceDifferentiableError
 from samfn.objective import GRADIENT, LOSS, PRODUCT, Objective
 from samfn.tree import Params
@@ -65,6 +67,8 @@ VERSION = 2  # of what the numbers mean; those of another one are measured anew
 # device only rounds.
 NOT_MEASURED = {"runs", "last", "device"}
 BATCHES = 4  # fewer would not show how far the variance among them is off
+
+LEAST = {"loss": 0.0, "noise": 0.0}  # of numbers that have a bound
 
 Record = dict[str, Any]
 """What is known of one run that was measured, as JSON holds it."""
@@ -470,7 +474,13 @@ def record(
             "date": time.strftime("%Y-%m-%d"),
         }
     )
-    return made
+    return made | {"checksum": checksum(made)}
+
+
+def checksum(record: Record) -> str:
+    """Return the SHA-256 of what a record says, but for that of the record itself."""
+    said = {name: value for name, value in record.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def asked(settings: Measuring) -> dict[str, Any]:
@@ -499,7 +509,11 @@ def keep(record: Record, file: Path, display: Display) -> None:
     """
     same = ("path", *IDENTITY)
     others = [
-        one for one in kept(file, display) if any(one[key] != record[key] for key in same)
+        one
+        for one in measurements(file, display)
+        # Older versions wrote no checksum; what they measured is kept, not believed.
+        if (is_whole(one) or "checksum" not in one)
+        and any(one.get(key) != record[key] for key in same)
     ]
     write_json(file, {"measurements": [*others, record]})
 
@@ -524,27 +538,42 @@ def known(
 
 
 def kept(file: Path, display: Display) -> list[Record]:
-    """Return the records in a file; those that are damaged are none."""
+    """Return the records in a file; those that are damaged or were edited are none."""
+    found = measurements(file, display)
+    whole = [one for one in found if is_whole(one)]
+    if odd := len(found) - len(whole):
+        text = f"{odd} of {len(found)} records are not as they were written"
+        display.warn(f"{file}: {text}, and are measured anew where they are asked for")
+    return whole
+
+
+def measurements(file: Path, display: Display) -> list[Record]:
+    """Return the records in a file as they are there."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["measurements"]
-        whole = [one for one in found if is_whole(one)]
+        found = parsed(files.read_text(file))["measurements"]
+        return [one if isinstance(one, dict) else {} for one in found]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         display.warn(f"{file} cannot be read, and is measured anew: {error}")
         return []
-    return whole
 
 
-def is_whole(record: Any) -> bool:
-    """Return whether a record of a file has all that is read of it."""
+def is_whole(record: Record) -> bool:
+    """Return whether a record is as it was written, of numbers that can be measured."""
     try:
-        for number in record["numbers"].values():
-            for part in ("value", "cost"):
-                float(number[part])
-            float(number["error"] or 0)
-        dict(record.get("left_out", {}))
-        return all(key in record for key in ("path", "epoch", "images", *IDENTITY))
+        return (
+            record["checksum"] == checksum(record)
+            and all(key in record for key in ("path", "epoch", "images", *IDENTITY))
+            and all(
+                math.isfinite(float(number["value"]))
+                and float(number["value"]) >= LEAST.get(name, -math.inf)
+                and 0 <= float(number["cost"]) < math.inf
+                and not float(number["error"] or 0) < 0  # NaN, where one group is all
+                for name, number in record["numbers"].items()
+            )
+            and isinstance(record.get("left_out", {}), dict)
+        )
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
 

@@ -1,14 +1,14 @@
 """What runs have learned: found, read, put on images, and told apart by name."""
 
-import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import tyro
@@ -19,13 +19,13 @@ import samfn
 from recipes import augment
 from recipes.config import CONFIG_FILE, Config, ConfigError, run_of
 from recipes.console import Display
-from recipes.keeping import best_by, reopen
+from recipes.keeping import reopen
+from recipes.recorded import best_by
 from recipes.rundir import RunDirectory
 from recipes.running import name
 from recipes.task import generator
 from samfn import files
 from samfn.gradient import LossFn
-from samfn.tensorfile import read_texts
 from samfn.tree import Params
 
 Item = TypeVar("Item")
@@ -107,8 +107,8 @@ def require_runs(settings: Selection, least: int = 1) -> None:
         number = {1: "one run", 2: "two runs"}[least]
         found = len(settings.runs) or "none"
         raise ConfigError(f"expected at least {number}, got {found}")
-    paths = [path.resolve() for path in settings.runs]
-    if twice := [path for path in settings.runs if paths.count(path.resolve()) > 1]:
+    paths = [real(path) for path in settings.runs]
+    if twice := [path for path in settings.runs if paths.count(real(path)) > 1]:
         raise ConfigError(f"expected different runs, got {twice[0]} twice")
 
 
@@ -119,11 +119,16 @@ def among(paths: Iterable[Path], display: Display) -> tuple[Path, ...]:
     """
     found = []
     for path in paths:
-        if path.is_dir() and not (path / CONFIG_FILE).exists():
+        if path.is_dir() and not os.path.lexists(path / CONFIG_FILE):
             display.warn(f"{path} is no run: it holds no {CONFIG_FILE}; left out")
         else:
             found.append(path)
     return tuple(found)
+
+
+def real(path: Path) -> Path:
+    """Return a path without links, as `Path.resolve`, which a loop of them makes raise."""
+    return Path(os.path.realpath(path))
 
 
 def read(path: Path, settings: Selection, display: Display) -> Solution:
@@ -169,19 +174,10 @@ def checkpoint_of(path: Path, config: Config, *, last: bool) -> Path | None:
     return found[0] if found else None
 
 
-def header(path: Path) -> dict[str, Any]:
-    """Return what the newest checkpoint of a run says beside its tensors, unverified."""
-    for checkpoint in reversed(RunDirectory(path).checkpoints().paths()):
-        with contextlib.suppress(OSError, ValueError, KeyError, RecursionError):
-            texts = read_texts(checkpoint)
-            return {key: json.loads(texts[key]) for key in ("data", "versions")}
-    return {}
-
-
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with files.open_regular(path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def named(solutions: Sequence[Solution]) -> list[Solution]:
@@ -200,8 +196,8 @@ def labels(runs: Sequence[tuple[Path, Config, str]]) -> list[str]:
         runs,
         lambda run: name(run[1]),
         lambda run: f"{name(run[1])}, seed {run[1].seed}",
-        lambda run: run_of(run[0]).resolve().name,
-        lambda run: f"{run_of(run[0]).resolve().name}, {run[2]}",
+        lambda run: real(run_of(run[0])).name,
+        lambda run: f"{real(run_of(run[0])).name}, {run[2]}",
         lambda run: str(run[0]),
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import samfn
-from recipes import command, running
+from recipes import command, recorded, running
 from recipes.config import (
     CONFIG_FILE,
     PER_CALL,
@@ -28,6 +28,7 @@ from recipes.config import (
 )
 from recipes.console import Display
 from recipes.data import Dataset, Say, Track
+from recipes.recorded import chosen_by, column
 from recipes.rundir import Row, RunDirectory
 from recipes.signals import Signals, Stopped
 from recipes.task import Read, read_data
@@ -79,10 +80,10 @@ class Result(NamedTuple):
 
     def tested(self, row: Row) -> float:
         """Return the test accuracy of an epoch: that of the average, if there is one."""
-        return float(row[_column(self.cell.config, "test")])
+        return float(row[column(self.cell.config, "test")])
 
     def _scored(self, row: Row) -> float:
-        return float(row[_column(self.cell.config, chosen_by(self.cell.config))])
+        return float(row[column(self.cell.config, chosen_by(self.cell.config))])
 
     def seconds(self) -> float:
         """Return the time of all epochs, without evaluation."""
@@ -185,7 +186,9 @@ def run(
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error}") from error
     with samfn.held(output):
-        done = {cell.path: found for cell in cells if (found := read(cell)) is not None}
+        files.sweep(output)
+        results = ((cell.path, read(cell, display.warn)) for cell in cells)
+        done = {path: found for path, found in results if found is not None}
         missing = [cell for cell in cells if cell.path not in done]
         display.say(f"{len(cells)} runs in {output}, {len(done)} of them finished")
         if not missing:
@@ -216,8 +219,8 @@ def _run_each(
             raise Stopped(signals.stop)
 
 
-def read(cell: Cell) -> Result | None:
-    """Return what came of a cell, or None if it has not ended.
+def read(cell: Cell, warn: Say) -> Result | None:
+    """Return what came of a cell, or None if it has not ended; `warn` of what is odd.
 
     Raises:
         ConfigError: its directory holds a run of other settings, or a damaged one.
@@ -226,16 +229,22 @@ def read(cell: Cell) -> Result | None:
     if not (cell.path / CONFIG_FILE).exists():
         return None
     _require_same_settings(cell)
-    rows = directory.rows()
-    if (cell.path / DIVERGED).exists():
-        why = (cell.path / DIVERGED).read_text(encoding="utf-8", errors="replace")
-        return Result(cell, rows, why.strip())
-    if not directory.weights.exists():  # They are written when a run has ended.
+    if (why := _diverged(cell)) is not None:
+        return Result(cell, recorded.read(cell.path, warn).rows, why)
+    if not recorded.holds_best_model(directory, cell.config):  # It is written at the end.
         return None
-    needed = {_column(cell.config, name) for name in ("test", chosen_by(cell.config))}
-    if not rows or any(not needed | {"seconds"} <= row.keys() for row in rows):
+    run = recorded.read(cell.path, warn)
+    if not run.rows or len(run.rows) < run.done:
         raise ConfigError(f"{directory.metrics} is damaged or gone: move {cell.path} away")
-    return Result(cell, rows, None)
+    return Result(cell, run.rows, None) if run.ended else None
+
+
+def _diverged(cell: Cell) -> str | None:
+    """Return why a run diverged, if it did."""
+    try:
+        return files.read_text(cell.path / DIVERGED, errors="replace").strip()
+    except FileNotFoundError:
+        return None
 
 
 def _require_same_settings(cell: Cell) -> None:
@@ -266,8 +275,9 @@ def _finish(cell: Cell, display: Display, signals: Signals, reader: Read) -> Res
         code = 0
     if code:
         raise command.Failed(code) if signals.stop is None else Stopped(signals.stop)
-    result = read(cell)
-    assert result is not None  # Its weights are there.
+    result = read(cell, display.warn)
+    if result is None:  # Someone took its files away meanwhile.
+        raise ConfigError(f"{cell.path} is not as its run left it: move it away")
     return result
 
 
@@ -317,13 +327,3 @@ def outcome(result: Result) -> str:
         return f"diverged, {result.diverged}"
     seconds = duration(result.seconds())
     return f"last epoch {result.last():.2f} %, best {result.best():.2f} %, {seconds}"
-
-
-def chosen_by(config: Config) -> str:
-    """Return the split that the best epoch is chosen by."""
-    return "validation" if config.validation else "test"
-
-
-def _column(config: Config, split: str) -> str:
-    average = "ema_" if config.ema_decay is not None else ""
-    return f"{average}{split}_accuracy"

@@ -20,9 +20,10 @@ import tyro
 from recipes import command, methods, plots, reports, running, study
 from recipes.config import Config, ConfigError
 from recipes.console import Display
+from recipes.recorded import chosen_by
 from recipes.reports import Table, by_label, number, series_of, summary
 from recipes.signals import Signals
-from recipes.study import Result, chosen_by
+from recipes.study import Result
 
 PROGRAM = "python -m recipes.sweep"
 REPORT, PICTURE = "sweep.md", "sweep.png"

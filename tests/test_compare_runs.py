@@ -218,16 +218,18 @@ def test_the_best_epoch_is_that_of_the_set_it_was_chosen_by(tmp_path):
 def test_a_run_that_goes_on_is_marked_and_one_that_lost_its_patience_is_not(
     tmp_path, capsys
 ):
-    paths = [made(tmp_path / "whole"), made(tmp_path / "part", "--seed 1", ROWS[:2])]
-    (made(tmp_path / "patient", "--seed 2", ROWS[:2]) / "model.safetensors").touch()
-    (row,) = compared(*paths, tmp_path / "patient")["rows"]
-    assert [run["ended"] for run in row["runs"]] == [True, False, True]
+    whole = made(tmp_path / "whole", "--patience 2")
+    part = made(tmp_path / "part", "--seed 1 --patience 2", ROWS[:2])
+    (part / "model.safetensors").touch()  # It says nothing of how far a run is.
+    patient = made(tmp_path / "patient", "--seed 2 --epochs 5 --patience 1")
+    rows = compared(whole, part, patient)["rows"]
+    assert [run["ended"] for row in rows for run in row["runs"]] == [True, False, True]
     out = capsys.readouterr().out
     assert "2 to 3 of 3" in out
-    assert f"{paths[1]}: 2 of 3 epochs" in out
-    assert f"- {paths[1]}: 2 of 3 epochs" in report(tmp_path)
+    assert f"{part}: 2 of 3 epochs" in out
+    assert f"- {part}: 2 of 3 epochs" in report(tmp_path)
     assert "patient: " not in out
-    assert row["numbers"]["last"]["values"] == [80, 90, 90]
+    assert rows[0]["numbers"]["last"]["values"] == [80, 90]
 
 
 def test_a_run_that_has_not_begun_has_empty_cells_and_no_curve(tmp_path, capsys):
@@ -253,7 +255,7 @@ def test_lines_that_lack_numbers_are_left_out_and_told(tmp_path, capsys):
         for line in ('{"epoch": 4}', json.dumps(whole | {"train_loss": "x"}), "no JSON"):
             file.write(f"{line}\n")
     assert len(compared(*paths)["rows"][0]["runs"][0]["metrics"]) == 3
-    assert "2 damaged lines left out" in capsys.readouterr().err
+    assert "3 damaged or repeated lines left out" in capsys.readouterr().err
 
 
 NOT_COMPARABLE = [

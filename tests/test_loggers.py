@@ -355,13 +355,17 @@ def test_a_package_that_is_missing_is_named_before_anything_is_done(
 
 
 def test_evaluating_needs_no_logger(tmp_path, monkeypatch):
-    with RunDirectory.create(tmp_path / "run", Config(data="digits", log=("wandb",))):
+    config = Config(data="digits", precision="float32", log=("wandb",))
+    with RunDirectory.create(tmp_path / "run", config):
         pass
     monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "trackio", None)
     flags = ["--resume", str(tmp_path / "run")]
     assert parse([*flags, "--eval-only"]).eval_only
-    with pytest.raises(ConfigError, match="wandb is not installed"):
-        parse(flags)
+    assert parse([*flags, "--eval-only", "--log", "trackio"]).eval_only
+    assert parse(flags).log == ("wandb",)  # What the run has is left out, and told.
+    with pytest.raises(ConfigError, match="trackio is not installed"):
+        parse([*flags, "--log", "wandb", "trackio"])
 
 
 def test_trackio_refuses_a_second_directory_in_one_process(tmp_path, monkeypatch):

@@ -31,9 +31,9 @@ def test_a_line_that_was_cut_off_is_no_epoch(tmp_path):
     assert run.rows() == rows(2)
 
 
-def test_rewinding_drops_what_came_after(tmp_path):
+def test_rows_are_replaced_and_the_next_one_follows(tmp_path):
     run = filled(tmp_path / "run")
-    run.rewind(2)
+    run.rewrite(rows(2))
     assert run.rows() == rows(2)
     run.append(rows(3)[2])
     assert run.rows() == rows(3)

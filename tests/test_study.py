@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_a_signal_as_a_run_finishes_ends_the_study_after_it(
     assert coded(arms, tmp_path) == 130
     assert runs == ["sgd-seed0"]
     assert "1/4 SGD, seed 0: last epoch" in capsys.readouterr().out
-    assert study.read(study.plan(arms, 1, tmp_path)[0])
+    assert study.read(study.plan(arms, 1, tmp_path)[0], pytest.fail)
 
 
 def test_a_signal_between_runs_ends_a_study_too(whole, capsys):
@@ -274,12 +275,15 @@ def test_what_cannot_be_written_ends_with_its_code(whole, tmp_path, capsys):
 
 
 def test_a_finished_run_without_its_metrics_is_refused(tmp_path):
-    (result,) = conduct({"a": replace(CONFIG, epochs=1)}, tmp_path, seeds=1)
-    metrics = RunDirectory(result.cell.path).metrics
+    arms = {"a": replace(CONFIG, epochs=1)}
+    before = conduct(arms, tmp_path, seeds=1)
+    directory = RunDirectory(before[0].cell.path)
     for text in ("", '{"epoch": 1, "seconds": 1}\n'):
-        metrics.write_text(text)
-        with pytest.raises(ConfigError, match=r"metrics.jsonl is damaged or gone"):
-            conduct({"a": replace(CONFIG, epochs=1)}, tmp_path, seeds=1)
+        directory.metrics.write_text(text)
+        assert conduct(arms, tmp_path, seeds=1) == before  # The checkpoint knows it.
+    shutil.rmtree(directory.checkpoints().directory)
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is damaged or gone"):
+        conduct(arms, tmp_path, seeds=1)
 
 
 @given(st.text(), st.text())

@@ -94,6 +94,11 @@ def run(
     except (ConfigError, DataError, OSError) as error:
         display.fail(str(error))
         return WRONG_INPUT
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        display.fail("a path holds a NUL character, which no file's name does")
+        return WRONG_INPUT
     except (DivergedError, samfn.NonFiniteError) as error:
         display.fail(str(error))
         return DIVERGED

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from recipes.config import (
     CONFIG_FILE,
@@ -27,7 +26,7 @@ from recipes.config import (
     run_of,
 )
 from recipes.rundir import Row, RunDirectory, parsed
-from samfn import files, tensorfile
+from samfn import tensorfile
 
 Warn = Callable[[str], None]
 
@@ -156,13 +155,13 @@ def holds_best_model(directory: RunDirectory, config: Config) -> bool:
     Where no such checkpoint is left, it is enough that it is whole.
     """
     try:
-        model, _ = _verified(directory.weights)
+        model, _ = tensorfile.read(directory.weights)
     except (FileNotFoundError, tensorfile.CorruptError):
         return False
     average = "" if config.ema_decay is None else "metadata/memory.ema/"
     for path in directory.checkpoints().best(best_by(config)):
         with contextlib.suppress(FileNotFoundError, tensorfile.CorruptError):
-            tensors, _ = _verified(path)
+            tensors, _ = tensorfile.read(path)
             weights = {
                 name.removeprefix(f"{average}{kind}/"): tensor
                 for kind in ("params", "buffers")
@@ -184,7 +183,7 @@ def said(path: Path) -> Said:
         CorruptError: it is damaged, or no checkpoint.
         OSError: it cannot be read.
     """
-    _, texts = _verified(path)
+    _, texts = tensorfile.read(path)
     try:
         names = ("config", "progress", "data", "row", "versions")
         found = {name: parsed(texts[name]) for name in names if name in texts}
@@ -204,11 +203,6 @@ def said(path: Path) -> Said:
     if not texts_only or type(one.epoch) is not int:
         raise ConfigError(f"{path} is none of this recipe's")
     return one
-
-
-def _verified(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with files.open_regular(path):  # Reading a pipe would wait for who writes into it.
-        return tensorfile.read(path)
 
 
 def _settings_of(run: Path) -> list[dict[str, Any]]:

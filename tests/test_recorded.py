@@ -351,10 +351,21 @@ def test_a_record_that_was_edited_is_measured_again(
     assert again["numbers"] == record["numbers"]
 
 
-@pytest.mark.parametrize(("part", "value"), [("value", -5), ("value", "nan"), ("cost", -1)])
-def test_what_cannot_be_measured_is_none_even_with_a_checksum(measured, part, value):
+@pytest.mark.parametrize(
+    ("name", "part", "value"),
+    [
+        ("loss", "value", -5),
+        ("worst_case", "value", "nan"),
+        ("adaptive", "value", "inf"),
+        ("loss", "cost", -1),
+        ("m_sharpness", "error", -1),
+    ],
+)
+def test_what_cannot_be_measured_is_none_even_with_a_checksum(measured, name, part, value):
     (record,) = records(measured)
-    record["numbers"]["loss"][part] = value
+    record["checksum"] = sharpness.checksum(record)
+    assert sharpness.is_whole(record)
+    record["numbers"][name][part] = value
     record["checksum"] = sharpness.checksum(record)
     assert not sharpness.is_whole(record)
 
@@ -398,13 +409,20 @@ def stopped_after(epochs, arms, output, monkeypatch):
 ARMS = {"SGD": replace(parse(SMALL), rho=0.0)}
 
 
-@pytest.mark.parametrize("kind", ["empty", "foreign", "of another run", "cut"])
+@pytest.mark.parametrize("kind", ["empty", "foreign", "of another run", "cut", "too early"])
 def test_a_model_file_makes_no_run_finished(trained, tmp_path, monkeypatch, kind):
     cell = stopped_after(2, ARMS, tmp_path / "study", monkeypatch)
     path = RunDirectory(cell.path).weights
     whole = (trained / "sam" / "model.safetensors").read_bytes()
     if kind == "foreign":
         save_file({"x": torch.ones(3)}, path)
+    elif kind == "too early":
+        (best,) = RunDirectory(cell.path).checkpoints().best()
+        tensors, _ = samfn.tensorfile.read(best)
+        parts = ("params/", "buffers/")
+        model = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(parts)}
+        samfn.tensorfile.write(path, model, {})
+        assert recorded.holds_best_model(RunDirectory(cell.path), cell.config)
     else:
         path.write_bytes({"empty": b"", "of another run": whole, "cut": whole[:-1]}[kind])
     (result,) = conduct(ARMS, tmp_path / "study")

@@ -26,5 +26,4 @@ def test_nothing_is_lost_in_a_minute_of_anything(tmp_path):
 
 def test_the_rows_are_those_of_the_matrix():
     numbers = [int(row.name[1:]) for row in ROWS]
-    assert numbers[:27] == [*range(1, 28)]
-    assert numbers == sorted({*numbers})
+    assert numbers == [*range(1, 42)]

@@ -136,20 +136,6 @@ ROWS = (
     ),
     Row("F26", "log or terminal gone", by_tests("test_crashes.py::log"), 0),
     Row("F27", "checkpoints of older versions", by_tests("test_corpus.py"), 0),
-    Row("F37", "output and names in any encoding", by_tests("test_legible.py"), 0),
-    Row(
-        "F38",
-        "pipes, devices and locks where data are read",
-        by_tests("test_misleading.py::pipe or locks"),
-        0,
-    ),
-    Row(
-        "F39",
-        "pictures, weights and caches that mislead",
-        by_tests("test_misleading.py::not pipe and not locks"),
-        0,
-    ),
-    Row("F40", "links and hidden folders among images", by_tests("test_folders.py"), 0),
     Row(
         "F28",
         "compiled code that somebody else could have put there",
@@ -190,5 +176,41 @@ ROWS = (
         ),
         0,
     ),
+    Row(
+        "F33",
+        "settings edited, checkpoints or models of another run in its place",
+        by_tests(
+            "test_recorded.py::believed or another or decides or images or header or"
+            " damaged or overridden or model_file or swapped"
+        ),
+        0,
+    ),
+    Row(
+        "F34",
+        "metrics cut, edited, reordered, repeated",
+        by_tests("test_recorded.py::line or epoch or numbers"),
+        0,
+    ),
+    Row("F35", "sharpness forged", by_tests("test_recorded.py::record or measured"), 0),
+    Row(
+        "F36",
+        "pipes, devices, loops of links, numbers without end in a run's files",
+        by_tests("test_run_files.py"),
+        0,
+    ),
+    Row("F37", "output and names in any encoding", by_tests("test_legible.py"), 0),
+    Row(
+        "F38",
+        "pipes, devices and locks where data are read",
+        by_tests("test_misleading.py::pipe or locks"),
+        0,
+    ),
+    Row(
+        "F39",
+        "pictures, weights and caches that mislead",
+        by_tests("test_misleading.py::not pipe and not locks"),
+        0,
+    ),
+    Row("F40", "links and hidden folders among images", by_tests("test_folders.py"), 0),
     Row("F41", "weights caught between two steps", by_tests("test_between_steps.py"), 0),
 )

@@ -247,6 +247,21 @@ def test_lines_in_any_order_and_number_are_the_same_epochs(trained, data):
     assert (told == []) == (sorted(lines) == sorted(before))
 
 
+def test_an_epoch_without_its_numbers_is_none(trained, record_property):
+    row, trials = RunDirectory(trained / "sam").rows()[0], 0
+    assert recorded.is_whole(row, 1)
+    assert not recorded.is_whole(row | {"epoch": 2}, 1)
+    odd = (float("nan"), float("inf"), -1.0, "1", None, True, [1.0])
+    for name in ("test_accuracy", "train_loss", "seconds", "images_per_second"):
+        for value in odd:
+            assert not recorded.is_whole(row | {name: value}, 1)
+            trials += 1
+    assert not recorded.is_whole(row | {"test_accuracy": 100.5}, 1)
+    assert not recorded.is_whole(row | {"ema_test_accuracy": -1.0}, 1)
+    assert not recorded.is_whole(row | {"layers": {"norm": "x"}}, 1)
+    record_property("trials", trials + 3)
+
+
 def test_numbers_that_were_edited_are_those_of_the_checkpoint_or_told(runs):
     whole, _ = read(runs[0])
     rows = [json.loads(line) for line in lines_of(runs[0])]

@@ -85,7 +85,7 @@ FLAGS = {
     "easy_replay": ("0", 0.0),
     "precision": ("bf16", "bf16"),
     "max_skipped": ("3", 3),
-    "device": ("meta", "meta"),
+    "device": ("cpu:0", "cpu:0"),
     "placement": ("global", "global"),
     "sync_batch_norm": (None, True),
     "timeout": ("30", 30.0),

@@ -1,5 +1,4 @@
 import http.server
-import os
 import socket
 import subprocess
 import sys
@@ -385,13 +384,3 @@ def test_who_waits_for_data_is_told_which_process_reads_it(tmp_path):
         assert data.load("folder", root, warn=warn).classes == ("cat", "dog")
         assert holder.wait() == 0
     assert said[0] == f"waiting for {root}, which process {holder.pid} holds"
-
-
-def test_a_pipe_in_the_place_of_a_cache_makes_nobody_wait(tmp_path):
-    root = make_folder(tmp_path)
-    data.load("folder", root)
-    (cache,) = root.glob("samfn-*.safetensors")
-    cache.unlink()
-    os.mkfifo(cache)
-    with pytest.raises(OSError, match="expected a regular file, got a named pipe"):
-        data.load("folder", root)

@@ -163,7 +163,7 @@ ROWS = (
         by_tests(
             "test_files.py::regular or pipe or absurd or wait or waits",
             "test_checkpoint.py::no_file or 4_tb",
-            "test_data.py::waits or pipe",
+            "test_data.py::waits",
         ),
         0,
     ),

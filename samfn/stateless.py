@@ -427,9 +427,10 @@ def supervised(
 
     The model lends its forward pass; none of its tensors is read or written, and neither
     is the batch. Its mode counts at every call: `model.eval()` makes this the loss of
-    evaluation. Buffers may be changed in place or assigned anew. Gradient checkpointing
-    works, as steps and measures of samfn keep the parameters in the model until the
-    backward pass is done; differentiating the result by other means is refused then.
+    evaluation, which leaves nothing in the attributes of modules that a pass at other
+    parameters could read. Buffers may be changed in place or assigned anew. Gradient
+    checkpointing works, as steps and measures of samfn keep the parameters in the model
+    until the backward pass is done; differentiating the result by other means is refused.
 
     Args:
         model: any module. A tuple of inputs becomes its positional arguments.

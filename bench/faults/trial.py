@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo  # Optimizers import it at their first step, which takes seconds.
 
 import samfn
 from recipes import training

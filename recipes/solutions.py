@@ -170,7 +170,9 @@ def checkpoint_of(path: Path, config: Config, *, last: bool) -> Path | None:
     if path.is_file():
         return path
     checkpoints = RunDirectory(path).checkpoints()
-    found = checkpoints.paths()[-1:] if last else checkpoints.best(best_by(config))
+    newest = checkpoints.paths()[-1:]
+    # Where all are damaged there is no best, and whoever reads one is told.
+    found = newest if last else checkpoints.best(best_by(config)) or newest
     return found[0] if found else None
 
 

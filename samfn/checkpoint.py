@@ -6,7 +6,6 @@ A checkpoint is one safetensors file. Tensors are named by their place in the st
 `tensorfile` writes it whole and verifies it at every read.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ SCORE = "score"
 NAME = re.compile(r"step_([0-9]+)\.safetensors")
 LONG = 2**16  # characters of JSON, above which it is a tensor: headers have an end
 LONG_KEY = f"{RESERVED}json"
+GOING_ON = ", going on with the one before"
 DEEPEST = 100  # levels of JSON; readers have about ten times as many
 
 
@@ -243,8 +243,12 @@ class Checkpoints:
         """
         found: Scores = {}
         for path in self.paths():
-            with contextlib.suppress(OSError, ValueError):  # Whoever reads it is told.
+            try:
                 found[path] = _scores(tensorfile.read_texts(path))
+            except tensorfile.CorruptError as error:
+                self._put_aside(path, error, GOING_ON)
+            except OSError as error:
+                self._warn(f"cannot read {path}, which stays: {error}")
         return self._first_whole(_ranked(found, by), like)
 
     def latest(self, like: TrainState) -> Found | None:
@@ -294,7 +298,7 @@ class Checkpoints:
             try:
                 return Found(path, *restore(path, like))
             except CheckpointCorruptError as error:
-                self._put_aside(path, error, ", going on with the one before")
+                self._put_aside(path, error, GOING_ON)
         return None
 
     def _put_aside(self, path: Path, error: Exception, then: str = "") -> None:

@@ -283,9 +283,8 @@ class _Supervised:
             )
         with self._forward(params, buffers, batch, leaves=True) as found:
             # What is computed again writes statistics again: to copies that nobody reads.
-            self._lender.put(
-                {name: _copied(buffers[name]) for name in self._lender.buffers}
-            )
+            again = {name: _copied(buffers[name]) for name in self._lender.buffers}
+            self._lender.put(again)
             yield found
 
     def check(self, params: Params, buffers: Params) -> None:

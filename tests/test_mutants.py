@@ -121,7 +121,7 @@ MUTANTS = {
     ),
     "what is computed again writes to the caller's statistics": (
         "stateless.py",
-        "self._lender.put({name: _copied(buffers[name]) for name in self._lender.buffers})",
+        "self._lender.put(again)",
         "self._lender.put(buffers)",
         "stateless::test_what_is_computed_again_counts_batches_once",
     ),

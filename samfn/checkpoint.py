@@ -247,8 +247,8 @@ class Checkpoints:
                 found[path] = _scores(tensorfile.read_texts(path))
             except tensorfile.CorruptError as error:
                 self._put_aside(path, error, GOING_ON)
-            except OSError as error:
-                self._warn(f"cannot read {path}, which stays: {error}")
+            except OSError:
+                continue  # It has no score; `latest` tells.
         return self._first_whole(_ranked(found, by), like)
 
     def latest(self, like: TrainState) -> Found | None:

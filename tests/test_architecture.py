@@ -114,7 +114,7 @@ OWNERS = {
     "wandb": {"recipes/loggers.py"},
     "trackio": {"recipes/loggers.py"},
     "torch.optim": {"samfn/descend.py", "samfn/optimizer.py", "samfn/stateless.py"},
-    "torch._dynamo": {"samfn/compiled.py"},
+    "torch._dynamo": {"bench/faults/trial.py", "samfn/compiled.py"},
     "torch._inductor": {"samfn/compiled.py"},
     "torch.distributed": {
         "bench/scaling.py",

@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -350,11 +351,15 @@ def _signature(path: Path) -> tuple[int, ...]:
 
 def _required(score: Any) -> Any:
     """Return scores as JSON holds them, or raise if one is no number."""
-    named = score if isinstance(score, Mapping) else {SCORE: score}
-    for name, value in named.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number, got a {type(value).__name__}")
-    return dict(score) if isinstance(score, Mapping) else score
+    if isinstance(score, Mapping):
+        return {name: _number(name, value) for name, value in score.items()}
+    return _number(SCORE, score)
+
+
+def _number(name: str, value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
+        raise TypeError(f"{name} must be a number, got a {type(value).__name__}")
+    return value if isinstance(value, int | float) else float(value)  # NumPy's
 
 
 def _scores(texts: Mapping[str, str]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Settings for all tests: stricter than production, and repeatable."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
@@ -36,3 +37,17 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         compiled = (root.parent if workers else root) / "compiled"
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         yield
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """End whatever waits, and let its test fail."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(90)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 import samfn
 from tests.reference import batches, small_network
-from tests.test_files import make_special
+from tests.special import SPECIAL, make_special
 
 OPTIMIZERS = {
     "sgd": samfn.sgd(),
@@ -351,7 +352,7 @@ def test_names_that_the_file_needs_itself_are_refused(tmp_path):
 def test_the_best_that_is_whole_is_read_and_scores_are_numbers(tmp_path):
     said = []
     checkpoints = samfn.Checkpoints(tmp_path, keep_last=5, warn=said.append)
-    for step, score in enumerate((1, 3.0, 2.0, float("nan"), 10**400), 1):
+    for step, score in enumerate((1, numpy.float32(3), 2.0, float("nan"), 10**400), 1):
         checkpoints.save(counted(step), score=score)
     assert checkpoints.best_whole(counted(0)).state.step == 2
     content = bytearray(checkpoints.paths()[1].read_bytes())
@@ -659,7 +660,7 @@ def test_two_that_save_into_one_directory_are_told_what_keeps_others_out(
     record_property("trials", len(lines))
 
 
-@pytest.mark.parametrize("kind", ["a named pipe", "a directory", "a device", "a socket"])
+@pytest.mark.parametrize("kind", SPECIAL)
 def test_what_is_no_file_is_set_aside_as_no_checkpoint(tmp_path, kind):
     said = []
     checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)

@@ -1,5 +1,4 @@
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 
 from samfn import files
 from samfn.files import InUseError, held, replacing
+from tests.special import SPECIAL, make_special
 
 HOLD = """
 import sys
@@ -120,24 +120,6 @@ def test_a_directory_where_no_file_can_be_made_cannot_be_held(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"), held(tmp_path / "file" / "directory"):
         pass
-
-
-def make_special(path, kind):
-    """Put something in a path's place that is no regular file."""
-    if kind == "a named pipe":
-        os.mkfifo(path)
-    elif kind == "a directory":
-        path.mkdir()
-    elif kind == "a device":
-        path.symlink_to("/dev/zero")
-    else:
-        where = os.open(path.parent, os.O_RDONLY)  # A socket's whole path is short.
-        with socket.socket(socket.AF_UNIX) as unix:
-            unix.bind(f"/proc/self/fd/{where}/{path.name}")
-        os.close(where)
-
-
-SPECIAL = ["a named pipe", "a directory", "a device", "a socket"]
 
 
 @pytest.mark.parametrize("linked", [False, True])

@@ -1,10 +1,7 @@
 """Data and weights that are not what they seem: no hang, and errors that say what it is."""
 
 import json
-import os
 import resource
-import signal
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -21,6 +18,7 @@ from recipes.cifar_wrn import main
 from recipes.config import ConfigError
 from recipes.data import DataError
 from samfn import tensorfile
+from tests.special import SPECIAL, make_special
 from tests.test_cifar import members, write
 from tests.test_data import make_folder, warned
 from tests.test_folders import equal
@@ -29,94 +27,60 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "wrn-10-1", "--batch-size", "2", "--epochs", "1", "--compile", "no"]
 
 
-@pytest.fixture(autouse=True)
-def _no_hang():
-    """Let what hangs fail, and not wait for ever."""
-
-    def fail(number, frame):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("no_hang")
+FILES = SPECIAL[:3]  # which a name may have that a directory has not
 
 
-def pipe(path):
-    os.mkfifo(path)
-
-
-def device(path):
-    path.symlink_to("/dev/zero")
-
-
-def bound(path):
-    with socket.socket(socket.AF_UNIX) as end:
-        here = os.open(path.parent, os.O_RDONLY)
-        end.bind(f"/proc/self/fd/{here}/{path.name}")  # A longer name is none of a socket.
-        os.close(here)
-
-
-KINDS = {pipe: "a named pipe", device: "a device", bound: "a socket"}
-DIRECTORY = {Path.mkdir: "a directory"}
-
-
-def put(kind, path):
-    path.unlink(missing_ok=True)
-    kind(path)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("name", ["train/cat/0.png", "test/dog/2.png"])
 def test_a_pipe_in_place_of_a_picture_is_named(tmp_path, kind, name):
     root = make_folder(tmp_path)
-    put(kind, root / name)
-    message = rf"{name}: expected a regular file, got {KINDS[kind]}"
+    make_special(root / name, kind)
+    message = rf"{name}: expected a regular file, got {kind}"
     with pytest.raises(DataError, match=message):
         data.load("folder", root)
 
 
-@pytest.mark.parametrize("kind", KINDS | DIRECTORY)
+@pytest.mark.parametrize("kind", SPECIAL)
 def test_a_pipe_in_place_of_an_archive_is_named(tmp_path, kind):
-    put(kind, tmp_path / cifar.FORMS["cifar10"].archive)
-    expected = f"expected a regular file, got {(KINDS | DIRECTORY)[kind]}"
+    make_special(tmp_path / cifar.FORMS["cifar10"].archive, kind)
+    expected = f"expected a regular file, got {kind}"
     for modified in (False, True):
         with pytest.raises(DataError, match=expected):
             data.load("cifar10", tmp_path, modified=modified)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
 def test_a_pipe_in_place_of_labels_is_named(tmp_path, kind, name):
     folder = tmp_path / cifar.FORMS["cifar10"].pickles
     folder.mkdir()
-    put(kind, folder / name)
+    make_special(folder / name, kind)
     for other in ("data_batch_1", "test_batch", *(f"data_batch_{i}" for i in range(2, 6))):
         if not (folder / other).is_symlink() and not (folder / other).exists():
             (folder / other).write_bytes(b"\x80\x02.")
-    message = f"expected a regular file, got {KINDS[kind]}"
+    message = f"expected a regular file, got {kind}"
     with pytest.raises(DataError, match=message):
         data.load("cifar10", tmp_path, modified=True)
 
 
-@pytest.mark.parametrize("kind", KINDS | DIRECTORY)
+@pytest.mark.parametrize("kind", SPECIAL)
 def test_in_place_of_a_cache_a_pipe_is_told_and_replaced(tmp_path, kind):
     root = make_folder(tmp_path)
     before = data.load("folder", root)
     (cache,) = root.glob("samfn-*.safetensors")
-    put(kind, cache)
+    make_special(cache, kind)
     found, said = warned(root)
     assert equal(found, before)
     assert "reading the data again: " in said[0]
-    assert (KINDS | DIRECTORY)[kind] in said[0]
-    assert cache.is_file() == (kind is not Path.mkdir)
+    assert kind in said[0]
+    assert cache.is_file() == (kind != "a directory")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_a_pipe_in_place_of_weights_is_named(tmp_path, kind, name, capsys):
-    put(kind, tmp_path / name)
+    make_special(tmp_path / name, kind)
     with pytest.raises(ConfigError, match="expected a regular file, got"):
         weights.read(tmp_path / name)
     assert main(["--data", "digits", "--weights", str(tmp_path / name)]) == 2

@@ -1,11 +1,8 @@
 """Whatever stands in the place of a run's files, commands end, and say what it is."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
 import sys
 
 import pytest
@@ -13,9 +10,13 @@ import pytest
 from recipes import compare, landscape, plots, sharpness, sweep
 from recipes.cifar_wrn import main as train
 from recipes.rundir import RunDirectory
+from tests.special import make_special
 from tests.test_recorded import CHEAP, COMMANDS, SMALL, edited, said
 
 SWEEP = ["--rhos", "0", "0.2", "--seeds", "1"]
+
+
+pytestmark = pytest.mark.usefixtures("no_hang")
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +41,6 @@ def drawn(monkeypatch):
         monkeypatch.setattr(plots, name, lambda *args: None)
 
 
-@pytest.fixture(autouse=True)
-def at_once():
-    """Whatever waits is ended, and its test fails."""
-
-    def late(number, frame):
-        raise TimeoutError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(90)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 def again(study):
     """Return the command that goes on with a sweep."""
     return sweep.main([*SWEEP, "--output", str(study), "--", *SMALL])
@@ -73,28 +60,12 @@ def commanded(name, study):
     return COMMANDS[name](study / "sgd-seed0", other)
 
 
-def pipe(path):
-    os.mkfifo(path)
-
-
-def link_to_a_device(path):
-    path.symlink_to("/dev/zero")
-
-
-def bound(path):
-    here = os.getcwd()
-    os.chdir(path.parent)  # Its name may be longer than a socket's.
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path.name)
-    os.chdir(here)
-
-
 ODD = {
-    "pipe": (pipe, "pipe"),
-    "device": (link_to_a_device, "device"),
-    "socket": (bound, "socket"),
-    "directory": (lambda path: path.mkdir(), "directory"),
-    "loop": (lambda path: path.symlink_to(path.name), "symbolic links"),
+    "pipe": "a named pipe",
+    "device": "a device",
+    "socket": "a socket",
+    "directory": "a directory",
+    "symbolic links": "a loop of links",
 }
 # File -> who reads it, and whether that one goes on without it.
 READ = {
@@ -114,22 +85,18 @@ CASES = [
 
 @pytest.mark.parametrize(("file", "kind", "command", "code"), CASES)
 def test_only_regular_files_are_opened(study, capsys, file, kind, command, code):
-    path = study / "sgd-seed0" / file
-    path.unlink(missing_ok=True)
-    make, word = ODD[kind]
-    make(path)
+    make_special(study / "sgd-seed0" / file, ODD[kind])
     assert commanded(command, study) == code
     told = said(capsys)
     assert file in told
-    assert word in told
+    assert kind in told
     assert "Traceback" not in told
 
 
 @pytest.mark.parametrize("command", ["compare", "sharpness", "resume"])
 def test_only_regular_files_are_checkpoints(study, capsys, command):
     (newest, *_) = RunDirectory(study / "sgd-seed0").checkpoints().paths()
-    newest.unlink()
-    os.mkfifo(newest)
+    make_special(newest, "a named pipe")
     assert commanded(command, study) == 2
     assert "pipe" in said(capsys)
 

@@ -433,7 +433,6 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: names the flag, what was expected and what came.
     """
-    _require_names(config)
     _require_model(config.model)
     groups = (
         _rules_of_numbers,

@@ -13,14 +13,15 @@ import samfn
 from bench import measure
 from bench.networks import Network
 from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, peers
-from samfn.compiled import LEAN, in_place_of
-from samfn.gradient import Aux, LossFn
-from samfn.update import take_step
+from samfn.compiled.cuda_graph import in_place_of
+from samfn.compiled.plan import LEAN
+from samfn.loss import Aux, LossFn
+from samfn.step import take_step
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
 # How far two trainings of three steps may be apart, relative to the way that they went. In
-# float64 they agree to 1e-10 (tests/test_compiled.py). In float32 rounding takes a wide
-# residual network 0.02 away, as does another memory layout; plain SGD is 0.27 away.
+# float64 they agree to 1e-10 (tests/samfn/compiled/test_step.py). In float32 rounding takes
+# a wide residual network 0.02 away, as does another memory layout; plain SGD is 0.27 away.
 TOLERANCE = {"float32": 0.05, "bf16": 0.2}
 
 
@@ -71,7 +72,7 @@ class Gradient:
         batch = network.inputs, network.targets
 
         def evaluate(params: Any, buffers: Any) -> Any:
-            return samfn.gradient.evaluate(loss_fn, params, buffers, batch)
+            return samfn.loss.evaluate(loss_fn, params, buffers, batch)
 
         self._split = samfn.split(network.model)
         self._evaluate = torch.compile(evaluate, fullgraph=True, dynamic=False)
@@ -104,7 +105,7 @@ def in_place(**common: Any) -> Any:
     """Make a whole graph that writes the new state over the old one, on any device."""
     optimizer, method = common["optimizer"], samfn.sam()
 
-    evaluate = partial(samfn.gradient.evaluate, common["loss_fn"])
+    evaluate = partial(samfn.loss.evaluate, common["loss_fn"])
 
     def plain(state: Any, batch: Any, rho: Any, lr: Any) -> Any:
         return take_step(state, batch, evaluate, optimizer, method, rho=rho, lr=lr)

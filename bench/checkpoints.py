@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 import samfn
 from bench import measure
-from recipes.models import WideResNet
-from samfn import tensorfile
+from recipes.models.networks import WideResNet
+from samfn.storage import tensorfile
 
 IMAGES = 50_000
 

@@ -4,8 +4,8 @@ r"""Compare settings of the recipe at equal epochs, over several seeds.
         -- --data digits --epochs 20
 
 What follows the lone -- goes to every arm.
-Runs every arm with every seed below runs/NAME/, as `recipes.study` does, and writes a dated
-report and picture to bench/results/. Runs that are finished already are not run again.
+Runs every arm with every seed below runs/NAME/, as `recipes.study.grid` does, and writes a
+dated report and picture to bench/results/. Runs that are finished are not run again.
 """
 
 import shlex
@@ -21,12 +21,15 @@ from typing import Annotated
 import tyro
 
 from bench.measure import RESULTS
-from recipes import command, plots, reports, study
-from recipes.config import Config, ConfigError
-from recipes.console import Display
-from recipes.reports import Table, by_label, summary
-from recipes.signals import Signals
-from recipes.study import Result
+from recipes import plots
+from recipes.errors import ConfigError
+from recipes.settings.config import Config
+from recipes.study import grid, reports
+from recipes.study.grid import Result
+from recipes.study.reports import Table, by_label, summary
+from recipes.terminal import cli
+from recipes.terminal.console import Display
+from recipes.terminal.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,19 @@ class Comparison:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run what is missing, then write the report; return the exit code."""
-    own, flags = study.split(sys.argv[1:] if args is None else args)
+    own, flags = grid.split(sys.argv[1:] if args is None else args)
 
     def body(display: Display, signals: Signals) -> int:
         comparison = tyro.cli(Comparison, prog="python -m bench.compare", args=own)
         output = Path("runs", comparison.name)
-        cells = study.plan(arms(comparison, flags), comparison.seeds, output)
+        cells = grid.plan(arms(comparison, flags), comparison.seeds, output)
         write = partial(report, comparison, flags)
-        results = study.run(cells, output, display, signals, write)
+        results = grid.run(cells, output, display, signals, write)
         display.table(*table(comparison, results))
         display.say(f"report: {stem(comparison).with_suffix('.md')}")
         return 0
 
-    return command.run(body, study.LEFT)
+    return cli.run(body, grid.LEFT)
 
 
 def arms(comparison: Comparison, flags: Sequence[str]) -> dict[str, Config]:
@@ -69,7 +72,7 @@ def arms(comparison: Comparison, flags: Sequence[str]) -> dict[str, Config]:
         label, colon, own = text.partition(":")
         if not colon or label.strip() in found:
             raise ConfigError(f"--arm: expected a new 'label: flags', got {text!r}")
-        found[label.strip()] = study.common([*flags, *shlex.split(own)])
+        found[label.strip()] = grid.common([*flags, *shlex.split(own)])
     if not found:
         raise ConfigError("--arm: expected at least one, got none")
     return found

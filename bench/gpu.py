@@ -32,8 +32,8 @@ from bench import measure
 from bench.candidates import DTYPES, TOLERANCE, Samfn, candidates, compiled, started
 from bench.networks import build
 from bench.peers import RHO
-from recipes import augment
-from recipes.machine import emulated
+from recipes.data import augment
+from recipes.terminal.hardware import emulated
 from samfn import distributed
 
 Row = dict[str, Any]

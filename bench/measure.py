@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.machine import hardware
+from recipes.terminal.hardware import hardware
 
 RESULTS = Path(__file__).parent / "results"
 

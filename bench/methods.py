@@ -22,7 +22,7 @@ from bench import measure
 from bench.candidates import DTYPES
 from bench.networks import Network, build
 from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY
-from recipes import methods
+from recipes.settings import method_expression
 
 # As the recipe's --method reads them.
 METHODS = (
@@ -76,7 +76,7 @@ class Stepper:
     def __init__(self, network: Network, precision: str, expression: str) -> None:
         text = "sam" if expression == BASELINE else expression
         names = samfn.norm_parameters(network.model)
-        method = methods.parse(text, steps=1000, norm_layers=names)
+        method = method_expression.parse(text, steps=1000, norm_layers=names)
         criterion = partial(F.cross_entropy, reduction="none")
         loss_fn = samfn.supervised(network.model, criterion, dtype=DTYPES[precision])
         optimizer = samfn.sgd(MOMENTUM, weight_decay=WEIGHT_DECAY)

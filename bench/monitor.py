@@ -21,7 +21,7 @@ import samfn
 from bench import measure
 from bench.networks import Network, build
 from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY
-from recipes.layers import LayerMeter
+from recipes.train.layers import LayerMeter
 
 COLUMNS = ("case", "ms", "ms watched", "ratio", "q20", "q80", "parameters")
 

@@ -17,7 +17,7 @@ import tyro
 from bench import measure
 from bench.candidates import DTYPES, Candidate, candidates
 from bench.networks import build
-from recipes.machine import emulated
+from recipes.terminal.hardware import emulated
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from recipes.config import parse
-from recipes.running import start
+from recipes.settings.config import parse
+from recipes.train.running import start
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -21,22 +21,19 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from recipes import command, methods, plots, recorded, sharpness
-from recipes.config import (
+from recipes import errors, plots, sharpness
+from recipes.errors import ConfigError
+from recipes.settings import method_expression
+from recipes.settings.config import (
     FREE_ON_RESUME,
     PER_CALL,
     Config,
-    ConfigError,
     choose_device,
     plain_values,
 )
-from recipes.console import Display
-from recipes.recorded import Recorded as Run
-from recipes.recorded import chosen_by
-from recipes.reports import versions
-from recipes.running import name
 from recipes.sharpness import MISSING, Measuring, Record, quantity
-from recipes.solutions import (
+from recipes.study.reports import versions
+from recipes.study.runs import (
     among,
     checkpoint_of,
     distinct,
@@ -45,7 +42,13 @@ from recipes.solutions import (
     require_runs,
     write_json,
 )
-from samfn import files
+from recipes.terminal import cli
+from recipes.terminal.console import Display
+from recipes.train import recorded
+from recipes.train.recorded import Recorded as Run
+from recipes.train.recorded import chosen_by
+from recipes.train.running import name
+from samfn.storage import files
 
 PROGRAM = "python -m recipes.compare"
 REPORT, PICTURE, DATA = "compare.md", "compare.png", "compare.json"
@@ -92,7 +95,7 @@ class Note(NamedTuple):
 def main(args: Sequence[str] | None = None) -> int:
     """Compare; return the exit code."""
     given = sys.argv[1:] if args is None else args
-    return command.run(
+    return cli.run(
         lambda display, _: compare(
             tyro.cli(Settings, prog=PROGRAM, args=given),
             shlex.join(["python", "-m", "recipes.compare", *given]),
@@ -124,7 +127,7 @@ def compare(settings: Settings, called: str, display: Display) -> int:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         display.fail(f"cannot write {output}: {error}")
-        return command.NOT_WRITTEN
+        return errors.NOT_WRITTEN
     for columns, rows in report.tables().values():
         display.table(columns, rows)
     for note in report.remarks():
@@ -245,7 +248,7 @@ def median(run: Run, column: str) -> float | None:
 
 def gradients(config: Config) -> float | None:
     """Return the gradients of a batch that a step takes, if the method says it."""
-    return 1.0 if config.rho == 0 else methods.gradients(config.method)
+    return 1.0 if config.rho == 0 else method_expression.gradients(config.method)
 
 
 class Spread(NamedTuple):

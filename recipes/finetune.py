@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from recipes.config import parse
-from recipes.running import start
+from recipes.settings.config import parse
+from recipes.train.running import start
 
 PROGRAM = "python -m recipes.finetune"
 

@@ -20,12 +20,16 @@ from typing import NamedTuple
 
 import tyro
 
-from recipes import command, methods, plots, reports, study
-from recipes.config import Config, ConfigError
-from recipes.console import Display
-from recipes.reports import Table, by_label, number, series_of, summary
-from recipes.signals import Signals
-from recipes.study import Result
+from recipes import plots
+from recipes.errors import ConfigError
+from recipes.settings import method_expression
+from recipes.settings.config import Config
+from recipes.study import grid, reports
+from recipes.study.grid import Result
+from recipes.study.reports import Table, by_label, number, series_of, summary
+from recipes.terminal import cli
+from recipes.terminal.console import Display
+from recipes.terminal.signals import Signals
 
 PROGRAM = "python -m recipes.label_noise"
 REPORT, PICTURE = "label_noise.md", "label_noise.png"
@@ -59,20 +63,20 @@ class Trained(NamedTuple):
 def main(args: Sequence[str] | None = None) -> int:
     """Run what is missing, and report; return the exit code."""
     given = sys.argv[1:] if args is None else args
-    own, flags = study.split(given)
+    own, flags = grid.split(given)
 
     def body(display: Display, signals: Signals) -> int:
         settings = tyro.cli(Settings, prog=PROGRAM, args=own, description=__doc__)
         validate(settings)
-        config = study.common(flags, {"rho", "method", "label_noise"}, display.say)
-        cells = study.plan(arms(settings, config), settings.seeds, settings.output)
+        config = grid.common(flags, {"rho", "method", "label_noise"}, display.say)
+        cells = grid.plan(arms(settings, config), settings.seeds, settings.output)
         write = partial(report, settings, reports.called(PROGRAM, given))
-        results = study.run(cells, settings.output, display, signals, write)
+        results = grid.run(cells, settings.output, display, signals, write)
         display.table(*table(settings, results))
         display.facts("label noise", reports.files_in(settings.output, REPORT, PICTURE))
         return 0
 
-    return command.run(body, study.LEFT)
+    return cli.run(body, grid.LEFT)
 
 
 def validate(settings: Settings) -> None:
@@ -109,7 +113,7 @@ def read(text: str) -> Trained:
             f" got {text!r}"
         )
     try:
-        methods.parse(method, steps=1, norm_layers=())
+        method_expression.parse(method, steps=1, norm_layers=())
     except ValueError as error:
         raise ConfigError(f"--methods: {error}") from error
     return Trained(f"{method.strip()}, rho {number(rho)}", method.strip(), rho)

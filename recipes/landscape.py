@@ -22,11 +22,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from recipes import command, plots
-from recipes.batches import eval_batch
-from recipes.config import ConfigError, plain_values, run_of
-from recipes.console import Display
-from recipes.solutions import (
+from recipes import errors, plots
+from recipes.errors import ConfigError
+from recipes.settings.config import plain_values, run_of
+from recipes.study.runs import (
     Selection,
     Solution,
     among,
@@ -37,9 +36,13 @@ from recipes.solutions import (
     require_runs,
     write_json,
 )
-from recipes.task import generator
-from samfn import files, landscape
-from samfn.landscape import Line, Plane, Told
+from recipes.terminal import cli
+from recipes.terminal.console import Display
+from recipes.train.batches import eval_batch
+from recipes.train.build import generator
+from samfn.measure import landscape
+from samfn.measure.landscape import Line, Plane, Told
+from samfn.storage import files
 
 PROGRAM = "python -m recipes.landscape"
 DATA, SURFACES, LINES = "landscape.json", "surfaces.png", "lines.png"
@@ -75,7 +78,7 @@ class Explored(NamedTuple):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Draw; return the exit code."""
-    return command.run(
+    return cli.run(
         lambda display, _: draw(tyro.cli(Settings, prog=PROGRAM, args=args), display)
     )
 
@@ -97,7 +100,7 @@ def draw(settings: Settings, display: Display) -> int:
         draw_lines(output / LINES, settings, explored, way)
     except OSError as error:
         display.fail(f"cannot write {output}: {error}")
-        return command.NOT_WRITTEN
+        return errors.NOT_WRITTEN
     display.facts("loss landscape", summarise(settings, explored, output))
     return 0
 

@@ -12,8 +12,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from recipes.rundir import Row
-from samfn.landscape import Line, Plane
+from samfn.measure.landscape import Line, Plane
 
 matplotlib.use("agg")  # Draw into files, also where there is no screen.
 
@@ -49,7 +48,7 @@ COLOUR_MAP = "viridis"  # for those, too, who see few colours
 WIDE = 30  # Losses that differ by more than this factor are drawn by their logarithm.
 
 
-def curves(rows: Sequence[Row], path: Path, title: str) -> None:
+def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw loss and accuracy over the epochs, of training and test."""
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 40 else None
@@ -225,7 +224,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), deviation
 
 
-def layers(rows: Sequence[Row], path: Path, title: str) -> None:
+def layers(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw what each layer did, epoch by epoch: rows of a monitored run."""
     epochs = [row["epoch"] for row in rows]
     names = [*rows[0]["layers"]["weight"]]

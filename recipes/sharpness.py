@@ -26,21 +26,17 @@ import torch
 import tyro
 
 import samfn
-from recipes import command
-from recipes.batches import eval_batch
-from recipes.config import (
+from recipes import errors
+from recipes.errors import ConfigError, DataError
+from recipes.settings.config import (
     FREE_ON_RESUME,
     PER_CALL,
     Config,
-    ConfigError,
     of_run,
     plain_values,
     run_of,
 )
-from recipes.console import Display
-from recipes.data import DataError
-from recipes.rundir import parsed
-from recipes.solutions import (
+from recipes.study.runs import (
     Selection,
     Solution,
     among,
@@ -53,10 +49,15 @@ from recipes.solutions import (
     require_runs,
     write_json,
 )
-from recipes.task import generator
-from samfn import files, sharpness
-from samfn.kernels import NotTwiceDifferentiableError
-from samfn.objective import GRADIENT, LOSS, PRODUCT, Objective
+from recipes.terminal import cli
+from recipes.terminal.console import Display
+from recipes.train.batches import eval_batch
+from recipes.train.build import generator
+from recipes.train.directory import parsed
+from samfn.measure import sharpness
+from samfn.measure.curvature import NotTwiceDifferentiableError
+from samfn.measure.objective import GRADIENT, LOSS, PRODUCT, Objective
+from samfn.storage import files
 from samfn.tree import Params
 
 PROGRAM = "python -m recipes.sharpness"
@@ -120,7 +121,7 @@ class Number(NamedTuple):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Measure; return the exit code."""
-    return command.run(
+    return cli.run(
         lambda display, _: measure(tyro.cli(Settings, prog=PROGRAM, args=args), display)
     )
 
@@ -142,7 +143,7 @@ def measure(settings: Settings, display: Display) -> int:
             keep(record, file := written[Path(record["path"])], display)
         except OSError as error:  # What was measured is still shown.
             display.fail(f"cannot write {file}: {error}")
-            code = command.NOT_WRITTEN
+            code = errors.NOT_WRITTEN
     rows = table(settings, dict(zip(places, found, strict=True)))
     display.table(["", *columns(settings).values()], rows)
     if len({(c.data, c.data_dir, c.image_size, c.model, c.layout) for c in configs}) > 1:

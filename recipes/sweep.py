@@ -17,13 +17,18 @@ from statistics import mean
 
 import tyro
 
-from recipes import command, methods, plots, reports, running, study
-from recipes.config import Config, ConfigError
-from recipes.console import Display
-from recipes.recorded import chosen_by
-from recipes.reports import Table, by_label, number, series_of, summary
-from recipes.signals import Signals
-from recipes.study import Result
+from recipes import plots
+from recipes.errors import ConfigError
+from recipes.settings import method_expression
+from recipes.settings.config import Config
+from recipes.study import grid, reports
+from recipes.study.grid import Result
+from recipes.study.reports import Table, by_label, number, series_of, summary
+from recipes.terminal import cli
+from recipes.terminal.console import Display
+from recipes.terminal.signals import Signals
+from recipes.train import running
+from recipes.train.recorded import chosen_by
 
 PROGRAM = "python -m recipes.sweep"
 REPORT, PICTURE = "sweep.md", "sweep.png"
@@ -49,20 +54,20 @@ class Settings:
 def main(args: Sequence[str] | None = None) -> int:
     """Run what is missing, and report; return the exit code."""
     given = sys.argv[1:] if args is None else args
-    own, flags = study.split(given)
+    own, flags = grid.split(given)
 
     def body(display: Display, signals: Signals) -> int:
         settings = tyro.cli(Settings, prog=PROGRAM, args=own, description=__doc__)
         validate(settings)
-        config = study.common(flags, {"rho", "method"}, display.say)
-        cells = study.plan(arms(settings, config), settings.seeds, settings.output)
+        config = grid.common(flags, {"rho", "method"}, display.say)
+        cells = grid.plan(arms(settings, config), settings.seeds, settings.output)
         write = partial(report, settings, reports.called(PROGRAM, given))
-        results = study.run(cells, settings.output, display, signals, write)
+        results = grid.run(cells, settings.output, display, signals, write)
         display.table(*table(results))
         display.facts("sweep", summarise(settings, results))
         return 0
 
-    return command.run(body, study.LEFT)
+    return cli.run(body, grid.LEFT)
 
 
 def validate(settings: Settings) -> None:
@@ -82,7 +87,7 @@ def validate(settings: Settings) -> None:
             raise ConfigError(f"--{name}: expected different ones, got {[*values]}")
     for method in settings.methods:
         try:
-            methods.parse(method, steps=1, norm_layers=())
+            method_expression.parse(method, steps=1, norm_layers=())
         except ValueError as error:
             raise ConfigError(f"--methods: {error}") from error
 

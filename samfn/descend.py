@@ -18,7 +18,7 @@ from torch.optim.nadam import nadam as nadam_kernel
 from torch.optim.rmsprop import rmsprop as rmsprop_kernel
 from torch.optim.sgd import sgd as sgd_kernel
 
-from samfn import border, tree
+from samfn import checks, tree
 from samfn.tree import Params
 
 OptState = Mapping[str, Any]  # tensors, and mappings of names to tensors
@@ -70,8 +70,8 @@ def descend(
         ValueError: names or shapes differ, `lr` is a negative number, or `opt_state`
             was made by another optimizer or for other parameters.
     """
-    border.require_gradients(params, grads)
-    lr = border.require_dial("lr", lr)
+    checks.require_gradients(params, grads)
+    lr = checks.require_dial("lr", lr)
     optimizer.check(opt_state, params)
     return optimizer.update(params, grads, opt_state, lr)
 
@@ -321,7 +321,7 @@ def scaled_lr(optimizer: Optimizer, factor: float) -> Optimizer:
         optimizer: receives the scaled learning rate.
         factor: at least 0; 0 leaves the parameters where they are.
     """
-    border.require_dial("factor", factor)
+    checks.require_dial("factor", factor)
 
     def update(
         params: Params, grads: Params, opt_state: OptState, lr: float | Tensor
@@ -402,11 +402,11 @@ def _require_apart(groups: list[Collection[str]]) -> None:
         raise ValueError("grouped: an exception names no parameter")
     counts = Counter(name for names in groups for name in names)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"grouped: {border.some(twice)} named twice")
+        raise ValueError(f"grouped: {checks.some(twice)} named twice")
 
 
 def _require_groups(params: Params, apart: Collection[str]) -> None:
-    border.require_names_of(params, apart, what="grouped")
+    checks.require_names_of(params, apart, what="grouped")
     if len(apart) == len(params):
         raise ValueError(
             "grouped: all parameters are exceptions, none is left to the first"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from samfn import border, tree
+from samfn import checks, tree
 from samfn.tree import Params
 
 Adapts = Callable[[str, Tensor], bool]
@@ -154,8 +154,8 @@ def rate(length: Tensor, rho: float | Tensor) -> Tensor:
 
 
 def _checked(params: Params, grads: Params, rho: float | Tensor) -> float | Tensor:
-    border.require_gradients(params, grads)
-    return border.require_dial("rho", rho)
+    checks.require_gradients(params, grads)
+    return checks.require_dial("rho", rho)
 
 
 def _require_eta(eta: float) -> None:

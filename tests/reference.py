@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samfn.gradient import evaluate
-from samfn.method import Point
+from samfn.loss import evaluate
+from samfn.methods.base import Point
 
 
 def overwriting_sam_step(

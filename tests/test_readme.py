@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from bench.faults.rows import ROWS
-from recipes import models
-from recipes.config import PRESETS, parse
-from recipes.methods import MAKERS
-from recipes.study import split
-from tests.test_data import make_folder
+from recipes.models import networks
+from recipes.settings.config import PRESETS, parse
+from recipes.settings.method_expression import MAKERS
+from recipes.study.grid import split
+from tests import ROOT
+from tests.recipes.data.test_sources import make_folder
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FLOWING = " ".join(README.split())
 # Commands of many runs, and flags with which they are few.
@@ -110,7 +110,7 @@ def test_commands_of_the_recipe_run(command, tmp_path, monkeypatch, capsys, trai
         return
     if module == "recipes.finetune":  # without a network
         make_folder(tmp_path / "my-images", sizes=((40, 36), (33, 50)))
-        state = models.make("resnet18", 9, shape=(3, 32, 32)).state_dict()
+        state = networks.make("resnet18", 9, shape=(3, 32, 32)).state_dict()
         torch.save(state, tmp_path / "resnet18.pth")
         args += ["--weights", "resnet18.pth", "--image-size", "32", "--dry-run"]
         run([*args, "--batch-size", "4"], module)

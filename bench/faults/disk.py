@@ -16,7 +16,7 @@ import torch
 import samfn
 from bench.faults.kills import state
 from bench.faults.trial import Outcome, damaged, finish, start
-from samfn import tensorfile
+from samfn.storage import tensorfile
 
 WROTE, REFUSED = 0, 17  # exit codes
 

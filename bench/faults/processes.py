@@ -22,8 +22,8 @@ from bench.faults.trial import (
     start,
     wrap,
 )
-from recipes import data
-from recipes.folders import SPLITS
+from recipes.data import sources
+from recipes.data.folders import SPLITS
 
 PROCESSES = 8
 IN_USE = "is in use by process"
@@ -86,8 +86,8 @@ def read_data(root: str, log: str) -> None:
         time.sleep(0.3)  # The others shall come while it reads.
         return real(*args)
 
-    wrap(data, "read_folder", read_folder)
-    found = data.fingerprint(data.load("folder", Path(root)))
+    wrap(sources, "read_folder", read_folder)
+    found = sources.fingerprint(sources.load("folder", Path(root)))
     os.write(handle, f"loaded {found}\n".encode())
 
 

@@ -59,111 +59,155 @@ def _run_tests(selected: tuple[str, ...], trials: int, root: Path) -> Outcome:
 ROWS = (
     Row("F1", "SIGKILL at any moment", kills.at_any_moment, 50),
     Row("F2", "SIGKILL at each call and byte of a save", kills.in_a_save, 200),
-    Row("F3", "power fails: order of syncs", by_tests("test_files.py::synced"), 0),
+    Row(
+        "F3",
+        "power fails: order of syncs",
+        by_tests("samfn/storage/test_files.py::synced"),
+        0,
+    ),
     Row("F4", "disk full from a random byte on", disk.full_at, 50),
     Row(
         "F5",
         "read-only, EIO, EACCES, quota; the recipe's disk full",
-        by_tests("test_checkpoint.py::cannot_be_written", "test_crashes.py::full_disk"),
+        by_tests(
+            "samfn/storage/test_checkpoint.py::cannot_be_written",
+            "recipes/test_crashes.py::full_disk",
+        ),
         0,
     ),
     Row("F6", "files damaged in twenty ways", disk.rotten, 10_000),
     Row(
         "F7",
         "newest checkpoint damaged",
-        by_tests("test_checkpoint.py::newest", "test_crashes.py::damaged"),
+        by_tests(
+            "samfn/storage/test_checkpoint.py::newest", "recipes/test_crashes.py::damaged"
+        ),
         0,
     ),
-    Row("F8", "file cut off after loading", by_tests("test_checkpoint.py::cut_off"), 0),
+    Row(
+        "F8",
+        "file cut off after loading",
+        by_tests("samfn/storage/test_checkpoint.py::cut_off"),
+        0,
+    ),
     Row("F9", "SIGTERM, SIGINT, SIGUSR1 in every phase", signals.in_every_phase, 60),
     Row(
         "F10",
         "stopped anywhere and resumed",
         by_tests(
-            "test_recipe.py::stopped", "test_checkpoint.py::goes_on", "test_resume.py"
+            "recipes/test_recipe.py::stopped",
+            "samfn/storage/test_checkpoint.py::goes_on",
+            "recipes/test_resume.py",
         ),
         0,
     ),
-    Row("F11", "the same run again", by_tests("test_crashes.py::every_loss"), 0),
+    Row("F11", "the same run again", by_tests("recipes/test_crashes.py::every_loss"), 0),
     Row(
         "F12",
         "NaN and infinity in either pass",
-        by_tests("test_realities.py::bad_numbers or not_finite", "test_crashes.py::finite"),
+        by_tests(
+            "samfn/test_realities.py::bad_numbers or not_finite",
+            "recipes/test_crashes.py::finite",
+        ),
         0,
     ),
     Row(
         "F13",
         "gradients of zero, tiny, huge",
-        by_tests("test_perturb.py", "test_invariants.py::500_perturbations"),
+        by_tests("samfn/test_perturb.py", "samfn/test_invariants.py::500_perturbations"),
         0,
     ),
     Row(
-        "F14", "perturb and restore", by_tests("test_invariants.py::leave or come_back"), 0
+        "F14",
+        "perturb and restore",
+        by_tests("samfn/test_invariants.py::leave or come_back"),
+        0,
     ),
-    Row("F15", "user code raises in pass 2", by_tests("test_invariants.py::raises"), 0),
-    Row("F16", "wrong input", by_tests("test_bad_input.py"), 0),
+    Row(
+        "F15", "user code raises in pass 2", by_tests("samfn/test_invariants.py::raises"), 0
+    ),
+    Row("F16", "wrong input", by_tests("samfn/test_bad_input.py"), 0),
     Row(
         "F17",
         "damaged data",
-        by_tests("test_cifar.py::damaged or flipped or missing or flag", "test_data.py"),
+        by_tests(
+            "recipes/data/test_cifar.py::damaged or flipped or missing or flag",
+            "recipes/data/test_sources.py",
+        ),
         0,
     ),
-    Row("F18", "hostile download", by_tests("test_download.py"), 0),
-    Row("F19", "hostile archive", by_tests("test_cifar.py::hostile or never or run"), 0),
+    Row("F18", "hostile download", by_tests("recipes/data/test_download.py"), 0),
+    Row(
+        "F19",
+        "hostile archive",
+        by_tests("recipes/data/test_cifar.py::hostile or never or run"),
+        0,
+    ),
     Row("F20", "8 processes, one run directory", processes.one_directory, 20),
     Row("F21", "8 processes, one data set", processes.one_data_set, 10),
-    Row("F22", "out of memory", by_tests("test_crashes.py::memory"), 0),
+    Row("F22", "out of memory", by_tests("recipes/test_crashes.py::memory"), 0),
     Row(
         "F23",
         "of several ranks, one killed, stopped, signalled, or not finite",
         by_tests(
-            "test_torchrun.py::killed or hangs or signal",
-            "test_distributed.py::stopped or asks or skip",
+            "recipes/test_torchrun.py::killed or hangs or signal",
+            "samfn/distributed/test_distributed.py::stopped or asks or skip",
         ),
         0,
     ),
     Row(
         "F24",
         "other settings or versions on resuming",
-        by_tests("test_config.py::resumed or overridden", "test_crashes.py::since"),
+        by_tests(
+            "recipes/settings/test_config.py::resumed or overridden",
+            "recipes/test_crashes.py::since",
+        ),
         0,
     ),
     Row(
         "F25",
         "umask, long and strange paths",
-        by_tests("test_files.py::permissions", "test_crashes.py::paths or terminal"),
+        by_tests(
+            "samfn/storage/test_files.py::permissions",
+            "recipes/test_crashes.py::paths or terminal",
+        ),
         0,
     ),
-    Row("F26", "log or terminal gone", by_tests("test_crashes.py::log"), 0),
-    Row("F27", "checkpoints of older versions", by_tests("test_corpus.py"), 0),
+    Row("F26", "log or terminal gone", by_tests("recipes/test_crashes.py::log"), 0),
+    Row(
+        "F27", "checkpoints of older versions", by_tests("samfn/storage/test_corpus.py"), 0
+    ),
     Row(
         "F28",
         "compiled code that somebody else could have put there",
-        by_tests("test_compiling.py"),
+        by_tests("recipes/train/test_compiling.py"),
         0,
     ),
     Row(
         "F29",
         "metadata, tensors, names and steps that are large or odd",
         by_tests(
-            "test_checkpoint.py::json or any_size or not_be_read or not_hold or views"
-            " or ordered"
+            "samfn/storage/test_checkpoint.py::json or any_size or not_be_read or not_hold"
+            " or views or ordered"
         ),
         0,
     ),
     Row(
         "F30",
         "forged or odd scores and steps",
-        by_tests("test_checkpoint.py::forged or changed_bytes or scores or just_written"),
+        by_tests(
+            "samfn/storage/test_checkpoint.py::forged or changed_bytes or scores"
+            " or just_written"
+        ),
         0,
     ),
     Row(
         "F31",
         "no regular file, a held lock, a file of 4 TB",
         by_tests(
-            "test_files.py::regular or pipe or absurd or wait or waits",
-            "test_checkpoint.py::no_file or 4_tb",
-            "test_data.py::waits",
+            "samfn/storage/test_files.py::regular or pipe or absurd or wait or waits",
+            "samfn/storage/test_checkpoint.py::no_file or 4_tb",
+            "recipes/data/test_sources.py::waits",
         ),
         0,
     ),
@@ -171,8 +215,8 @@ ROWS = (
         "F32",
         "lock files that are links; two writers; files closed to others",
         by_tests(
-            "test_files.py::link or two_that or permissions",
-            "test_checkpoint.py::two_that or users_alone",
+            "samfn/storage/test_files.py::link or two_that or permissions",
+            "samfn/storage/test_checkpoint.py::two_that or users_alone",
         ),
         0,
     ),
@@ -180,37 +224,57 @@ ROWS = (
         "F33",
         "settings edited, checkpoints or models of another run in its place",
         by_tests(
-            "test_recorded.py::believed or another or decides or images or header or"
-            " damaged or overridden or model_file or swapped"
+            "recipes/train/test_recorded.py::believed or another or decides or images"
+            " or header or damaged or overridden or model_file or swapped"
         ),
         0,
     ),
     Row(
         "F34",
         "metrics cut, edited, reordered, repeated",
-        by_tests("test_recorded.py::line or epoch or numbers"),
+        by_tests("recipes/train/test_recorded.py::line or epoch or numbers"),
         0,
     ),
-    Row("F35", "sharpness forged", by_tests("test_recorded.py::record or measured"), 0),
+    Row(
+        "F35",
+        "sharpness forged",
+        by_tests("recipes/train/test_recorded.py::record or measured"),
+        0,
+    ),
     Row(
         "F36",
         "pipes, devices, loops of links, numbers without end in a run's files",
-        by_tests("test_run_files.py"),
+        by_tests("recipes/train/test_run_files.py"),
         0,
     ),
-    Row("F37", "output and names in any encoding", by_tests("test_legible.py"), 0),
+    Row(
+        "F37",
+        "output and names in any encoding",
+        by_tests("recipes/terminal/test_legible.py"),
+        0,
+    ),
     Row(
         "F38",
         "pipes, devices and locks where data are read",
-        by_tests("test_misleading.py::pipe or locks"),
+        by_tests("recipes/test_misleading.py::pipe or locks"),
         0,
     ),
     Row(
         "F39",
         "pictures, weights and caches that mislead",
-        by_tests("test_misleading.py::not pipe and not locks"),
+        by_tests("recipes/test_misleading.py::not pipe and not locks"),
         0,
     ),
-    Row("F40", "links and hidden folders among images", by_tests("test_folders.py"), 0),
-    Row("F41", "weights caught between two steps", by_tests("test_between_steps.py"), 0),
+    Row(
+        "F40",
+        "links and hidden folders among images",
+        by_tests("recipes/data/test_folders.py"),
+        0,
+    ),
+    Row(
+        "F41",
+        "weights caught between two steps",
+        by_tests("samfn/imperative/test_guard.py"),
+        0,
+    ),
 )

@@ -19,9 +19,9 @@ from bench.faults.trial import (
     start,
     wrap,
 )
-from recipes import task, training
-from recipes.config import CONFIG_FILE
-from samfn import tensorfile
+from recipes.settings.config import CONFIG_FILE
+from recipes.train import build, loop
+from samfn.storage import tensorfile
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PHASES = ("step", "evaluation", "data", "compilation", "save", "twice")
@@ -37,11 +37,11 @@ class During:
         """Arm it."""
         match self.phase:
             case "step" | "twice":
-                self.before(training, "step")
+                self.before(loop, "step")
             case "evaluation":
                 self.inside_evaluation()
             case "data":
-                self.before(task, "load")
+                self.before(build, "load")
             case "compilation":
                 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
                 self.inside_compilation()
@@ -79,7 +79,7 @@ class During:
 
             return real(task._replace(eval_fn=eval_fn), *rest)
 
-        wrap(training, "evaluate", evaluate)
+        wrap(loop, "evaluate", evaluate)
 
     def inside_compilation(self) -> None:
         """Send it a second after compiling began, if that goes on so long."""
@@ -99,7 +99,7 @@ class During:
                 compiling.clear()
                 timer.cancel()
 
-        wrap(training, "prepare", prepare)
+        wrap(loop, "prepare", prepare)
 
 
 def in_every_phase(trials: int, root: Path) -> Outcome:

@@ -14,11 +14,11 @@ import torch
 import torch._dynamo  # Optimizers import it at their first step, which takes seconds.
 
 import samfn
-from recipes import training
 from recipes.cifar_wrn import main
-from recipes.config import CONFIG_FILE
-from recipes.rundir import RunDirectory
-from samfn import tensorfile
+from recipes.settings.config import CONFIG_FILE
+from recipes.train import loop
+from recipes.train.directory import RunDirectory
+from samfn.storage import tensorfile
 
 # Twenty-two steps of a tenth of a second.
 EPOCHS = "--data digits --model wrn-10-1 --epochs 2 --batch-size 128"
@@ -81,7 +81,7 @@ def recipe(args: list[str], log: str, hook: Hook | None = None) -> None:
         os.pwrite(counter, f"{int(state.step):9d}".encode(), 0)
         return state, metrics
 
-    wrap(training, "step", step)
+    wrap(loop, "step", step)
     if hook is not None:
         hook()
     sys.exit(main(args))

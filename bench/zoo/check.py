@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 
 import samfn
 from bench.zoo.habits import Case
-from samfn.gradient import evaluate, hessian_product
+from samfn.loss import evaluate
+from samfn.measure.curvature import hessian_product
 
 RHO, LR, STEPS = 0.1, 0.1, 3
 # Relative to how far training went; to the product itself for that with the Hessian.

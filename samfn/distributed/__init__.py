@@ -18,7 +18,7 @@ share travels in one message; "sharded" adds small sums, as for norms.
 import torch.distributed as dist
 
 from samfn.distributed.batch_norm import synchronised, total
-from samfn.distributed.processes import (
+from samfn.distributed.group import (
     FIRST,
     Agreement,
     RanksDifferError,

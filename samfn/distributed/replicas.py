@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from samfn import tree
 from samfn.batches import length_of
-from samfn.distributed.messages import all_reduce, changed, mean
-from samfn.gradient import Evaluate, Pass
-from samfn.method import Descended, Descent, Method, MethodState, Point
+from samfn.distributed.collectives import all_reduce, changed, mean
+from samfn.loss import Evaluate, Pass
+from samfn.methods.base import Descended, Descent, Method, MethodState, Point
 from samfn.tree import Batch, Params
 
 

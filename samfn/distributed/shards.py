@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from samfn.distributed.messages import (
+from samfn.distributed.collectives import (
     Layout,
     all_gather,
     changed,
@@ -24,8 +24,8 @@ from samfn.distributed.messages import (
     wide,
 )
 from samfn.distributed.replicas import Placement, alike, put
-from samfn.gradient import Evaluate, Pass
-from samfn.method import Descended, Method, MethodState, Point
+from samfn.loss import Evaluate, Pass
+from samfn.methods.base import Descended, Method, MethodState, Point
 from samfn.tree import Batch, Params
 
 

@@ -1,0 +1,1 @@
+"""Images and labels: found, read, kept and augmented."""

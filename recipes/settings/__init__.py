@@ -1,0 +1,1 @@
+"""Settings of a run: their defaults, their help, and what reads them."""

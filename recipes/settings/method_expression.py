@@ -1,0 +1,152 @@
+"""What `--method` says: an expression over the methods and combinators of samfn.
+
+"asam(eta=0.1)" or "every(on_parameters(sam, norm_layers), 5)" are read as Python would read
+them, and nothing else is: only the names below, numbers, strings and lists of them. A
+method that is named without arguments is called with its defaults.
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import samfn
+from samfn import methods
+
+Makers = Mapping[str, Callable[..., samfn.Method]]
+
+MAKERS: Makers = {
+    name: function
+    for name in methods.__all__
+    if inspect.isfunction(function := getattr(methods, name))
+    and name != "two_pass"
+    and inspect.signature(function).return_annotation is samfn.Method
+}
+# Arguments that are functions themselves.
+FUNCTIONS = {
+    name: getattr(samfn, name)
+    for name in (
+        "everything",
+        "named_weight",
+        "perturb",
+        "perturb_adaptive",
+        "perturb_fisher",
+    )
+}
+
+
+def parse(text: str, *, steps: int, norm_layers: Sequence[str]) -> samfn.Method:
+    """Return the method that an expression means.
+
+    Args:
+        text: the expression.
+        steps: what "steps" means in it, the steps of the whole run; an argument of that
+            name need not be given.
+        norm_layers: what "norm_layers" means in it, as `samfn.norm_parameters` gives.
+
+    Raises:
+        ValueError: it means none; says which part.
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read {text!r}: {getattr(error, 'msg', error)}") from error
+    except (RecursionError, MemoryError) as error:
+        raise ValueError("cannot read so deep an expression") from error
+    known = {"steps": steps, "norm_layers": tuple(norm_layers), **FUNCTIONS}
+    try:
+        method = _value(tree, known)
+    except RecursionError as error:
+        raise ValueError("cannot read so deep an expression") from error
+    except TypeError as error:  # As for arguments that a function does not have.
+        raise ValueError(f"{text}: {error}") from error
+    if not isinstance(method, samfn.Method):
+        raise ValueError(f"{text} is no method, expected {_choices()}")
+    return method
+
+
+def gradients(text: str) -> float | None:
+    """Return the gradients of a batch that a step of a method takes, on average.
+
+    A part of the batch counts as that part; a gradient by some parameters as a whole one.
+
+    Args:
+        text: the expression, one that `parse` takes.
+
+    Returns:
+        None where that depends on the data, or a step takes more than gradients.
+    """
+    try:
+        return _gradients(ast.parse(text, mode="eval").body)
+    except ValueError:  # A number is a name, as "steps".
+        return None
+
+
+def _gradients(node: ast.expr) -> float | None:
+    name, given = _given(node)
+    inner = _gradients(given["method"]) if "method" in given else 2.0
+    match name:
+        case "momentum_sam":
+            return 1.0
+        case "looksam":
+            return 1 + 1 / _number(given["k"])
+        case "multi_step_sam":
+            return 1 + _number(given["ascents"])
+        case "every" if inner is not None:
+            return 1 + (inner - 1) / _number(given["k"])
+        case "sub_batch_ascent" if inner == 2:
+            return 1 + _number(given["share"])
+        case "esam" | "ae_sam" | "sub_batch_ascent":
+            return None
+    return inner
+
+
+def _given(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    """Return what an expression calls, and each argument as it is read or its default."""
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            named = {str(keyword.arg): keyword.value for keyword in keywords}
+            given = inspect.signature(MAKERS[name]).bind_partial(*args, **named)
+        case _:
+            name = ast.unparse(node)
+            given = inspect.signature(MAKERS[name]).bind_partial()
+    given.apply_defaults()
+    return name, given.arguments
+
+
+def _number(value: Any) -> float:
+    return float(ast.literal_eval(value) if isinstance(value, ast.expr) else value)
+
+
+def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() | str() as value):
+            return value
+        case ast.UnaryOp(
+            op=ast.USub(), operand=ast.Constant(value=int() | float() as value)
+        ):
+            return -value
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
+            return [_value(part, known) for part in parts]
+        case ast.Name(id=name) if name in known:
+            return known[name]
+        case ast.Name(id=name) if name in MAKERS:
+            return _call(name, [], {}, known)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            if name in MAKERS and all(keyword.arg for keyword in keywords):
+                named = {str(k.arg): _value(k.value, known) for k in keywords}
+                return _call(name, [_value(arg, known) for arg in args], named, known)
+    raise ValueError(f"{ast.unparse(node)} is not known, expected {_choices()}")
+
+
+def _call(
+    name: str, args: list[Any], named: dict[str, Any], known: Mapping[str, Any]
+) -> samfn.Method:
+    parameters = inspect.signature(MAKERS[name]).parameters
+    if next(iter(parameters), None) == "steps" and not args:
+        named = {"steps": known["steps"], **named}
+    return MAKERS[name](*args, **named)
+
+
+def _choices() -> str:
+    return f"one of {', '.join(MAKERS)}, or one around another as every(sam, 5)"

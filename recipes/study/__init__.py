@@ -1,0 +1,1 @@
+"""Many runs: trained as a grid, found again, reported side by side."""

@@ -1,0 +1,329 @@
+"""Many runs of the recipe that belong together: arms, each with several seeds.
+
+An arm is a label and settings; with a seed it is a cell, and each cell leaves an ordinary
+run directory below that of the study. What is finished is read, what was interrupted goes
+on exactly, and what is missing is run. So the same command goes on where it was ended, and
+one with more arms or seeds adds these.
+"""
+
+import hashlib
+import re
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import samfn
+from recipes import errors
+from recipes.data.sources import Dataset, Say, Track
+from recipes.errors import ConfigError, DivergedError
+from recipes.settings.config import (
+    CONFIG_FILE,
+    PER_CALL,
+    Config,
+    of_run,
+    parse,
+    plain_values,
+)
+from recipes.terminal.console import Display
+from recipes.terminal.signals import Signals, Stopped
+from recipes.train import recorded, running
+from recipes.train.build import Read, read_data
+from recipes.train.directory import Row, RunDirectory
+from recipes.train.recorded import chosen_by, column
+from samfn.storage import files
+
+DIVERGED = "diverged.txt"  # in the directory of a run that did: why
+LEFT = "the same command goes on"  # when a signal ends a study
+# What leaves a run what it is, but for rounding.
+FREE = PER_CALL | {"preset", "device", "compile", "save_steps", "on_write_error", "log"}
+# What belongs to one run, and not to all of a study.
+OF_ONE_RUN = {"output", "resume", "resume_override", "eval_only", "dry_run"}
+OF_ONE_RUN |= {"auto_resume"}
+
+
+class Cell(NamedTuple):
+    """One run of a study."""
+
+    label: str
+    """Of the arm."""
+    config: Config
+    """Of the arm, with the seed of this run."""
+    path: Path
+
+
+class Result(NamedTuple):
+    """What came of a run that ended."""
+
+    cell: Cell
+    rows: list[Row]
+    diverged: str | None
+    """Why it did; None where it finished."""
+
+    def last(self) -> float:
+        """Return the test accuracy of the last epoch, in percent."""
+        return self.tested(self.rows[-1])
+
+    def best(self) -> float:
+        """Return the test accuracy of the best epoch, in percent."""
+        return self.tested(self.best_row())
+
+    def chosen(self) -> float:
+        """Return the accuracy that the best epoch was chosen by, in percent."""
+        return self._scored(self.best_row())
+
+    def best_row(self) -> Row:
+        """Return the best epoch, by the split that chooses it: the one that is kept."""
+        return max(self.rows, key=self._scored)
+
+    def tested(self, row: Row) -> float:
+        """Return the test accuracy of an epoch: that of the average, if there is one."""
+        return float(row[column(self.cell.config, "test")])
+
+    def _scored(self, row: Row) -> float:
+        return float(row[column(self.cell.config, chosen_by(self.cell.config))])
+
+    def seconds(self) -> float:
+        """Return the time of all epochs, without evaluation."""
+        return float(sum(row.get("seconds", 0.0) for row in self.rows))
+
+
+Report = Callable[[Sequence[Result]], None]
+"""Writes what is known of a study so far."""
+
+
+def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the flags of a command, and those of the recipe that follow a lone --."""
+    if "--" not in args:
+        return [*args], []
+    cut = [*args].index("--")
+    return [*args[:cut]], [*args[cut + 1 :]]
+
+
+def common(
+    flags: Sequence[str], varied: Collection[str] = (), say: Say = lambda line: None
+) -> Config:
+    """Return the settings that all runs of a study have.
+
+    Args:
+        flags: of the recipe.
+        varied: settings that the study gives its arms.
+        say: is told where the images come from.
+
+    Raises:
+        ConfigError: a flag is one that a study cannot have, or cannot be used.
+        DataError: there are no images where they should be.
+    """
+    for flag in (flag.partition("=")[0] for flag in flags if flag.startswith("--")):
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if name in varied:
+            raise ConfigError(f"{flag}: the runs differ in it, drop it after --")
+        if name in OF_ONE_RUN:
+            raise ConfigError(f"{flag}: it is for one run alone, drop it")
+    config = parse(flags, say)
+    if "trackio" in config.log:
+        raise ConfigError("--log: trackio logs one run of a process, the others any number")
+    return config
+
+
+def plan(arms: Mapping[str, Config], seeds: int, output: Path) -> list[Cell]:
+    """Return the runs of a study, seeds outermost.
+
+    Args:
+        arms: settings by label.
+        seeds: how many, from that of the settings on.
+        output: directory of the study.
+
+    Raises:
+        ConfigError: there is nothing to run, or two labels are one to a file system.
+    """
+    if seeds < 1:
+        raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
+    slugs = {label: slug(label) for label in arms}
+    if len({*slugs.values()}) < len(slugs):
+        raise ConfigError(f"expected labels that differ by more than case: {[*arms]}")
+    return [
+        Cell(label, seeded, output / f"{slugs[label]}-seed{seeded.seed}")
+        for index in range(seeds)
+        for label, config in arms.items()
+        for seeded in [replace(config, seed=config.seed + index)]
+    ]
+
+
+def slug(label: str) -> str:
+    """Return a label as part of a file name, another for each but for case."""
+    lower = label.lower()  # Some file systems do not tell "SAM" from "sam".
+    if re.fullmatch(r"[a-z0-9_][a-z0-9_.]{,39}", lower):
+        return lower
+    digest = hashlib.sha256(label.encode(errors="surrogatepass")).hexdigest()[:8]
+    words = "-".join(re.findall(r"[a-z0-9_.]+", lower))[:40].strip("-.")
+    return f"{words or 'arm'}-{digest}"  # With a dash, unlike those that are names.
+
+
+def run(
+    cells: Sequence[Cell], output: Path, display: Display, signals: Signals, report: Report
+) -> list[Result]:
+    """Run what is missing, and return what came of all.
+
+    Args:
+        cells: as `plan` gives them.
+        output: directory of the study.
+        display: shows a line for each run.
+        signals: end the study when the run under way has saved.
+        report: is called after each seed.
+
+    Raises:
+        ConfigError: a directory holds a run of other settings; says which.
+        InUseError: another process runs this study.
+        CheckpointWriteError: something cannot be written.
+        Failed: a run ended with an exit code.
+        Stopped: a signal ended the study.
+    """
+    try:
+        files.make_directory(output)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {output}: {error}") from error
+    with samfn.held(output):
+        files.sweep(output)
+        results = ((cell.path, read(cell, display.warn)) for cell in cells)
+        done = {path: found for path, found in results if found is not None}
+        missing = [cell for cell in cells if cell.path not in done]
+        display.say(f"{len(cells)} runs in {output}, {len(done)} of them finished")
+        if not missing:
+            _write(report, cells, done)
+        for cell, result, after in _run_each(missing, len(cells), display, signals):
+            done[cell.path] = result
+            if not after or after[0].config.seed != cell.config.seed:
+                _write(report, cells, done)
+    return [done[cell.path] for cell in cells]
+
+
+def _run_each(
+    missing: Sequence[Cell], total: int, display: Display, signals: Signals
+) -> Iterator[tuple[Cell, Result, Sequence[Cell]]]:
+    """Run cells, of a study with so many in all; yield each with those after it."""
+    reader, took = _keeping_last(), dict[str, float]()
+    for index, cell in enumerate(missing):
+        fresh, started = not (cell.path / CONFIG_FILE).exists(), time.perf_counter()
+        count, after = total - len(missing) + index + 1, missing[index + 1 :]
+        about = f"{count}/{total} {cell.label}, seed {cell.config.seed}"
+        result = _finish(cell, display.brief(about), signals, reader)
+        if fresh and result.diverged is None:
+            took[cell.label] = time.perf_counter() - started
+        rest = remaining([other.label for other in after], took)
+        display.say(f"{about}: {outcome(result)}{rest}")
+        yield cell, result, after
+        if signals.stop is not None:
+            raise Stopped(signals.stop)
+
+
+def read(cell: Cell, warn: Say) -> Result | None:
+    """Return what came of a cell, or None if it has not ended; `warn` of what is odd.
+
+    Raises:
+        ConfigError: its directory holds a run of other settings, or a damaged one.
+    """
+    directory = RunDirectory(cell.path)
+    if not (cell.path / CONFIG_FILE).exists():
+        return None
+    _require_same_settings(cell)
+    if (why := _diverged(cell)) is not None:
+        return Result(cell, recorded.read(cell.path, warn).rows, why)
+    if not recorded.holds_best_model(directory, cell.config):  # It is written at the end.
+        return None
+    run = recorded.read(cell.path, warn)
+    if not run.rows or len(run.rows) < run.done:
+        raise ConfigError(f"{directory.metrics} is damaged or gone: move {cell.path} away")
+    return Result(cell, run.rows, None) if run.ended else None
+
+
+def _diverged(cell: Cell) -> str | None:
+    """Return why a run diverged, if it did."""
+    try:
+        return files.read_text(cell.path / DIVERGED, errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _require_same_settings(cell: Cell) -> None:
+    before, now = plain_values(of_run(cell.path)), plain_values(cell.config)
+    changes = [
+        f"{name} was {before[name]!r}, is now {now[name]!r}"
+        for name in sorted(now.keys() - FREE)
+        if before[name] != now[name]
+    ]
+    if changes:
+        raise ConfigError(
+            f"{cell.path} holds a run of other settings: {'; '.join(changes)}; move it"
+            " away, or choose another --output"
+        )
+
+
+def _finish(cell: Cell, display: Display, signals: Signals, reader: Read) -> Result:
+    """Run a cell, or go on with it, to its end."""
+    config = replace(cell.config, output=cell.path)
+    if (cell.path / CONFIG_FILE).exists():
+        compiles = of_run(cell.path).compile
+        config = replace(cell.config, resume=cell.path, compile=compiles)
+    try:
+        code = running.run(config, display, signals, reader)
+    except (DivergedError, samfn.NonFiniteError) as error:
+        with running.writing(), files.replacing(cell.path / DIVERGED) as temporary:
+            temporary.write_text(f"{error}\n", encoding="utf-8")
+        code = 0
+    if code:
+        raise errors.Failed(code) if signals.stop is None else Stopped(signals.stop)
+    result = read(cell, display.warn)
+    if result is None:  # Someone took its files away meanwhile.
+        raise ConfigError(f"{cell.path} is not as its run left it: move it away")
+    return result
+
+
+def _keeping_last() -> Read:
+    """Return what reads images, and gives the same ones again if they are asked for."""
+    kept: dict[Any, Dataset] = {}
+
+    def reader(config: Config, track: Track, warn: Say) -> Dataset:
+        key = config.data, config.data_dir, config.image_size, config.allow_modified_data
+        if key not in kept:
+            kept.clear()  # One is large enough.
+            kept[key] = read_data(config, track, warn)
+        return kept[key]
+
+    return reader
+
+
+def _write(report: Report, cells: Sequence[Cell], done: Mapping[Path, Result]) -> None:
+    with running.writing():
+        report([done[cell.path] for cell in cells if cell.path in done])
+
+
+def remaining(labels: Sequence[str], took: Mapping[str, float]) -> str:
+    """Return how long runs will take, as the end of a line.
+
+    Args:
+        labels: of the arms of these runs.
+        took: seconds by label; an arm that is not there takes the mean of those that are.
+    """
+    if not labels or not took:
+        return ""
+    mean = statistics.mean(took.values())
+    return f", {duration(sum(took.get(label, mean) for label in labels))} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its unit."""
+    if seconds < 99.5:
+        return f"{seconds:.{0 if seconds > 9.95 else 1}f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
+
+
+def outcome(result: Result) -> str:
+    """Return what came of a run, in one line."""
+    if result.diverged is not None:
+        return f"diverged, {result.diverged}"
+    seconds = duration(result.seconds())
+    return f"last epoch {result.last():.2f} %, best {result.best():.2f} %, {seconds}"

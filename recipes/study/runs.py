@@ -1,0 +1,245 @@
+"""What runs have learned: found, read, put on images, and told apart by name."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn import functional as F
+
+import samfn
+from recipes.data import augment
+from recipes.errors import ConfigError
+from recipes.settings.config import CONFIG_FILE, Config, run_of
+from recipes.terminal.console import Display
+from recipes.train.build import generator
+from recipes.train.checkpoints import reopen
+from recipes.train.directory import RunDirectory
+from recipes.train.recorded import best_by
+from recipes.train.running import name
+from samfn.loss import LossFn
+from samfn.storage import files
+from samfn.tree import Params
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which runs, which of their checkpoints, and which images."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs, of which the best epoch counts, or checkpoints of runs."""
+    last: bool = False
+    """Of a directory, take the last checkpoint and not the best."""
+    images: int = 1000
+    """Images that the loss is the mean of; those of all runs are the same if their data
+    are."""
+    split: Literal["train", "test"] = "train"
+    """Images of the training set, with the labels trained on, or of the test set."""
+    seed: int = 0
+    """Of all random directions and of the choice of images."""
+    device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
+
+    @property
+    def kind(self) -> str:
+        """What the images are called in words."""
+        return {"train": "training", "test": "test"}[self.split]
+
+
+class Solution(NamedTuple):
+    """What a run has learned, and what its loss is of."""
+
+    name: str
+    """In pictures; different for each of the runs."""
+    path: Path
+    config: Config
+    epoch: int
+    params: Params
+    buffers: Params
+    loss_fn: LossFn
+    images: Tensor
+    """Normalised, NCHW."""
+    labels: Tensor
+    checkpoint: Path = Path()
+    """The file that was read."""
+
+    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the images and labels in batches of at most this size."""
+        parts = torch.split(self.images, size), torch.split(self.labels, size)
+        return list(zip(*parts, strict=True))
+
+
+def require(settings: Any, checks: Sequence[tuple[str, bool, str]]) -> None:
+    """Raise unless every check holds.
+
+    Args:
+        settings: has the values.
+        checks: field, whether it holds, what was expected.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what came.
+    """
+    for field, holds, expected in checks:
+        if not holds:
+            flag = "--" + field.replace("_", "-")
+            raise ConfigError(
+                f"{flag}: expected {expected}, got {getattr(settings, field)}"
+            )
+
+
+def require_runs(settings: Selection, least: int = 1) -> None:
+    """Raise unless there are runs, different ones, and images.
+
+    Raises:
+        ConfigError: names what was expected and what came.
+    """
+    require(settings, [("images", settings.images >= 1, "at least 1")])
+    if len(settings.runs) < least:
+        number = {1: "one run", 2: "two runs"}[least]
+        found = len(settings.runs) or "none"
+        raise ConfigError(f"expected at least {number}, got {found}")
+    paths = [real(path) for path in settings.runs]
+    if twice := [path for path in settings.runs if paths.count(real(path)) > 1]:
+        raise ConfigError(f"expected different runs, got {twice[0]} twice")
+
+
+def among(paths: Iterable[Path], display: Display) -> tuple[Path, ...]:
+    """Return the paths without directories that hold no run, as a pattern finds them.
+
+    What a command here writes lies beside the runs, so that runs/* finds it, too.
+    """
+    found = []
+    for path in paths:
+        if path.is_dir() and not os.path.lexists(path / CONFIG_FILE):
+            display.warn(f"{path} is no run: it holds no {CONFIG_FILE}; left out")
+        else:
+            found.append(path)
+    return tuple(found)
+
+
+def real(path: Path) -> Path:
+    """Return a path without links, as `Path.resolve`, which a loop of them makes raise."""
+    return Path(os.path.realpath(path))
+
+
+def read(path: Path, settings: Selection, display: Display) -> Solution:
+    """Read what a run has learned, and choose its images.
+
+    Raises:
+        ConfigError: there is no run, no checkpoint that is whole, or no such device.
+        DataError: the data are not there any more.
+    """
+    task, state, epoch = reopen(path, settings.device, display, last=settings.last)
+    task.model.eval()
+    images, labels = task.test[1:]
+    if settings.split == "train":
+        images, labels = task.train_images, task.train_labels
+    source = generator(settings.seed, "images", settings.split)
+    chosen = torch.randperm(len(labels), generator=source)[: settings.images]
+    chosen = chosen.to(task.device)
+    inputs = augment.normalise(images[chosen], task.mean, task.std)
+    return Solution(
+        name=name(task.config),
+        path=path,
+        config=task.config,
+        epoch=epoch,
+        params=state.params,
+        buffers=state.buffers,
+        loss_fn=samfn.supervised(task.model, F.cross_entropy),
+        images=inputs.contiguous(memory_format=torch.channels_last),
+        labels=labels[chosen],
+        # The best one may be another by now, where the run still goes on.
+        checkpoint=path
+        if path.is_file()
+        else RunDirectory(path).checkpoints().directory
+        / f"step_{int(state.step):09d}.safetensors",
+    )
+
+
+def checkpoint_of(path: Path, config: Config, *, last: bool) -> Path | None:
+    """Return the checkpoint that `read` takes if it is whole, or None if there is none."""
+    if path.is_file():
+        return path
+    checkpoints = RunDirectory(path).checkpoints()
+    newest = checkpoints.paths()[-1:]
+    # Where all are damaged there is no best, and whoever reads one is told.
+    found = newest if last else checkpoints.best(best_by(config)) or newest
+    return found[0] if found else None
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with files.open_regular(path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def named(solutions: Sequence[Solution]) -> list[Solution]:
+    """Give the solutions the shortest names that differ."""
+    names = labels([(s.path, s.config, f"epoch {s.epoch}") for s in solutions])
+    return [s._replace(name=n) for s, n in zip(solutions, names, strict=True)]
+
+
+def labels(runs: Sequence[tuple[Path, Config, str]]) -> list[str]:
+    """Return the shortest names that differ.
+
+    Args:
+        runs: path, settings, and which of its checkpoints is meant.
+    """
+    return distinct(
+        runs,
+        lambda run: name(run[1]),
+        lambda run: f"{name(run[1])}, seed {run[1].seed}",
+        lambda run: real(run_of(run[0])).name,
+        lambda run: f"{real(run_of(run[0])).name}, {run[2]}",
+        lambda run: str(run[0]),
+    )
+
+
+def distinct(items: Sequence[Item], *ways: Callable[[Item], str]) -> list[str]:
+    """Name the items in the first way that tells all of them apart, or else the last."""
+    names: list[str] = []
+    for way in ways:
+        names = [way(item) for item in items]
+        if len({*names}) == len(names):
+            break
+    return names
+
+
+def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """Write numbers, texts, lists and mappings of them to a JSON file.
+
+    Lists of numbers are one line. What is not finite is the text "nan", "inf" or "-inf",
+    which JSON has no numbers for and `float` and `numpy.array(..., dtype=float)` read.
+
+    Raises:
+        OSError: the file cannot be written; it is what it was.
+    """
+    text = json.dumps(numbers(found), indent=1, default=str, allow_nan=False)
+    # No text of JSON has a line break in it.
+    text = re.sub(r"\[\n[^\[\]{}]*\]", lambda row: re.sub(r"\s*\n\s*", " ", row[0]), text)
+    with files.replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def numbers(value: Any) -> Any:
+    """Return tensors as lists, and what JSON has no number for as text."""
+    if isinstance(value, Tensor):
+        return numbers(value.tolist())
+    if isinstance(value, Mapping):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numbers(item) for item in value]
+    if isinstance(value, float):
+        # Losses are of float32, which has no more digits.
+        return float(f"{value:.9g}") if math.isfinite(value) else str(value)
+    return value

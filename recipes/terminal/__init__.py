@@ -1,0 +1,1 @@
+"""How commands begin and end, and what the terminal shows."""

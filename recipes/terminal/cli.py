@@ -1,0 +1,110 @@
+"""How every command begins and ends: standard streams, signals, and exit codes."""
+
+from collections.abc import Callable
+
+import torch
+
+import samfn
+from recipes.errors import (
+    DIVERGED,
+    NOT_WRITTEN,
+    OUT_OF_MEMORY,
+    RANK_LOST,
+    WRONG_INPUT,
+    ConfigError,
+    DataError,
+    DivergedError,
+    Failed,
+)
+from recipes.terminal.console import Display, Silent, open_standard_streams
+from recipes.terminal.hardware import lacks_memory
+from recipes.terminal.legible import replace_what_streams_lack
+from recipes.terminal.signals import Signals, Stopped, watched
+from samfn import distributed
+
+EXPECTED = (
+    ConfigError,
+    DataError,
+    OSError,
+    DivergedError,
+    samfn.NonFiniteError,
+    Stopped,
+    Failed,
+)
+
+
+def run(
+    body: Callable[[Display, Signals], int],
+    left: str = "nothing was saved since the last checkpoint",
+    *,
+    ranks: bool = False,
+) -> int:
+    """Call the body of a command; return its exit code, or that of what it raises.
+
+    What is expected to go wrong ends in one line on standard error, all else in a
+    traceback.
+
+    Args:
+        body: of the command.
+        left: what is told when a signal ends it, about what it leaves.
+        ranks: whether it can be one of several processes that torchrun starts.
+    """
+    open_standard_streams()
+    replace_what_streams_lack()
+    rank = distributed.rank()
+    display = Silent(f"rank {rank}") if rank else Display()
+    if distributed.launched() and not ranks:
+        display.fail("this command runs in one process: start it without torchrun")
+        return WRONG_INPUT
+    try:
+        with watched() as signals:
+            try:
+                return body(display, signals)
+            except EXPECTED:
+                raise
+            except Exception as error:
+                if signals.stop is None:
+                    raise
+                # C code, as that of pictures, turns what a signal raises into anything.
+                raise Stopped(signals.stop) from error
+    except Failed as error:
+        return error.code
+    except samfn.CheckpointWriteError as error:
+        display.fail(f"{error}; the checkpoint before is whole")
+        return NOT_WRITTEN
+    except samfn.ExportError as error:
+        display.fail(str(error))
+        return NOT_WRITTEN
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, distributed.RanksDifferError):
+            display.fail(f"{error}; the last checkpoint is older")
+            return RANK_LOST
+        if distributed.is_lost(error):
+            display.fail("another rank ended, or did not answer in time; torchrun ends all")
+            return RANK_LOST
+        if not lacks_memory(error):
+            raise
+        about = f" {error}" if isinstance(error, MemoryError) and str(error) else ""
+        display.fail(f"out of memory{about}{peak()}")
+        return OUT_OF_MEMORY
+    except (ConfigError, DataError, OSError) as error:
+        display.fail(str(error))
+        return WRONG_INPUT
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        display.fail("a path holds a NUL character, which no file's name does")
+        return WRONG_INPUT
+    except (DivergedError, samfn.NonFiniteError) as error:
+        display.fail(str(error))
+        return DIVERGED
+    except Stopped as error:
+        display.fail(f"{error} ended this; {left}")
+        return 128 + error.number
+
+
+def peak() -> str:
+    """Return how much memory of a GPU was taken at most, as part of a sentence."""
+    if torch.cuda.is_available():
+        return f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB at the peak"
+    return ""

@@ -1,0 +1,1 @@
+"""One run: assembled, trained, recorded in its directory."""

@@ -1,0 +1,314 @@
+"""What a run trains: network, loss, optimizer, method, schedule and data, assembled."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+import samfn
+from recipes.data.sources import (
+    Dataset,
+    Say,
+    Source,
+    Track,
+    corrupt_labels,
+    fingerprint,
+    hold_out,
+    load,
+    statistics,
+)
+from recipes.errors import ConfigError
+from recipes.models import networks
+from recipes.settings import method_expression
+from recipes.settings.config import DTYPES, Config, choose_device
+from recipes.train.compiling import decide
+from samfn import distributed, schedules
+from samfn.compiled import operations
+from samfn.distributed import Placement
+from samfn.loss import LossFn
+
+Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
+Read = Callable[[Config, Track, Say], Dataset]
+"""As `read_data`."""
+
+
+class Split(NamedTuple):
+    """Images and labels that a model is evaluated on."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+
+
+class Task(NamedTuple):
+    """Everything that a run needs and that no step changes."""
+
+    config: Config
+    device: torch.device
+    model: torch.nn.Module
+    train_images: Tensor
+    train_labels: Tensor
+    chosen_by: Split
+    """The split that the best epoch is chosen by."""
+    test: Split
+    mean: Tensor
+    std: Tensor
+    eval_fn: LossFn
+    update: Update
+    """(state, batch, rho=, lr=) -> (state, metrics), compiled or not."""
+    find_nonfinite: Callable[[samfn.TrainState, Any], str | None]
+    """(state, batch) of a step that was skipped -> what of it was not finite."""
+    placement: Placement | None
+    """Of the perturbation on several ranks."""
+    compiling: str
+    """Whether `update` is compiled, and why."""
+    lr: schedules.Schedule
+    rho: schedules.Schedule
+    classes: int
+    steps_per_epoch: int
+    fingerprint: str
+    """Of the data, before labels were corrupted or images held out."""
+
+
+def read_data(config: Config, track: Track, warn: Say) -> Dataset:
+    """Read the images that a configuration names; see `recipes.data.sources.load`."""
+    return load(
+        cast(Source, config.data),
+        config.data_dir,
+        image_size=config.image_size,
+        modified=config.allow_modified_data,
+        track=track,
+        warn=warn,
+    )
+
+
+def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
+    """Make of a configuration and its data all that training needs.
+
+    Raises:
+        ConfigError: the training set is smaller than a batch, or the network takes no
+            such images.
+        DataError: the validation set would be empty.
+    """
+    digest = fingerprint(dataset)
+    device = choose_device(config.device)
+    _choose_kernels(config, device)
+    test = Split("test", dataset.test_images, dataset.test_labels)
+    chosen_by = test
+    if config.validation:
+        source = generator(config.seed, "validation")
+        dataset, images, labels = hold_out(dataset, config.validation, source)
+        chosen_by = Split("validation", images, labels)
+    if config.label_noise:
+        source = generator(config.seed, "label noise")
+        count = len(dataset.classes)
+        noisy = corrupt_labels(dataset.train_labels, count, config.label_noise, source)
+        dataset = dataset._replace(train_labels=noisy)
+    steps_per_epoch = len(dataset.train_labels) // config.batch_size
+    if not steps_per_epoch:
+        raise ConfigError(
+            f"--batch-size: expected at most the {len(dataset.train_labels)} training"
+            f" images, got {config.batch_size}"
+        )
+    mean, std = _normalisation(config, dataset)
+    model = _model(config, dataset).to(device).to(memory_format=torch.channels_last)
+    steps = config.epochs * steps_per_epoch
+    optimizer, method = _optimizer(config, model), _method(config, model, steps)
+    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    dtype = DTYPES[config.precision]
+    criterion = partial(
+        F.cross_entropy, label_smoothing=config.label_smoothing, reduction="none"
+    )
+    loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
+    if config.decay_in_loss:
+        spared = _spared(config, model)
+        loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay, without=spared)
+    placement = _placement(config)
+    make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    make |= {"watch": config.monitor, "placement": placement}
+    some = dataset.train_images[: config.batch_size], dataset.train_labels
+    images, labels = distributed.share((some[0], some[1][: config.batch_size]))
+    batch = images.to(device).float(), labels.to(device)
+    lr = _lr(config, steps_per_epoch)
+    rho = _rho(config, lr, steps)
+
+    def find_nonfinite(state: samfn.TrainState, batch: Any) -> str | None:
+        common = {name: make[name] for name in ("loss_fn", "method", "placement")}
+        return samfn.find_nonfinite(state, batch, **common, rho=rho(int(state.step) - 1))
+
+    compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
+    task = Task(
+        config=replace(config, compile="yes" if compiles else "no"),
+        device=device,
+        model=model,
+        train_images=dataset.train_images.to(device),
+        train_labels=dataset.train_labels.to(device),
+        chosen_by=_to(chosen_by, device),
+        test=_to(test, device),
+        # A channel that never varies is only centred.
+        mean=mean.to(device),
+        std=torch.where(std > 0, std, 1.0).to(device),
+        eval_fn=samfn.supervised(
+            model, partial(F.cross_entropy, reduction="none"), dtype=dtype
+        ),
+        update=samfn.compile_update(**make)
+        if compiles
+        else partial(samfn.sam_update, **make),
+        find_nonfinite=find_nonfinite,
+        placement=placement,
+        compiling=why,
+        lr=lr,
+        rho=rho,
+        classes=len(dataset.classes),
+        steps_per_epoch=steps_per_epoch,
+        fingerprint=digest,
+    )
+    return task, state
+
+
+def _placement(config: Config) -> Placement | None:
+    """Return where the perturbation is the same, if there are several ranks.
+
+    Raises:
+        ConfigError: there is no such placement, or too little for each rank.
+    """
+    ranks = distributed.size()
+    if ranks == 1:
+        return None
+    if config.batch_size < 2 * ranks:
+        raise ConfigError(
+            f"--batch-size: expected at least two images for each of the {ranks} ranks, got"
+            f" {config.batch_size}"
+        )
+    if config.sync_batch_norm and config.batch_size % ranks:
+        raise ConfigError(
+            f"--batch-size: expected a multiple of the ranks, {ranks}, with"
+            f" --sync-batch-norm, got {config.batch_size}"
+        )
+    if config.placement == "sharded":
+        raise ConfigError("--placement: expected replica, group:n or global, got sharded")
+    try:
+        return distributed.placement(config.placement)
+    except ValueError as error:
+        raise ConfigError(f"--placement: {error}") from error
+
+
+def seed(*key: Any) -> int:
+    """Return a seed that depends on `key` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*key: Any, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator whose numbers depend on `key` alone."""
+    return Generator(device).manual_seed(seed(*key))
+
+
+def _choose_kernels(config: Config, device: torch.device) -> None:
+    """Let PyTorch take kernels that repeat their results, or else the fastest."""
+    if config.deterministic:
+        # cuBLAS reads it when it starts, with the first product of matrices.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:
+        torch.use_deterministic_algorithms(config.deterministic)  # Imports for seconds.
+    if device.type == "cuda":  # Every batch has the same shape.
+        torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def _model(config: Config, dataset: Dataset) -> torch.nn.Module:
+    channels, height, width = dataset.train_images.shape[1:]
+    torch.manual_seed(seed(config.seed, "model"))
+    try:
+        model = networks.make(
+            config.model,
+            len(dataset.classes),
+            shape=(channels, height, width),
+            dropout=config.dropout,
+            zero_head=config.zero_head,
+            layout=config.layout,
+            pretrained=config.weights != "none",
+        )
+    except ValueError as error:
+        raise ConfigError(f"--model: {error}") from error
+    if config.freeze:
+        networks.freeze(model)
+    return distributed.synchronised(model) if config.sync_batch_norm else model
+
+
+def _normalisation(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Return the mean and deviation that a network's weights are for; else the data's."""
+    if config.weights == "none" or networks.is_wide(config.model):
+        return statistics(dataset.train_images)
+    _, mean, std = networks.photographs(config.model)
+    return torch.tensor(mean), torch.tensor(std)
+
+
+def _optimizer(config: Config, model: torch.nn.Module) -> samfn.Optimizer:
+    if config.optimizer == "sgd":
+        make = partial(samfn.sgd, config.momentum, config.nesterov)
+    else:
+        makers = {"adam": samfn.adam, "adamw": samfn.adamw, "nadam": samfn.nadam}
+        first, second = config.betas
+        make = partial(makers[config.optimizer], (first, second))
+    decay = 0.0 if config.decay_in_loss else config.weight_decay
+    optimizer = make(weight_decay=decay)
+    if decay and (spared := _spared(config, model)):
+        optimizer = samfn.grouped(optimizer, (spared, make(weight_decay=0.0)))
+    if config.clip_norm is not None:
+        optimizer = samfn.clipped(optimizer, config.clip_norm)
+    return optimizer
+
+
+def _spared(config: Config, model: torch.nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters that weight decay leaves alone."""
+    return () if config.decay_norm else samfn.no_decay_parameters(model)
+
+
+def _method(config: Config, model: torch.nn.Module, steps: int) -> samfn.Method:
+    names = samfn.norm_parameters(model)
+    method = method_expression.parse(config.method, steps=steps, norm_layers=names)
+    if config.same_dropout:
+        method = samfn.same_randomness(method)
+    return samfn.loss_scaled(method) if config.precision == "fp16" else method
+
+
+def _lr(config: Config, steps_per_epoch: int) -> schedules.Schedule:
+    lr, steps = config.lr, config.epochs * steps_per_epoch
+    match config.schedule:
+        case "cosine":
+            schedule = schedules.cosine(lr, steps, config.lr_final)
+        case "polynomial":
+            schedule = schedules.polynomial(lr, steps, final=config.lr_final)
+        case "one-cycle":
+            schedule = schedules.one_cycle(lr, steps)
+        case "warm-restarts":
+            period, growth = config.restart_epochs * steps_per_epoch, config.restart_growth
+            schedule = schedules.warm_restarts(lr, period, growth, config.lr_final)
+        case "step" if config.milestones is not None:
+            milestones = [epoch * steps_per_epoch for epoch in config.milestones]
+            schedule = schedules.multi_step(lr, milestones, config.step_factor)
+        case "step":
+            schedule = schedules.step_decay(lr, steps, factor=config.step_factor)
+        case "constant":
+            schedule = schedules.constant(lr)
+    return schedules.warmup(schedule, round(config.warmup_epochs * steps_per_epoch))
+
+
+def _rho(config: Config, lr: schedules.Schedule, steps: int) -> schedules.Schedule:
+    """Return the radius over time; where --rho is 0, the number 0 and one pass a step."""
+    rho, final = config.rho, config.rho_final
+    if rho == 0 or config.rho_schedule == "constant":
+        return schedules.constant(rho)
+    if config.rho_schedule == "linear":
+        return schedules.linear(rho, final, steps)
+    return schedules.proportional(lr, lr_max=config.lr, peak=rho, final=final)
+
+
+def _to(split: Split, device: torch.device) -> Split:
+    return Split(split.name, split.images.to(device), split.labels.to(device))

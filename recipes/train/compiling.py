@@ -1,0 +1,158 @@
+"""Whether a run compiles its step, and where what is compiled is kept."""
+
+import atexit
+import contextlib
+import grp
+import os
+import pwd
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from recipes.data.sources import user_cache
+from recipes.settings.config import Config
+from samfn.compiled.plan import ARITHMETIC, missing_compiler
+
+# On a CPU, the saving must be more than compiling takes: half a minute for WRN-10-1 on two
+# cores, without a cache. Where a compiled step is faster at all, it saves about 5 ms of
+# Python's time, and a sixth of the arithmetic's.
+SECONDS_TO_COMPILE = 45.0
+SECONDS_OF_PYTHON = 5e-3
+OPERATIONS_PER_SECOND = 1.3e11
+SHARE_OF_ARITHMETIC = 1 / 6
+
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+USUAL = "torchinductor_"  # and the user's name: what PyTorch sets it to, below /tmp
+
+
+def decide(
+    config: Config, steps: int, device: torch.device, operations: Callable[[], int]
+) -> tuple[bool, str]:
+    """Return whether to compile the step, and why in a few words.
+
+    Args:
+        config: of the run.
+        steps: in the whole run.
+        device: that they are taken on.
+        operations: counts the floating-point operations of one gradient.
+    """
+    if config.compile == "no":
+        return False, "no"
+    if missing := missing_compiler(device):
+        return False, f"no: {missing}"
+    if config.compile == "yes":
+        return True, "yes"
+    if device.type != "cpu":
+        return True, "yes, on a GPU"
+    if (count := operations()) > ARITHMETIC:
+        return False, "no: a CPU spends its time in the convolutions either way"
+    passes = 1 if config.rho == 0 else 2
+    arithmetic = passes * count / OPERATIONS_PER_SECOND
+    saving = SECONDS_OF_PYTHON + SHARE_OF_ARITHMETIC * arithmetic
+    if steps * saving > SECONDS_TO_COMPILE:
+        return True, f"yes: {steps:,} steps on a CPU pay for it"
+    return False, f"no: {steps:,} steps on a CPU would not pay for it (--compile yes)"
+
+
+def keep_compiled(warn: Callable[[str], None]) -> None:
+    """Let PyTorch keep what it compiles in the user's cache, closed to everyone else.
+
+    What is kept there is code, and pickles, and it is run. So a directory that others
+    could have put something into is refused, and everything compiled anew, in one that
+    goes with this process. Left alone, PyTorch takes one below /tmp under a name that
+    everyone can guess.
+
+    Args:
+        warn: is told in one line what was refused, and why.
+    """
+    try:
+        named = _named()
+        path = named or (user_cache() / "compiled").absolute()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = exposed(path)
+        if not reason and not named:
+            path.chmod(0o700)
+    except (OSError, RuntimeError) as error:  # the latter where there is no home
+        reason = str(error)
+    if reason:
+        warn(f"{reason}: what was compiled before is not used, nor this kept")
+        path = Path(tempfile.mkdtemp(prefix="samfn-compiled-"))
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
+    os.environ[VARIABLE] = str(path)
+
+
+def exposed(path: Path) -> str | None:
+    """Return what lets others change what a directory holds, in a few words, or None.
+
+    As ssh asks of its keys: the directory is the user's, all above it the user's or the
+    administrator's, and nobody else can write there. So is all that is in it already;
+    where nobody else can enter, its permissions are no matter.
+
+    Args:
+        path: absolute, of a directory that is there.
+    """
+    if reason := _exposed_by_place(path):
+        return reason
+    closed = not path.stat().st_mode & 0o077
+    for folder, folders, others in os.walk(path):
+        for name in folders + others:
+            place = Path(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # Another run just moved it.
+                found = place.lstat()
+                if not _is_own(found) or stat.S_ISLNK(found.st_mode):
+                    return f"{place} is {_kind(found)}"
+                if _written_by_others(found) and not closed:
+                    return f"others can write to {place}"
+    return None
+
+
+def _exposed_by_place(path: Path) -> str | None:
+    shared = False  # whether others can write where a place lies, if not rename it
+    for place in (*reversed(path.parents), path):
+        found = place.lstat()
+        linked = stat.S_ISLNK(found.st_mode)
+        if not _is_own(found) or (linked and (shared or place == path)):
+            return f"{place} is {_kind(found)}"
+        if linked:
+            if reason := _exposed_by_place(place.parent / place.readlink()):
+                return reason
+            continue
+        shared = _written_by_others(found)
+        sticky = bool(found.st_mode & stat.S_ISVTX) and place != path
+        if shared and not sticky:
+            return f"others can write to {place} (chmod go-w)"
+    return None
+
+
+def _is_own(found: os.stat_result) -> bool:
+    return found.st_uid in (os.geteuid(), 0)
+
+
+def _kind(found: os.stat_result) -> str:
+    return "a link" if _is_own(found) else f"of another user, {found.st_uid}"
+
+
+def _written_by_others(found: os.stat_result) -> bool:
+    group = bool(found.st_mode & stat.S_IWGRP) and not _is_own_group(found.st_gid)
+    return group or bool(found.st_mode & stat.S_IWOTH)
+
+
+def _is_own_group(number: int) -> bool:
+    """Return whether a group is the user alone, as many systems make one for everybody."""
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(number)
+    except KeyError:
+        return False
+    names = {group.gr_name, *group.gr_mem}
+    return user.pw_gid == number and names == {user.pw_name}
+
+
+def _named() -> Path | None:
+    """Return the directory that the user named; PyTorch's own choice is none."""
+    path = Path(os.environ.get(VARIABLE, "")).absolute()
+    usual = path.parent == Path(tempfile.gettempdir()) and path.name.startswith(USUAL)
+    return path if os.environ.get(VARIABLE) and not usual else None

@@ -1,0 +1,338 @@
+"""What a run recorded, its files held against each other.
+
+Anybody may have edited, cut or swapped the texts in a run's directory. A checkpoint is
+verified by the SHA-256 in it, and says which settings, images and epoch it is of: so it is
+believed, and what stands beside it is compared with it.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from recipes.errors import ConfigError
+from recipes.settings.config import (
+    CONFIG_FILE,
+    Config,
+    differing,
+    of_run,
+    plain_values,
+    read_toml,
+    run_of,
+)
+from recipes.train.directory import Row, RunDirectory, parsed
+from samfn.storage import tensorfile
+
+Warn = Callable[[str], None]
+
+
+class Said(NamedTuple):
+    """What a checkpoint says of its run."""
+
+    path: Path
+    settings: dict[str, Any]
+    """As `plain_values` gives them."""
+    epoch: int
+    """Epochs that were finished."""
+    row: Row
+    """Of the last of them; empty before the first."""
+    data: str
+    """Fingerprint of the images and labels."""
+    versions: dict[str, str]
+    """Of torch and hardware."""
+
+
+class Recorded(NamedTuple):
+    """What a run left behind, as far as its files agree."""
+
+    path: Path
+    config: Config
+    rows: list[Row]
+    """Epochs, ascending."""
+    ended: bool
+    """Whether it came to its end: all epochs, or no patience left."""
+    data: str | None
+    """Fingerprint of the images and labels, if a checkpoint says it."""
+    versions: Mapping[str, str]
+    """Of torch and hardware, if a checkpoint says them."""
+
+    @property
+    def done(self) -> int:
+        """Epochs that were recorded."""
+        return int(self.rows[-1]["epoch"]) if self.rows else 0
+
+    @property
+    def best(self) -> Row | None:
+        """The best epoch, by what the run chose it by."""
+        by = column(self.config, chosen_by(self.config))
+        return max(self.rows, key=lambda row: float(row[by])) if self.rows else None
+
+    @property
+    def test(self) -> str:
+        """The column with the accuracy that counts."""
+        return column(self.config, "test")
+
+
+def read(path: Path, warn: Warn) -> Recorded:
+    """Return what a run recorded, and tell what of it is damaged or does not fit.
+
+    Raises:
+        ConfigError: there is no run, its settings are damaged, or a checkpoint in its
+            directory is of another one.
+    """
+    config, directory = of_run(path), RunDirectory(path)
+    # In this order: a run that goes on writes an epoch before its checkpoint.
+    checkpoints = checkpoints_of(directory, warn)
+    found = epochs_of(directory, config, checkpoints, warn)
+    # A run may go on with an average, which its first epochs did not have.
+    needed = {column(config, split) for split in ("test", chosen_by(config))}
+    rows = [row for row in found if needed <= row.keys()]
+    if len(rows) < len(found):
+        lacking = f"{len(found) - len(rows)} epochs lack {', '.join(sorted(needed))}"
+        warn(f"{directory.metrics}: {lacking}; left out")
+    newest = checkpoints[-1] if checkpoints else None
+    return Recorded(
+        path,
+        config,
+        rows,
+        _has_ended(config, rows, newest),
+        newest and newest.data,
+        newest.versions if newest else {},
+    )
+
+
+def require_one_run(path: Path) -> None:
+    """Raise unless the run that `path` is, or the checkpoint, is one with its settings.
+
+    Raises:
+        ConfigError: a checkpoint is of another run; says which, and what differs. Or the
+            one that `path` is cannot be read.
+    """
+    if not path.is_file():
+        checkpoints_of(RunDirectory(path), warn=lambda line: None)
+        return
+    try:
+        one = said(path)
+    except tensorfile.CorruptError as error:
+        raise ConfigError(str(error)) from error
+    _require_own(one, _settings_of(run_of(path)))
+
+
+def checkpoints_of(directory: RunDirectory, warn: Warn) -> list[Said]:
+    """Return what the checkpoints of a run say, by step; what is damaged is told.
+
+    Raises:
+        ConfigError: one is of another run; says which, and what differs.
+    """
+    found: list[Said] = []
+    settings = _settings_of(directory.path)
+    for path in directory.checkpoints().paths():
+        try:
+            one = said(path)
+        except FileNotFoundError:
+            continue  # The run goes on, and has a newer one.
+        except tensorfile.CorruptError as error:
+            warn(f"{error}; left out")
+            continue
+        _require_own(one, settings)
+        if found and one.data != found[0].data:
+            raise ConfigError(
+                f"{one.path} is not of this run: it was trained on other images or labels"
+                f" than {found[0].path.name}; move away the one that does not belong here"
+            )
+        found.append(one)
+    return found
+
+
+def holds_best_model(directory: RunDirectory, config: Config) -> bool:
+    """Return whether the model that a run leaves is there, and is its best checkpoint's.
+
+    Where no such checkpoint is left, it is enough that it is whole.
+    """
+    try:
+        model, _ = tensorfile.read(directory.weights)
+    except (FileNotFoundError, tensorfile.CorruptError):
+        return False
+    average = "" if config.ema_decay is None else "metadata/memory.ema/"
+    for path in directory.checkpoints().best(best_by(config)):
+        with contextlib.suppress(FileNotFoundError, tensorfile.CorruptError):
+            tensors, _ = tensorfile.read(path)
+            weights = {
+                name.removeprefix(f"{average}{kind}/"): tensor
+                for kind in ("params", "buffers")
+                for name, tensor in tensors.items()
+                if name.startswith(f"{average}{kind}/")
+            }
+            return all(
+                name in model and torch.equal(model[name], tensor)
+                for name, tensor in weights.items()
+            )
+    return True
+
+
+def said(path: Path) -> Said:
+    """Return what a checkpoint says of its run; verified.
+
+    Raises:
+        ConfigError: it is none of a run of the recipes.
+        CorruptError: it is damaged, or no checkpoint.
+        OSError: it cannot be read.
+    """
+    _, texts = tensorfile.read(path)
+    try:
+        names = ("config", "progress", "data", "row", "versions")
+        found = {name: parsed(texts[name]) for name in names if name in texts}
+        one = Said(
+            path,
+            dict(found["config"]),
+            found["progress"]["epoch"],
+            dict(found.get("row", {})),
+            found["data"],
+            dict(found.get("versions", {})),
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is none of this recipe's") from error
+    texts_only = isinstance(one.data, str) and all(
+        isinstance(value, str) for value in one.versions.values()
+    )
+    if not texts_only or type(one.epoch) is not int:
+        raise ConfigError(f"{path} is none of this recipe's")
+    return one
+
+
+def _settings_of(run: Path) -> list[dict[str, Any]]:
+    """Return the settings that a run has, and those that it had before, if any."""
+    paths = [run / CONFIG_FILE, *RunDirectory(run).older_settings()]
+    found = []
+    for path in paths:
+        try:
+            found.append(plain_values(Config(**read_toml(path))))
+        except ConfigError:
+            if path == paths[0]:
+                raise
+    return found
+
+
+def is_own(settings: Mapping[str, Any], run: Path) -> bool:
+    """Return whether these are the settings of a run, or some that it had before."""
+    return not all(_differing(settings, values) for values in _settings_of(run))
+
+
+def _differing(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    found = differing(theirs, ours)
+    found.pop("compile", None)  # only rounds
+    return found
+
+
+def _require_own(one: Said, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless a checkpoint was trained with one of these settings."""
+    differ = [_differing(one.settings, values) for values in settings]
+    if all(differ):
+        listed = "; ".join(
+            f"{name} is {theirs!r} in it and {ours!r} there"
+            for name, (theirs, ours) in differ[0].items()
+        )
+        raise ConfigError(
+            f"{one.path} is not of the run that {CONFIG_FILE} beside it describes: {listed}"
+        )
+
+
+def epochs_of(
+    directory: RunDirectory, config: Config, checkpoints: Sequence[Said], warn: Warn
+) -> list[Row]:
+    """Return the epochs that a run recorded, ascending; tell what did not fit.
+
+    Where checkpoints say what an epoch was, they are believed.
+    """
+    file, by = directory.metrics, column(config, chosen_by(config))
+    last = max([config.epochs, *(one.epoch for one in checkpoints)])
+    lines = directory.lines()
+    rows = {row["epoch"]: row for row in lines if row and is_whole(row, last)}
+    if damaged := len(lines) - len(rows):
+        warn(f"{file}: {damaged} damaged or repeated lines left out")
+    known = {
+        one.epoch: one.row
+        for one in checkpoints
+        if one.row.get("epoch") == one.epoch and is_whole(one.row, last)
+    }
+    if differ := [n for n, row in known.items() if _text(rows.get(n)) != _text(row)]:
+        warn(f"{file} is not what checkpoints say of epochs {_listed(differ)}; they count")
+    if len(checkpoints) == len(directory.checkpoints().paths()):  # So the best is there.
+        best = max((row[by] for row in known.values() if by in row), default=math.inf)
+        other = rows.keys() - known.keys()
+        if better := [n for n in other if _number(rows[n].get(by)) > best]:
+            warn(f"{file}: epochs {_listed(better)} are better there than the best one")
+    rows |= known
+    epochs = sorted(rows)
+    gaps = [(a + 1, b - 1) for a, b in pairwise([0, *epochs]) if b - a > 1]
+    if gaps:
+        parts = [f"{a} to {b}" if a < b else f"{a}" for a, b in gaps]
+        warn(f"{file} lacks epochs {', '.join(parts)}")
+    return [rows[epoch] for epoch in epochs]
+
+
+def is_whole(row: Row, last: int) -> bool:
+    """Return whether a line of the metrics has numbers that an epoch up to `last` has."""
+    accuracies = {"test_accuracy", *(name for name in row if name.endswith("_accuracy"))}
+    others = ("train_loss", "seconds", "images_per_second")
+    return (
+        row["epoch"] <= last
+        and all(0 <= _number(row.get(name)) <= 100 for name in accuracies)
+        and all(0 <= _number(row.get(name)) < math.inf for name in others)
+        and all(_is_plain(value) for value in row.values())
+    )
+
+
+def chosen_by(config: Config) -> str:
+    """Return the split that the best epoch is chosen by."""
+    return "validation" if config.validation else "test"
+
+
+def column(config: Config, split: str) -> str:
+    """Return the column of the accuracy that counts, the average's if there is one."""
+    average = "" if config.ema_decay is None else "ema_"
+    return f"{average}{split}_accuracy"
+
+
+def best_by(config: Config) -> str:
+    """Return the name of the score that the best checkpoint is chosen by."""
+    return "score" if config.ema_decay is None else "ema"
+
+
+def _has_ended(config: Config, rows: Sequence[Row], newest: Said | None) -> bool:
+    """Return whether no epoch is left to train, or no patience; the newest says how far."""
+    if not rows or (newest is not None and newest.epoch < rows[-1]["epoch"]):
+        return False
+    by, done = column(config, chosen_by(config)), int(rows[-1]["epoch"])
+    best = int(max(rows, key=lambda row: float(row[by]))["epoch"])
+    waited = config.patience is not None and done - best >= config.patience
+    return waited or done >= config.epochs
+
+
+def _number(value: Any) -> float:
+    """Return a number, or NaN for all else."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number else math.nan
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    return isinstance(value, int | float)
+
+
+def _text(row: Row | None) -> str:
+    return json.dumps(row, sort_keys=True)  # Unlike the numbers, one NaN is another.
+
+
+def _listed(epochs: Iterable[int]) -> str:
+    first, *more = sorted(epochs)
+    shown = ", ".join(map(str, [first, *more[:4]]))
+    return f"{shown} and {len(more) - 4} more" if len(more) > 4 else shown

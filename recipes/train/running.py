@@ -1,0 +1,349 @@
+"""A run from its settings to its summary: train, evaluate the best, or try one step."""
+
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import samfn
+from recipes import errors, plots
+from recipes.errors import ConfigError
+from recipes.settings.config import CONFIG_FILE, PROGRAM, Config, run_of
+from recipes.terminal import cli
+from recipes.terminal.console import Display
+from recipes.terminal.hardware import lacks_memory
+from recipes.terminal.legible import quoted
+from recipes.terminal.signals import Signals
+from recipes.train import recorded, selection
+from recipes.train.batches import augmented
+from recipes.train.build import Read, Task, assemble, read_data
+from recipes.train.checkpoints import (
+    Keeper,
+    mean_of_best,
+    model_of,
+    ranks,
+    restore_best,
+    resume,
+)
+from recipes.train.directory import Row, RunDirectory, Unwritten
+from recipes.train.loggers import logged
+from recipes.train.loop import (
+    chosen,
+    evaluate,
+    prepare,
+    step,
+    train,
+)
+from recipes.train.pretrained import begin
+from samfn import distributed
+from samfn.training.loop import Training
+
+# How the optimizers are called in sentences.
+BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam"}
+
+
+def start(parsed: Callable[[Callable[[str], None]], Config], program: str = PROGRAM) -> int:
+    """Do what a command that trains is there for; return its exit code.
+
+    Args:
+        parsed: (what is told a line) -> the settings, as `parse` reads them.
+        program: the command in the lines that say how to go on.
+    """
+
+    def body(display: Display, signals: Signals) -> int:
+        config = parsed(display.say)
+        kind: Any = torch.device(config.device).type
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(distributed.ranks(timeout=config.timeout, kind=kind))
+            except ValueError as error:
+                raise ConfigError(f"torchrun --nproc-per-node: {error}") from error
+            # Before any rank writes, all have read what there is.
+            config = distributed.from_first(config)
+            return run(config, display, signals, program=program)
+
+    return cli.run(body, ranks=True)
+
+
+def run(
+    config: Config,
+    display: Display,
+    signals: Signals,
+    read: Read = read_data,
+    program: str = PROGRAM,
+) -> int:
+    """Load the data by `read`, then train, evaluate or try, as the configuration says.
+
+    `program` is the command in the lines that say how to go on.
+    """
+    dataset = read(config, display.track, display.warn)
+    try:
+        task, state = assemble(config, dataset)
+        if config.preset == "small":
+            display.say(
+                "This is a small preset, made for a CPU: it shows that everything works,"
+                " not what SAM reaches. --preset davda54 and foret2021 are the real ones."
+            )
+        display.facts("samfn", describe(task))
+        if config.dry_run:
+            return try_out(task, state, display)
+        if config.eval_only:
+            return evaluate_best(task, state, display)
+        return train_and_report(task, state, display, signals, program)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        parts = f"accumulated({config.method}, {config.batch_size // 2})"
+        display.fail(
+            f"out of memory with --batch-size {config.batch_size}{cli.peak()}: try a"
+            f' smaller one, or --method "{parts}";'
+            " checkpoints are whole, and a resumed run needs the batch size it began with"
+        )
+        return errors.OUT_OF_MEMORY
+
+
+def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
+    """Take one step."""
+    state = begin(task, state, display)
+    prepare(task, Training(state), display)
+    _, metrics = step(task, state, 0, next(augmented(task, 0)))
+    display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, no run written")
+    return 0
+
+
+def evaluate_best(task: Task, state: samfn.TrainState, display: Display) -> int:
+    """Evaluate the best checkpoint of the run, or the checkpoint, that --resume names."""
+    assert task.config.resume is not None  # `validate` saw to it.
+    directory = RunDirectory(run_of(task.config.resume))
+    path = task.config.resume
+    recorded.require_one_run(path)
+    training = restore_best(task, path, directory, state, display)
+    loss, accuracy = evaluate(task, model_of(task, training), task.test)
+    what = f"{path.name}, after" if path.is_file() else "best"
+    display.say(
+        f"{what} epoch {training.epoch}: test accuracy {accuracy:.2f} %, loss {loss:.4f}"
+    )
+    return 0
+
+
+def train_and_report(
+    task: Task, state: samfn.TrainState, display: Display, signals: Signals, program: str
+) -> int:
+    """Train, from the start or from where a run stopped, and leave a run behind."""
+    with _opened(task, state, display) as (directory, training), writing():
+        started = time.perf_counter()
+        count = task.config.average_best or 1
+        checkpoints = directory.checkpoints(display.warn, keep_best=count)
+        keeper = Keeper(task, checkpoints, display.warn)
+        with _logged(directory, task.config, display):
+            finished = train(task, training, directory, keeper, display, signals)
+        seconds = time.perf_counter() - started
+        if distributed.rank() != distributed.FIRST:
+            return 0 if finished else 128 + (signals.stop or signal.SIGINT)
+        where = quoted(directory.path)
+        _draw(task, directory, display)
+        if keeper.missing is not None:
+            raise keeper.missing
+        if not finished:
+            display.say(f"stopped; {program} --resume {where} goes on where this ended")
+            return 128 + (signals.stop or signal.SIGINT)
+        best = _export(task, directory, state, display)
+        facts = summarise(task, directory, best, seconds, program)
+        if task.config.average_best is not None:
+            facts |= _average(task, directory, checkpoints, state)
+        display.facts("done", facts)
+    return 0
+
+
+def _logged(
+    directory: RunDirectory, config: Config, display: Display
+) -> contextlib.AbstractContextManager[None]:
+    if distributed.rank() != distributed.FIRST:
+        return contextlib.nullcontext()
+    return logged(directory, config, display.warn)
+
+
+@contextlib.contextmanager
+def _opened(
+    task: Task, state: samfn.TrainState, display: Display
+) -> Iterator[tuple[RunDirectory, Training]]:
+    """Hold the directory of a new run or of one that goes on; yield where it stands.
+
+    Of several ranks, the first holds it and writes.
+    """
+    config, first = task.config, distributed.rank() == distributed.FIRST
+    if config.resume is None:
+        state = begin(task, state, display)
+        path = config.output or new_name(config)
+        if not first:
+            yield Unwritten(path), Training(state)
+            return
+        with RunDirectory.create(path, config) as directory:
+            yield directory, Training(state)
+        return
+    if not first:
+        directory = Unwritten(run_of(config.resume))
+        yield directory, resume(task, config.resume, directory, state, display)
+        return
+    directory = RunDirectory(run_of(config.resume))
+    with directory.held():
+        training = resume(task, config.resume, directory, state, display)
+        checkpoints = recorded.checkpoints_of(directory, display.warn)
+        rows = recorded.epochs_of(directory, config, checkpoints, display.warn)
+        with writing():
+            directory.rewrite([row for row in rows if row["epoch"] <= training.epoch])
+            directory.write_config(config)
+        display.say(f"resuming after {training.epoch} epochs and {training.batch} steps")
+        yield directory, training
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Turn what the system says into the error that ends a run with `NOT_WRITTEN`."""
+    try:
+        yield
+    except samfn.CheckpointWriteError:
+        raise
+    except OSError as error:
+        raise samfn.CheckpointWriteError(f"cannot write: {error}") from error
+
+
+def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
+    rows, config = directory.rows(), task.config
+    if not rows:
+        return
+    title = f"{config.data}, {config.model}, {name(config)}"
+    try:
+        plots.curves(rows, directory.curves, title)
+        if watched := [row for row in rows if "layers" in row]:
+            plots.layers(watched, directory.layers, title)
+    except OSError as error:
+        display.warn(f"cannot draw into {directory.path}: {error}")
+
+
+def _export(
+    task: Task, directory: RunDirectory, like: samfn.TrainState, display: Display
+) -> Row:
+    """Write the best epoch's model for those who have no samfn; return what it was."""
+    try:
+        best = restore_best(task, directory.path, directory, like, display, alone=True)
+    except ConfigError as error:  # It was whole when it was written.
+        text = f"no best checkpoint is left to export: {error}; --resume trains it again"
+        raise samfn.CheckpointWriteError(text) from error
+    state = model_of(task, best)
+    trained = task.model, state.params, state.buffers
+    samfn.export_weights(directory.weights, *trained)
+    if task.config.export:
+        inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
+        samfn.export_program(directory.program, *trained, inputs)
+    return best.row
+
+
+def _average(
+    task: Task,
+    directory: RunDirectory,
+    checkpoints: samfn.Checkpoints,
+    like: samfn.TrainState,
+) -> dict[str, str]:
+    """Write the average of the best epochs' models; return what is said of it."""
+    try:
+        state, epochs = mean_of_best(task, checkpoints, like)
+    except (OSError, ValueError, ConfigError) as error:  # They were whole when written.
+        raise samfn.CheckpointWriteError(f"cannot average: {error}") from error
+    samfn.export_weights(directory.average, task.model, state.params, state.buffers)
+    loss, accuracy = evaluate(task, state, task.test, alone=True)
+    listed = ", ".join(map(str, sorted(epochs)))
+    text = f"test accuracy {accuracy:.2f} %, loss {loss:.4f}, of epochs {listed}"
+    return {"average": text, "its model": str(directory.average)}
+
+
+def name(config: Config) -> str:
+    """Return how the training algorithm is called in titles."""
+    if config.rho == 0:
+        return BASES[config.optimizer]
+    text = f"{config.method}, rho {config.rho:g}"
+    if config.rho_schedule != "constant":
+        text += f" to {config.rho_final:g} {config.rho_schedule}"
+    return text
+
+
+def new_name(config: Config) -> Path:
+    """Return a new directory below runs/, named for what is run and when."""
+    method = config.optimizer if config.rho == 0 else config.method
+    method = "-".join(re.findall(r"[\w.]+", method))
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    parts = (stamp, config.data, config.model, method, f"seed{config.seed}")
+    return Path("runs") / "-".join(parts)
+
+
+def describe(task: Task) -> dict[str, str]:
+    """Return what the banner says of a run."""
+    config = task.config
+    counts = [parameter.numel() for parameter in task.model.parameters()]
+    size = f"{sum(counts):,} parameters"
+    if config.freeze:
+        trained = [p.numel() for p in task.model.parameters() if p.requires_grad]
+        size += f", of which the last layer's {sum(trained):,} train"
+    height, width = task.train_images.shape[2:]
+    facts = {
+        "data": f"{config.data}, {len(task.train_labels):,} training and"
+        f" {len(task.test.labels):,} test images, {width}x{height}",
+        "model": f"{config.model}, {size}",
+        "method": name(config),
+        "training": f"{config.epochs} epochs of {task.steps_per_epoch} steps, batch"
+        f" {config.batch_size}, {BASES[config.optimizer]}, lr {config.lr:g}"
+        f" {config.schedule}, preset {config.preset}",
+        "device": f"{task.device}, {config.precision}, torch {torch.__version__}",
+        "compiled": task.compiling,
+    }
+    if task.placement is not None:
+        found = ranks(task)
+        facts["ranks"] = (
+            f"{found['ranks']}, placement {found['placement']}: a perturbation for each"
+            f" m = {found['m']:g} of {config.batch_size} images"
+        )
+    if config.select != "all":
+        facts["images"] = f"{config.select}, a scan every {config.select_every} epochs"
+    if config.label_noise:
+        facts["label noise"] = f"{config.label_noise:.0%} of the training labels are wrong"
+    return facts
+
+
+def summarise(
+    task: Task, directory: RunDirectory, best: Row, seconds: float, program: str
+) -> dict[str, str]:
+    """Return what the closing summary says of a run.
+
+    `best` is the epoch of the model that it leaves, or empty where an older version wrote
+    the checkpoint.
+    """
+    rows, config = directory.rows() or [best], task.config
+    if not rows[-1]:  # And someone took the log away.
+        return {"files": str(directory.path), "model": str(directory.weights)}
+    best = best or max(rows, key=lambda row: row[chosen(task)])
+    of = "" if config.ema_decay is None else " of the average"
+    test = recorded.column(config, "test")
+    plain = f"plain {BASES[config.optimizer]}"
+    other, compared = ("0", plain) if config.rho else ("0.05", "SAM")
+    where, again = quoted(directory.path), quoted(directory.path / CONFIG_FILE)
+    counted = [row for row in rows if "step" in row]
+    spared = (
+        {"skipped": selection.summarise(task, counted)} if config.select != "all" else {}
+    )
+    return {
+        "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",
+        "best epoch": f"test accuracy{of} {best[test]:.2f} % in epoch"
+        f" {best['epoch']}, chosen by the {task.chosen_by.name} set",
+        "time": f"{seconds:.1f} s, {rows[-1]['images_per_second']:,.0f} images/s",
+        **spared,
+        "files": str(directory.path),
+        "model": str(directory.weights),
+        "picture": str(directory.curves),
+        f"try {compared}": f"{program} --config {again} --rho {other}",
+        "evaluate": f"{program} --eval-only --resume {where}",
+    }

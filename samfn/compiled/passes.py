@@ -1,0 +1,93 @@
+"""The parts of a step that are compiled apart: its passes, and the optimizer."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samfn.compiled.plan import Parts
+from samfn.descend import Optimizer
+from samfn.loss import Loss, LossFn, Pass, as_loss, evaluate
+from samfn.tree import Batch, Params
+
+
+def compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """Return a function as one graph for each shape of its arguments."""
+    return torch.compile(
+        _with_own_code(function), fullgraph=True, dynamic=False, options=dict(options)
+    )
+
+
+class CompiledPasses:
+    """A loss function, compiled once for each set of parameters that it is derived by."""
+
+    def __init__(self, loss_fn: LossFn, options: Mapping[str, Any], plan: Parts) -> None:
+        self._loss_fn, self._options, self.plan = loss_fn, options, plan
+        self._made: dict[Any, Any] = {}
+
+    def __call__(
+        self,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        *,
+        wrt: Collection[str] | None = None,
+        scale: Tensor | None = None,
+    ) -> Pass:
+        """Evaluate the loss function, as `samfn.evaluate` does."""
+        if self.plan == "loss":
+            return evaluate(self._forward(), params, buffers, batch, wrt=wrt, scale=scale)
+        key = wrt if wrt is None else tuple(wrt)
+        if key not in self._made:
+
+            def one(
+                params: Params, buffers: Params, batch: Batch, scale: Tensor | None
+            ) -> Pass:
+                return evaluate(self._loss_fn, params, buffers, batch, wrt=key, scale=scale)
+
+            self._made[key] = compiled(one, self._options)
+        result: Pass = self._made[key](params, buffers, batch, scale)
+        return result
+
+    def _forward(self) -> Loss:
+        """Return the loss function with forward and backward pass compiled."""
+        if "loss" not in self._made:
+            function = as_loss(self._loss_fn).function
+
+            def forward(params: Params, buffers: Params, batch: Batch) -> Any:
+                return function(params, buffers, batch)
+
+            run = compiled(forward, self._options)
+
+            def differentiating(*given: Any) -> AbstractContextManager[Any]:
+                return nullcontext(run(*given))
+
+            self._made["loss"] = Loss(run, differentiating=differentiating)
+        found: Loss = self._made["loss"]
+        return found
+
+    def optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer with its update compiled, once."""
+
+        def update(params: Any, grads: Any, opt_state: Any, lr: Any) -> Any:
+            return optimizer.update(params, grads, opt_state, lr)
+
+        if "optimizer" not in self._made:
+            self._made["optimizer"] = compiled(update, self._options)
+        return optimizer._replace(update=self._made["optimizer"])
+
+
+def _with_own_code(function: Any) -> FunctionType:
+    """Copy a function. Dynamo keeps graphs, and counts them, by their code objects."""
+    copy = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

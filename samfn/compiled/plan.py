@@ -1,0 +1,119 @@
+"""What is compiled, with which options, and whether anything can be."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from samfn.loss import GradientError, LossFn, evaluate
+from samfn.methods.base import Method
+from samfn.modules.lending import ImpureError
+from samfn.step import Metrics, TrainState
+from samfn.tree import Batch
+
+Parts = Literal["whole", "gradient", "loss"]
+Plan = Literal["auto", "whole", "gradient", "loss"]
+Step = Callable[
+    [TrainState, Batch, "float | Tensor", "float | Tensor"], tuple[TrainState, Metrics]
+]
+
+# Above this many operations in one gradient, a CPU spends its time in them: one graph of
+# the whole step is no faster then than one compiled gradient called twice, and takes about
+# twice as long to compile. Measured in bench/results/; between 1e9 and 3e10 both will do.
+ARITHMETIC = 1e10
+# On a CPU. Dynamo's guards have checked what these asserts would check again, and waking a
+# second thread takes as long as a loop over ten thousand numbers. Precompiled headers would
+# stay below /tmp, under a name that everyone can guess, whatever the cache's directory.
+LEAN = {
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "cpp.min_chunk_size": 16384,
+    "cpp_cache_precompile_headers": False,
+}
+# Calls the kernels from C++. On a GPU, a CUDA graph does away with the calls altogether.
+FROM_CPP = {"cpp_wrapper": True}
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Return what torch.compile lacks on this machine, in a few words, or None."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "found no Triton"
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            return "found no C compiler for Triton"
+        return None
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"found no C++ compiler ({compiler})"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "found no headers of Python (Python.h)"
+    return None
+
+
+def choose(
+    wanted: Plan, loss_fn: LossFn, method: Method, state: TrainState, batch: Batch
+) -> Parts:
+    """Return what to compile first.
+
+    Raises:
+        ValueError: the plan is "whole", and the method does not trace.
+    """
+    if wanted == "whole" and not method.traces:
+        raise ValueError('this method does not trace: expected plan "gradient" or "auto"')
+    if wanted != "auto":
+        return wanted
+    try:
+        count = operations(loss_fn, state, batch)
+    except (GradientError, ImpureError):
+        raise
+    except Exception:  # Whatever a model does that needs real values.
+        count = 0
+    if not method.traces:
+        return "gradient"
+    # On a GPU, one graph reads and writes every weight least often.
+    few = state.step.device.type != "cpu" or count <= ARITHMETIC
+    return "whole" if few else "gradient"
+
+
+def operations(loss_fn: LossFn, state: TrainState, batch: Batch) -> int:
+    """Count the floating-point operations of one gradient; nothing is computed.
+
+    Those of matrix products, convolutions and attention count, as in
+    `torch.utils.flop_counter`; a multiply-add is two.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    device = state.step.device
+
+    def as_fake(leaf: Tensor) -> Tensor:
+        with fake:  # What is spread over ranks is known by its shape alone.
+            missing = leaf.device.type == "meta"
+            return torch.empty_like(leaf, device=device) if missing else leaf
+
+    given = dict(state.params), dict(state.buffers), batch
+    arguments = pytree.tree_map_only(
+        Tensor, lambda leaf: fake.from_tensor(as_fake(leaf)), given
+    )
+    with fake, FlopCounterMode(display=False) as counter:
+        evaluate(loss_fn, *arguments)
+    return int(counter.get_total_flops())
+
+
+def candidates(
+    options: Mapping[str, Any] | None, plan: Plan, device: torch.device
+) -> list[Mapping[str, Any]]:
+    """Return the options to try, the fastest first."""
+    if options is not None:
+        return [options]
+    if device.type == "cpu" and plan == "whole":
+        return [LEAN | FROM_CPP, LEAN]  # A few operations cannot be called from C++.
+    return [LEAN if device.type == "cpu" else {}]

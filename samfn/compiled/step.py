@@ -1,0 +1,327 @@
+"""The compiled step: the same arithmetic as `samfn.sam_update`, compiled.
+
+What a step computes is `samfn.step.take_step`, whatever runs it; this decides what is
+compiled, and where the results are kept.
+"""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
+
+from samfn import checks
+from samfn.compiled.cuda_graph import CudaGraphed, StaticState, in_place_of
+from samfn.compiled.passes import CompiledPasses, compiled
+from samfn.compiled.plan import (
+    Parts,
+    Plan,
+    Step,
+    candidates,
+    choose,
+    missing_compiler,
+)
+from samfn.descend import Optimizer
+from samfn.distributed import Placement
+from samfn.loss import Evaluate, LossFn, as_loss, evaluate
+from samfn.methods import sam
+from samfn.methods.base import Method
+from samfn.step import Metrics, TrainState, require_state, take_step
+from samfn.storage.randomness import random_state, set_random_state
+from samfn.tree import Batch
+
+RECOMPUTES = "one graph cannot hold what is computed again (gradient checkpointing)"
+
+
+def compile_update(
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    method: Method = sam(),
+    watch: bool = False,
+    placement: Placement | None = None,
+    plan: Plan = "auto",
+    cuda_graph: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> "CompiledUpdate":
+    """Return the step of `samfn.sam_update`, compiled at its first call.
+
+    The result is called as `step(state, batch, rho=0.05, lr=lr)` and gives the new state
+    and the metrics, equal to those of `sam_update` within rounding. It donates `state`:
+    use the new one only. On a GPU the state stays where it is, in memory that the step
+    made for itself, and is updated in place; on a CPU new tensors are faster.
+
+    Numbers and tensors as dials change without recompiling; so do batches of equal shapes.
+    The number 0 as `rho` has a graph of its own, with one pass; so has each kind of step of
+    a method as `looksam`. Where nothing can be compiled, a warning says why, and the step
+    is that of `sam_update`; so it is for single steps, as of the ninth shape of a batch.
+
+    Args:
+        loss_fn: (params, buffers, batch) -> loss or (loss, Aux), as `supervised` makes.
+        optimizer: the one that the state was made with.
+        method: the one that the state was made with.
+        watch: measure each parameter too, in the same graph, as `Metrics.layers`.
+        placement: of the perturbation on several devices, as for `sam_update`; what the
+            ranks exchange is in the same graph.
+        plan: what is compiled. "whole": the step as one graph. "gradient": one pass,
+            called twice, while the rest of the step runs as it is; half the time to
+            compile. "loss": the loss function, whose graph autograd goes back through, as
+            for gradient checkpointing, which the others cannot hold. "auto" takes
+            "gradient" on a CPU where a pass has more than 1e10 operations, and for methods
+            that do not trace; otherwise "whole"; and what comes next in this list where
+            that cannot be compiled.
+        cuda_graph: record the step as a CUDA graph, and replay it. None does so on a GPU
+            where the method traces.
+        options: of `torch.compile`, instead of those chosen here.
+
+    Raises:
+        TypeError, ValueError: when called, as `sam_update`; or the plan is "whole", and the
+            method does not trace.
+
+    Example::
+
+        step = samfn.compile_update(loss_fn=loss_fn, optimizer=optimizer)
+        for batch in batches:
+            state, metrics = step(state, batch, rho=0.05, lr=0.1)
+    """
+    how: Any = {"plan": plan, "cuda_graph": cuda_graph, "options": options}
+    return CompiledUpdate(loss_fn, optimizer, method, watch, placement, **how)
+
+
+class CompiledUpdate:
+    """A compiled step; see `compile_update`."""
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        optimizer: Optimizer,
+        method: Method,
+        watch: bool,
+        placement: Placement | None,
+        *,
+        plan: Plan,
+        cuda_graph: bool | None,
+        options: Mapping[str, Any] | None,
+    ) -> None:
+        self._loss_fn, self._optimizer, self._method = loss_fn, optimizer, method
+        self._watch, self._placement, self._wanted = watch, placement, plan
+        self._cuda_graph, self._options = cuda_graph, options
+        self._runs: dict[Hashable, Step] = {}
+        self._passes: CompiledPasses | None = None
+        self._owned: StaticState | None = None
+        self._last: TrainState | None = None
+        self._step = 0
+        self._dials: dict[str, tuple[float, Tensor]] = {}
+        self._warned = False
+        self.plan: Parts | Literal["eager"] | None = None
+        """What runs; None until the first call."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: Batch,
+        *,
+        rho: float | Tensor = 0.05,
+        lr: float | Tensor,
+    ) -> tuple[TrainState, Metrics]:
+        """Take one step; `state` is the one that the step before returned, or a new one."""
+        rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
+        if state is not self._last:
+            given: Any = {"loss_fn": self._loss_fn, "optimizer": self._optimizer}
+            require_state(state, **given, placement=self._placement)
+        dials = self._dial("rho", rho, state), self._dial("lr", lr, state)
+        method_kind = self._method.kind
+        # The number is read from a new state, and counted from there: a GPU does not wait.
+        if method_kind is not None and state is not self._last:
+            self._step = int(state.step)
+        kind = method_kind(self._step) if method_kind else None
+        norms = self._placement.norms() if self._placement else nullcontext()
+        with torch.no_grad(), norms:  # Also a caller's own mode would be another graph.
+            if kind in self._runs:
+                result = self._take(kind, state, batch, *dials)
+            else:
+                result = self._start(kind, state, batch, *dials)
+        self._last = result[0]
+        self._step += 1
+        return result
+
+    def _dial(self, name: str, value: float | Tensor, state: TrainState) -> float | Tensor:
+        """Return a 0-d tensor, since a number would be compiled into the graph."""
+        weight = next(iter(state.params.values()))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if isinstance(value, Tensor):
+            return value.to(weight.device, dtype)
+        if name == "rho" and value == 0:
+            return 0.0
+        if self._dials.get(name, (None, None))[0] != value:
+            tensor = torch.full((), value, dtype=dtype, device=weight.device)
+            self._dials[name] = value, tensor
+        return self._dials[name][1]
+
+    def _take(
+        self, kind: Hashable, state: TrainState, batch: Batch, *dials: float | Tensor
+    ) -> tuple[TrainState, Metrics]:
+        """Take a step of a kind that was taken before, maybe of another shape."""
+        try:
+            with _hooks_as_they_are():
+                return self._runs[kind](state, batch, *dials)
+        except Exception as error:
+            if not _is_of_the_compiler(error):
+                raise
+            reason = _reason(error)
+        result = self._eager(kind)(state, batch, *dials)
+        self._warn(f"samfn takes a step uncompiled: {reason}")
+        return result
+
+    def _start(
+        self, kind: Hashable, state: TrainState, batch: Batch, *dials: float | Tensor
+    ) -> tuple[TrainState, Metrics]:
+        """Take the first step of a kind, with the first plan that can be compiled."""
+        device = state.step.device
+        eager: Step = self._eager(kind)
+        result: tuple[TrainState, Metrics] | None = None
+        if not (reason := missing_compiler(device)) and self.plan != "eager":
+            if device.type == "cpu":
+                _import_quietly()
+            random = random_state()
+            for plan, options in self._plans(state, batch, device):
+                run = self._compile(plan, options, device, kind)
+                found, reason = _attempt(run, plan, state, batch, *dials)
+                if found is not None:
+                    self._runs[kind], self.plan = run, plan
+                    return found
+                set_random_state(random)
+                # What is the caller's mistake is told by the caller's code.
+                if result is None:
+                    result = eager(state, batch, *dials)
+                    after = random_state()
+                    set_random_state(random)
+        if self.plan != "eager":
+            self._warn(f"samfn goes on uncompiled: {reason}")
+        self._runs[kind], self.plan = eager, "eager"
+        if result is None:
+            return eager(state, batch, *dials)
+        set_random_state(after)
+        return result
+
+    def _plans(
+        self, state: TrainState, batch: Batch, device: torch.device
+    ) -> Iterator[tuple[Parts, Mapping[str, Any]]]:
+        """Yield what to try, the fastest first."""
+        if self.plan in ("whole", "gradient", "loss"):
+            first: Parts = self.plan
+        else:
+            whole = self._placement.whole if self._placement else dict
+            known = state._replace(params=whole(state.params))
+            first = choose(self._wanted, self._loss_fn, self._method, known, batch)
+        last = first if self._wanted != "auto" else "loss"
+        order: tuple[Parts, ...] = ("whole", "gradient", "loss")
+        for plan in order[order.index(first) : order.index(last) + 1]:
+            for options in candidates(self._options, plan, device):
+                yield plan, options
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+        self._warned = True
+
+    def _eager(
+        self,
+        kind: Hashable,
+        passes: Evaluate | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> Step:
+        run = passes or partial(evaluate, self._loss_fn)
+        optimizer, method = optimizer or self._optimizer, self._method
+        how: Any = {"kind": kind, "watch": self._watch, "placement": self._placement}
+        how["weigh"] = as_loss(self._loss_fn).weigh
+
+        def step(
+            state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
+        ) -> tuple[TrainState, Metrics]:
+            return take_step(state, batch, run, optimizer, method, rho=rho, lr=lr, **how)
+
+        return step
+
+    def _compile(
+        self,
+        plan: Parts,
+        options: Mapping[str, Any],
+        device: torch.device,
+        kind: Hashable,
+    ) -> Step:
+        if self._passes is None or self._passes.plan != plan:
+            self._passes = CompiledPasses(self._loss_fn, options, plan)
+        if device.type != "cuda":
+            if plan != "whole":
+                return self._eager(kind, self._passes)
+            whole: Step = compiled(self._eager(kind), options)
+            return whole
+        if plan == "whole":
+            in_place = compiled(in_place_of(self._eager(kind)), options)
+        else:
+            # Uncompiled, torch.optim's kernels would wait to read lr from the GPU.
+            optimizer = self._passes.optimizer(self._optimizer)
+            in_place = in_place_of(self._eager(kind, self._passes, optimizer))
+        if self._owned is None:
+            records = self._cuda_graph or (self._cuda_graph is None and self._method.traces)
+            self._owned = CudaGraphed() if records else StaticState()
+        return partial(self._owned, in_place)
+
+
+def _attempt(
+    run: Step, plan: Parts, state: TrainState, batch: Batch, *dials: float | Tensor
+) -> tuple[tuple[TrainState, Metrics] | None, str]:
+    """Return what a step gives that was not compiled before, or None and why not."""
+    forbidden = nullcontext() if plan == "loss" else disable_saved_tensors_hooks(RECOMPUTES)
+    try:
+        with _hooks_as_they_are(), forbidden:
+            return run(state, batch, *dials), ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return None, _reason(error)
+
+
+@contextmanager
+def _hooks_as_they_are() -> Iterator[None]:
+    """Leave hooks of saved tensors allowed, or forbidden, as they were.
+
+    A compilation of torch.func that fails leaves them forbidden for the whole process.
+    """
+    told = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        yield
+    except Exception:
+        if told is None:
+            torch._C._autograd._saved_tensors_hooks_enable()
+        else:
+            torch._C._autograd._saved_tensors_hooks_disable(told)
+        raise
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    # By name: they have no class in common, and take a second to import.
+    return type(error).__module__.startswith(("torch._dynamo.", "torch._inductor."))
+
+
+def _reason(error: BaseException) -> str:
+    """Return in one line why something was not compiled."""
+    lines = [line.strip() for line in str(error.__cause__ or error).split("\n")]
+    told = [line for line in lines if line and not line.endswith("raised:")]
+    return told[0] if told else type(error).__name__
+
+
+def _import_quietly() -> None:
+    # At import it warns of a CUDA toolkit without a GPU, which nobody on a CPU asked for.
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    importlib.import_module("torch.utils.cpp_extension")
+    logger.setLevel(level)

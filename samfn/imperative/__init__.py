@@ -1,0 +1,5 @@
+"""SAM for training loops that exist: an optimizer around another, with state in place."""
+
+from samfn.imperative.optimizer import SAM
+
+__all__ = ["SAM"]

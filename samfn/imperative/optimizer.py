@@ -1,0 +1,501 @@
+"""SAM for existing loops: an Optimizer of PyTorch around another, on the pure functions.
+
+New code wants `samfn.sam_update`, which overwrites nothing; this is for loops that are
+written already.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from samfn import checks, tree
+from samfn.imperative.guard import COPY_LATER, Guard, Mark
+from samfn.perturb import rate
+from samfn.tree import Params
+
+Groups = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_any_mode(method: Callable[P, R]) -> Callable[P, R]:
+    """Let a method do the same wherever it is called: compiled, or in inference mode."""
+    # Dynamo would lose what it sets, and has nothing to win on foreach kernels. What is
+    # made in inference mode, as the memory of the base optimizer, could not change later.
+    # As in torch.optim: torch.compiler.disable would import Dynamo here, not when used.
+    disable: Any = _disable_dynamo
+    same: Callable[P, R] = disable(torch.inference_mode(False)(torch.no_grad()(method)))
+    return same
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation around an optimizer of PyTorch.
+
+    first_step: w <- w + e, e = rho T^2 g / ||T g||;  second_step: w back, base optimizer
+
+    T is |w| in groups that are `adaptive`, else 1; one norm over all groups together, in
+    float32 or wider. The interface and the arithmetic are those of davda54/sam::
+
+        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+
+        loss_fn(model(inputs), targets).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_fn(model(inputs), targets).backward()  # a whole forward pass again
+        optimizer.second_step(zero_grad=True)
+
+    Where the two passes see different parameters, each counts for what it saw: one with a
+    gradient in the first pass only is perturbed, put back, and left where it was; one with
+    a gradient in the second only moves by it, unperturbed. Weights are put back exactly,
+    into the memory that they had; before that, see `guard`, `unperturbed` and `restore`.
+    BatchNorm's statistics are the caller's business here.
+
+    Args:
+        params: parameters, or groups of them, as every optimizer of PyTorch takes.
+        base_optimizer: its class, or anything that makes one of groups and `kwargs`.
+        rho: radius of the perturbation, at least 0; groups may have their own.
+            Where it is the number 0 in all of them, `step` with a closure takes one pass.
+        adaptive: perturb each weight in proportion to its size (ASAM with eta = 0 on all
+            parameters); groups may have their own.
+        skip_nonfinite: skip steps in which the gradient of either pass is not finite, as
+            its norm tells: the weights are put back, base optimizer and its state stay as
+            they are, and `skipped` counts it. Makes a GPU wait once a step. After such a
+            first pass the second sees the weights unperturbed, and gives a NaN to one
+            gradient: by it a GradScaler lowers its scale, and under DDP all replicas skip.
+            A GradScaler skips what it finds by itself, with this or without; that counts.
+        kwargs: of the base optimizer.
+
+    Raises:
+        ValueError: a rho is no finite number of at least 0.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, algorithm 1; Kwon et al., 2021,
+        arXiv:2102.11600; interface of github.com/davda54/sam. He adds 1e-12 to the norm,
+        and is 0.5 % short of rho at a norm of 2e-10; here the length is rho, or 0 where
+        the gradient is.
+    """
+
+    # Tells torch.amp.GradScaler to call `step` with `grad_scale` and `found_inf` set, also
+    # where they are infinite: the weights must be put back then, too.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Groups,
+        base_optimizer: Callable[..., torch.optim.Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        skip_nonfinite: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(cast(Any, params), {"rho": rho, "adaptive": adaptive, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        if isinstance(self.base_optimizer, SAM):
+            raise TypeError("expected a base optimizer, got samfn.SAM inside of samfn.SAM")
+        checks.require_base_optimizer(self.base_optimizer)
+        self.defaults.update(self.base_optimizer.defaults)
+        self.base_optimizer.defaults = self.defaults  # Groups may be added to either.
+        self.state = self.base_optimizer.state
+        self.skip_nonfinite = skip_nonfinite
+        self.skipped = 0
+        self._guarded: set[int] = set()  # Parameters, by their identity.
+        self._start()
+
+    def _start(self) -> None:
+        self._clean: dict[Tensor, Tensor] | None = None  # Between the steps: the weights.
+        self._is_aside = False  # Whether the perturbation is, while somebody looks at them.
+        self._used: dict[str, tuple[Tensor, int]] = {}  # Gradients of the step before.
+        self._finite: Tensor | None = None  # Of the first pass, if steps may be skipped.
+        self._mark: Mark | None = None
+        self._asked = False  # For the groups, since the first step; see `param_groups`.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups, which are those of the base optimizer."""
+        # So does a GradScaler to unscale gradients, which shows in nothing else.
+        self._asked = True
+        return self._groups()
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        vars(vars(self).get("base_optimizer", self))["param_groups"] = groups
+
+    def _groups(self) -> list[dict[str, Any]]:
+        owner = vars(vars(self).get("base_optimizer", self))
+        return cast(list[dict[str, Any]], owner["param_groups"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may have a `rho` and `adaptive` of its own.
+
+        Raises:
+            TypeError, ValueError: as the constructor; there is no new group then.
+        """
+        super().add_param_group(param_group)
+        try:
+            _require_usable(self.param_groups[-1])
+            checks.require_plain(self.param_groups[-1]["params"])
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the weights are w + e, as after `first_step`, and not w."""
+        return self._clean is not None and not self._is_aside
+
+    @_in_any_mode
+    def restore(self) -> None:
+        """Put the weights back if they are perturbed, and give up the step.
+
+        For a loop that leaves between the two steps, as in the `finally` of a `try`.
+        """
+        if self._clean is not None:
+            _assign(self._clean)
+        self._clean = None
+        if self._mark is not None:
+            self._mark.end()
+            self._mark = None
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Let the weights be w inside of a `with`, and what they were after it.
+
+        To evaluate, copy or average the model between the two steps. If the step ends
+        inside, the weights stay what it makes of them.
+        """
+        clean = self._clean
+        if clean is None or self._is_aside:
+            yield
+            return
+        perturbed = {p: p.detach().clone() for p in clean}
+        _assign(clean)
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
+            if self._clean is clean:
+                _assign(perturbed)
+
+    def guard(self, model: torch.nn.Module) -> None:
+        """Let nothing be saved of a model, or loaded into it, but its own weights.
+
+        Between the two steps `state_dict` of the model and of its modules then holds w,
+        also in a signal handler; `load_state_dict` calls `restore` first; and to copy or
+        pickle the model is an error. This optimizer's `state_dict` may then be taken, too:
+        from both, training goes on before this step. Buffers are as they are.
+        """
+        Guard(self).watch(model)
+        self._guarded |= {id(p) for p in model.parameters()}
+
+    @_in_any_mode
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Move the weights to the worst point nearby.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or the weights are perturbed already.
+            TypeError, ValueError: a group was given a rho, or else, that is none.
+        """
+        if self._clean is not None:
+            raise RuntimeError(
+                "first_step was called twice: call second_step in between, or restore"
+            )
+        for group in self.param_groups:
+            _require_usable(group)
+        groups = {n: group for n, p, group in self._parameters() if p.grad is not None}
+        params = {name: p for name, p, _ in self._parameters() if name in groups}
+        if not params:
+            raise RuntimeError("no parameter has a gradient: call backward before")
+        # The way up has an entry for every weight, also where the gradient is sparse.
+        up = {name: _dense(p.grad) for name, p in params.items()}
+        metric = {n: params[n].abs() for n, group in groups.items() if group["adaptive"]}
+        up |= _multiplied(metric, up)
+        length = tree.norm_of_any(up)
+        up |= _multiplied(metric, up)
+        up |= {name: -up[name] for name in up if self._maximises(groups[name])}
+        self._finite = length.isfinite() if self.skip_nonfinite else None
+        if self._finite is not None:
+            # The second pass must leave no NaN in BatchNorm's statistics.
+            finite = {name: self._finite.to(way.device) for name, way in up.items()}
+            up = {name: torch.where(finite[name], way, 0.0) for name, way in up.items()}
+        moved = [name for name, group in groups.items() if not _is_zero(group["rho"])]
+        clean = tree.clone(tree.only(params, moved)) if moved else {}
+        self._clean = {params[name]: weight for name, weight in clean.items()}
+        try:
+            for (rho, device), part in tree.parts(
+                tree.only(up, moved), lambda name: (groups[name]["rho"], up[name].device)
+            ):
+                step = tree.scale(part, rate(length.to(device), rho))
+                torch._foreach_add_([params[name] for name in part], list(step.values()))
+        except BaseException:  # As where memory is full.
+            self.restore()
+            raise
+        if zero_grad:
+            self.zero_grad()
+        if self._finite is not None:
+            self._mark = Mark((p for _, p, _ in self._parameters()), self._finite)
+        self._asked = False
+
+    def _maximises(self, group: dict[str, Any]) -> bool:
+        # What is worst for an objective that is maximised is where it is lowest.
+        return bool(getattr(self.base_optimizer, "maximize", group.get("maximize")))
+
+    @_in_any_mode
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Put the weights back, and take the base optimizer's step.
+
+        Raises:
+            RuntimeError: `first_step` was not called before.
+        """
+        self._come_back()
+        self._descend()
+        self._finish(zero_grad)
+
+    @_in_any_mode
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take both steps, or the second one.
+
+        With a closure, which computes the loss, calls backward and returns the loss, this
+        is the whole step, and calls it twice; once after `first_step`, or with a rho of 0
+        in all groups, for the base optimizer's step. For accumulated gradients, it is a
+        closure that goes through all micro-batches. Without one this is `second_step`, as
+        `torch.amp.GradScaler.step` calls it.
+
+        Returns:
+            What the closure returned, the first time that it was called.
+
+        Raises:
+            RuntimeError: there is no closure, and `first_step` was not called; there are
+                gradients of another backward pass, which might be of another batch than
+                the closure's; or the closure came through a GradScaler, or it scaled the
+                first pass alone.
+        """
+        if closure is None:
+            self._scaled_second_step()
+            return None
+        if hasattr(self, "found_inf"):
+            self._refuse(
+                "GradScaler.step cannot take a closure: scaled gradients would be used as"
+                " they are. Call first_step after the first scaled backward pass, and"
+                " scaler.step(optimizer) after the second"
+            )
+        if self._clean is not None:
+            return self._closed(closure)
+        if self._has_new_gradients():
+            self._refuse(
+                "step(closure) found gradients of a backward pass outside of the closure."
+                " If they are of its batch, call first_step(zero_grad=True) before, or"
+                " leave that pass out, since step calls the closure for both. If they are"
+                " accumulated from other batches, the closure has to go through all of them"
+            )
+        one_pass = all(_is_zero(group.get("rho")) for group in self.param_groups)
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+        self.first_step(zero_grad=not one_pass)
+        if one_pass:
+            self.second_step()
+        else:
+            self._closed(closure)
+        return loss
+
+    def _closed(self, closure: Callable[[], Any]) -> Any:
+        """Take the second pass by a closure, and the second step."""
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        except BaseException:
+            self.restore()
+            raise
+        self.second_step()
+        return loss
+
+    def _scaled_second_step(self) -> None:
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            self.second_step()
+            return
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is None and self._clean is not None and not self._asked:
+            self.restore()
+            self._refuse(
+                "scaler.unscale_(optimizer) was called for the first pass, and the second"
+                " is still scaled: call it after the second backward pass, or not at all"
+            )
+        self._come_back()
+        if found_inf:
+            self.skipped += 1
+        else:
+            if scale is not None:
+                for grad in self._grads().values():
+                    grad.mul_(scale.reciprocal().to(grad.device))
+            self._descend()
+        self._finish(zero_grad=False)
+
+    def _descend(self) -> None:
+        """Take the base optimizer's step, unless a gradient is not finite."""
+        if self._finite is None or self._is_finite(self._finite):
+            self.base_optimizer.step()
+        else:
+            self.skipped += 1
+
+    def _is_finite(self, finite: Tensor) -> bool:
+        grads = {name: _dense(grad) for name, grad in self._grads().items()}
+        if grads:
+            finite = finite & tree.norm_of_any(grads).isfinite().to(finite.device)
+        return bool(finite)
+
+    def _grads(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p, _ in self._parameters() if p.grad is not None}
+
+    def _refuse(self, message: str) -> NoReturn:
+        for name in ("grad_scale", "found_inf"):  # GradScaler deletes them, if we return.
+            self.__dict__.pop(name, None)
+        raise RuntimeError(message)
+
+    def _come_back(self) -> None:
+        if self._clean is None:
+            self._refuse(
+                "call first_step, and backward again, before second_step, which step is"
+                " without a closure: SAM takes two passes a step. A loop that calls step"
+                " alone has to give it a closure that computes the loss, calls backward and"
+                " returns the loss"
+            )
+        self.restore()
+
+    def _finish(self, zero_grad: bool) -> None:
+        self._opt_called = True  # What a scheduler looks for, before it warns.
+        if zero_grad:
+            self.zero_grad()
+        self._remember_gradients()
+
+    def _remember_gradients(self) -> None:
+        self._used = {name: (grad, grad._version) for name, grad in self._grads().items()}
+
+    def _has_new_gradients(self) -> bool:
+        """Return whether a backward pass came after the last step."""
+        for name, new in self._grads().items():
+            grad, version = self._used.get(name, (None, 0))
+            if new is not grad or new._version != version:
+                return True
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        self.base_optimizer.zero_grad(set_to_none)
+        self._remember_gradients()
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Yield the parameters, by the names that they have here, with their groups."""
+        for number, group in enumerate(self._groups()):
+            for index, parameter in enumerate(group["params"]):
+                yield f"{number}.{index}", parameter, group
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return settings, the base optimizer's state, and how many steps were skipped.
+
+        Raises:
+            RuntimeError: the weights are perturbed, and not all are of a model that is
+                guarded; see `guard`.
+        """
+        if self.perturbed and not self._guarded.issuperset(map(id, self._clean or ())):
+            raise RuntimeError(
+                "the weights are perturbed, so there is no state to save: call second_step"
+                " before, save inside of `with optimizer.unperturbed()`, or call"
+                " optimizer.guard(model) once"
+            )
+        self.state = self.base_optimizer.state  # It may have loaded one by itself.
+        return {**super().state_dict(), "skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; also one of davda54/sam, which has no momentum in it.
+
+        A state of the base optimizer alone, or of any that has no `rho` and `adaptive` in
+        it, leaves these as they are.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            TypeError, ValueError: the state has a rho, or else, that is none, or is of
+                other groups. Nothing has changed then.
+        """
+        if self._clean is not None:
+            raise RuntimeError(
+                "the weights are perturbed: call restore() before a state is loaded, and"
+                " before the model's weights are"
+            )
+        own, loaded = self.param_groups, state_dict["param_groups"]
+        if len(own) == len(loaded):  # PyTorch says so, if not.
+            loaded = [
+                {"rho": mine.get("rho"), "adaptive": mine.get("adaptive"), **group}
+                for mine, group in zip(own, loaded, strict=True)
+            ]
+            for group in loaded:
+                _require_usable(group)
+        skipped = state_dict.get("skipped", 0)
+        checks.require_count("skipped", skipped, least=0)
+        kept = {
+            index: {name: value for name, value in state.items() if name != "old_p"}
+            for index, state in state_dict["state"].items()
+        }
+        kept = {index: state for index, state in kept.items() if state}
+        super().load_state_dict({**state_dict, "state": kept, "param_groups": loaded})
+        shared = {name: vars(self)[name] for name in ("state", "param_groups")}
+        self.base_optimizer.__setstate__(shared)
+        self.skipped = skipped
+        self._start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied: the base optimizer, too.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        if self.perturbed:
+            raise RuntimeError(f"the weights are perturbed: {COPY_LATER}")
+        own = ("base_optimizer", "skip_nonfinite", "skipped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was copied."""
+        super().__setstate__(state)
+        if "_clean" not in self.__dict__:
+            self._guarded = set()
+            self._start()
+
+
+@_in_any_mode
+def _assign(values: Mapping[Tensor, Tensor]) -> None:
+    """Write values into the memory of their parameters."""
+    if values:
+        torch._foreach_copy_(list(values), list(values.values()))
+
+
+def _require_usable(group: dict[str, Any]) -> None:
+    """Raise unless the settings of a group can be used; a number becomes Python's."""
+    rho = group["rho"] = checks.require_dial("rho", cast(float, group.get("rho")))
+    if isinstance(rho, Tensor) and rho.device.type == "cpu":  # Reading it is free there.
+        checks.require_dial("rho", rho.item())
+    if (adaptive := group.get("adaptive")) not in (True, False):
+        raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
+    if group.get("differentiable"):
+        raise ValueError(
+            "differentiable must be False: samfn.SAM takes its steps outside of autograd"
+        )
+
+
+def _dense(grad: Any) -> Tensor:
+    dense: Tensor = grad if grad.layout is torch.strided else grad.to_dense()
+    return dense
+
+
+def _is_zero(rho: Any) -> bool:
+    # What a tensor holds is not looked at: that would make a GPU wait.
+    return not isinstance(rho, Tensor) and rho == 0
+
+
+def _multiplied(metric: Params, up: Params) -> dict[str, Tensor]:
+    return tree.multiply(metric, up) if metric else {}

@@ -1,0 +1,394 @@
+"""A loss as a value, and its gradient: the first half of every pass.
+
+A loss function takes `(params, buffers, batch)` and returns the loss, a 0-d tensor,
+alone or together with an `Aux`. It reads no other state and changes nothing. Any function
+will do; a `Loss` is one of which more is known.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+from torch.utils import _pytree as pytree
+
+from samfn import checks, tree
+from samfn.batches import length_of
+from samfn.tree import Batch, Params
+
+
+class Aux(NamedTuple):
+    """What a loss function returns beside the loss."""
+
+    outputs: Any
+    """Predictions of the model, or anything else worth reporting; None if nothing."""
+    buffers: Params
+    """The buffers after this pass, same names as before it."""
+    losses: Tensor | None = None
+    """The loss of each example, shape (examples,); their mean is the loss."""
+
+
+REENTRANT = "CheckpointFunctionBackward"  # as autograd calls what it does
+LossFn = Callable[[Params, Params, Batch], "Tensor | tuple[Tensor, Aux]"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss function, and what is known of it; it is called as the function itself."""
+
+    function: LossFn
+    """(params, buffers, batch) -> loss or (loss, Aux)."""
+    check: Callable[[Params, Params], None] = lambda params, buffers: None
+    """(params, buffers): raises where they are not the function's own."""
+    differentiating: Callable[..., AbstractContextManager[Any]] | None = None
+    """(params, buffers, batch, twice=False) -> a context that gives what `function`
+    returns, and in which a backward pass may read again what the forward pass has read; or
+    two of them, with `twice`. None where it is not known whether the function is pure."""
+    weigh: Callable[[Batch], "int | Tensor"] = length_of
+    """batch -> what its loss is a mean over, shape (): the number of examples, or of those
+    that count, or the sum of their weights."""
+
+    def __call__(
+        self, params: Params, buffers: Params, batch: Batch
+    ) -> "Tensor | tuple[Tensor, Aux]":
+        """Evaluate the function."""
+        return self.function(params, buffers, batch)
+
+
+def as_loss(loss_fn: LossFn) -> Loss:
+    """Return a function with what is known of it: of one that is no `Loss`, nothing."""
+    return loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn)
+
+
+class GradientError(ValueError):
+    """A loss depends on no parameter, or on one that is not among those given."""
+
+
+class Pass(NamedTuple):
+    """One evaluation of a loss function and its gradient."""
+
+    loss: Tensor
+    """Shape ()."""
+    outputs: Any
+    """As the loss function returned them, detached."""
+    buffers: Params
+    """The buffers after the pass."""
+    grads: dict[str, Tensor]
+    """Gradient of the loss, names and shapes of the parameters that it was asked for."""
+    losses: Tensor | None = None
+    """The loss of each example, where the loss function tells."""
+
+
+class Evaluate(Protocol):
+    """A loss function that is known, ready to be evaluated."""
+
+    def __call__(
+        self,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        *,
+        wrt: Collection[str] | None = None,
+        scale: Tensor | None = None,
+    ) -> Pass:
+        """Evaluate it, as `evaluate` does."""
+
+
+def evaluate(
+    loss_fn: LossFn,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    *,
+    wrt: Collection[str] | None = None,
+    scale: Tensor | None = None,
+) -> Pass:
+    """Evaluate the loss, its gradient in `params`, and the new buffers.
+
+    A parameter that the loss does not use has gradient zero.
+
+    Args:
+        loss_fn: what is evaluated.
+        params: where.
+        buffers: what `loss_fn` reads beside them.
+        batch: what `loss_fn` takes.
+        wrt: names of the parameters whose gradient is computed, in their order. None is
+            all of them; none of them leaves the backward pass out.
+        scale: multiplies the loss before it is differentiated, and divides the gradients,
+            so that those of float16 activations neither vanish nor overflow on the way.
+
+    Raises:
+        TypeError: `loss_fn` returned neither a loss nor a pair of loss and `Aux`.
+        ValueError: the loss is no floating-point scalar, or the buffers changed in names,
+            shapes or dtypes.
+        GradientError: the loss depends on none of the parameters.
+        RuntimeError: `loss_fn` changes a tensor that it was not given.
+    """
+    loss_fn = as_loss(loss_fn)
+    names = tuple(params if wrt is None else wrt)
+    given = params, buffers, batch
+    if not names:
+        with torch.no_grad():
+            loss, aux = loss_and_aux(loss_fn.function(*given), buffers)
+            grads: dict[str, Tensor] = {}
+    # torch.func refuses a function that changes what it captured, such as a module's own
+    # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
+    # the operations of a small network; a function that is known to be pure is spared it.
+    elif loss_fn.differentiating and not torch.compiler.is_compiling():
+        loss, aux, grads = _by_autograd(loss_fn.differentiating, *given, names, scale)
+    else:
+        loss, aux, grads = _by_func(loss_fn.function, *given, names, scale)
+    if wrt is None and not grads:
+        raise GradientError(
+            f"the loss depends on none of the parameters ({checks.some([*params])}): it"
+            " must be computed from the `params` that the loss function is given"
+        )
+    if scale is not None and grads:
+        grads = tree.scale(grads, scale.reciprocal())
+    grads = {
+        name: grads[name] if name in grads else torch.zeros_like(params[name])
+        for name in names
+    }
+    return Pass(loss, aux.outputs, dict(aux.buffers), grads, aux.losses)
+
+
+Evaluated = tuple[Tensor, Aux, dict[str, Tensor]]
+"""Loss, what came beside it, and the gradient: of those parameters that the loss reaches,
+or of all if it reaches any; detached."""
+
+
+def _by_autograd(
+    differentiating: Callable[..., AbstractContextManager[Any]],
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    names: Collection[str],
+    scale: Tensor | None,
+) -> Evaluated:
+    if torch.is_inference_mode_enabled():
+        raise GradientError(
+            "under torch.inference_mode() there are no gradients: leave it out here"
+        )
+    # All of them require grad, as a model may ask its parameters whether they do.
+    leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
+    asked = {name: leaves[name] for name in names}
+    given = leaves, buffers, own_leaves(batch)
+    with torch.enable_grad(), differentiating(*given) as returned:
+        loss, aux = loss_and_aux(returned, buffers)
+        if loss.requires_grad:
+            nodes = graph(loss)
+            _require_known(nodes, leaves)
+            # A reentrant checkpoint gives gradients to all that it recomputes, or to none.
+            inputs = None if is_reentrant(nodes) else [*asked.values()]
+            torch.autograd.backward(loss if scale is None else loss * scale, inputs=inputs)
+    grads = {
+        name: dense(leaf.grad) for name, leaf in asked.items() if leaf.grad is not None
+    }
+    return loss.detach(), pytree.tree_map(_detached, aux), grads
+
+
+def graph(loss: Tensor) -> set[Any]:
+    """Return the nodes of the graph that a backward pass from `loss` goes through."""
+    seen: set[Any] = set()
+    ahead: list[Any] = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return seen
+
+
+def is_reentrant(nodes: Iterable[Any]) -> bool:
+    """Return whether one of them computes a part of the forward pass again, reentrantly."""
+    return any(type(node).__name__ == REENTRANT for node in nodes)
+
+
+def _require_known(nodes: Iterable[Any], leaves: Params) -> None:
+    """Raise where a graph ends in a parameter that is none of the leaves.
+
+    Raises:
+        GradientError: its gradient would be lost.
+    """
+    ends = [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad"]
+    own = {id(leaf) for leaf in leaves.values()}
+    for end in ends:
+        if id(end) not in own and isinstance(end, torch.nn.Parameter):
+            raise GradientError(
+                "the loss depends on a parameter that is not in params, of shape"
+                f" {tuple(end.shape)}: make it a part of the model, or let it not require"
+                " grad"
+            )
+
+
+def own_leaves(batch: Batch) -> Batch:
+    """Return a batch whose gradients, if it asks for some, are not the caller's."""
+
+    def own(leaf: Tensor) -> Tensor:
+        return leaf.detach().requires_grad_() if leaf.requires_grad else leaf
+
+    if isinstance(batch, tuple) and all(
+        isinstance(part, Tensor) and not part.requires_grad for part in batch
+    ):
+        return batch  # Nearly always, and sooner seen than gone through.
+    return pytree.tree_map_only(Tensor, own, batch)
+
+
+def dense(gradient: Any) -> Tensor:
+    """Return a gradient as a strided tensor."""
+    strided: Tensor = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    return strided
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+
+
+def _by_func(
+    function: LossFn,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    names: Collection[str],
+    scale: Tensor | None,
+) -> Evaluated:
+    around: list[Any] = []
+
+    def objective(leaves: Params) -> tuple[Tensor, list[Tensor]]:
+        returned = function({**params, **leaves}, buffers, batch)
+        loss, aux = loss_and_aux(returned, buffers)
+        flat, structure = pytree.tree_flatten((loss, aux))
+        # torch.func lets tensors through and nothing else; the rest goes around it.
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        is_tensor = [isinstance(leaf, Tensor) for leaf in flat]
+        around[:] = others, is_tensor, structure, loss.requires_grad
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        return loss if scale is None else loss * scale, tensors
+
+    with explained():
+        grads, (_, tensors) = grad_and_value(objective, has_aux=True)(
+            {name: params[name] for name in names}
+        )
+    others, is_tensor, structure, reached = around
+    through = iter(tensors)
+    flat = [
+        next(through) if through_it else other
+        for other, through_it in zip(others, is_tensor, strict=True)
+    ]
+    loss, aux = pytree.tree_unflatten(flat, structure)
+    return loss, aux, grads if reached else {}
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do where torch.func meets a function that recomputes."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error)
+        if "saved tensor hooks" not in told and "setup_context" not in told:
+            raise
+        raise RuntimeError(
+            "torch.func cannot differentiate this loss function, which recomputes (gradient"
+            " checkpointing) or has an autograd.Function of the old form. A loss of"
+            " samfn.supervised(model, criterion) needs no torch.func: give it to the step"
+            " as it is, and put what you add to it into the criterion"
+        ) from error
+
+
+def l2_regularized(
+    loss_fn: LossFn, weight_decay: float, *, without: Collection[str] = ()
+) -> Loss:
+    """Return the loss function with weight decay inside the loss.
+
+    loss(w) + weight_decay / 2 * ||w||^2
+
+    The decay then bends the ascent direction too, as in the original SAM code; a
+    `weight_decay` of the optimizer acts on the descent alone. Use one of them.
+
+    Args:
+        loss_fn: loss(w).
+        weight_decay: in units of loss per squared weight; at least 0.
+        without: names of parameters that do not decay, as `samfn.no_decay_parameters`
+            gives; where all are, nothing does.
+
+    Raises:
+        ValueError: `weight_decay` is negative; in a step, `without` names what is no
+            parameter.
+
+    Source:
+        github.com/google-research/sam, sam_jax/training_utils/flax_training.py.
+    """
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    spared = frozenset(without)
+
+    loss_fn = as_loss(loss_fn)
+
+    def penalised(returned: Any, params: Params, buffers: Params) -> tuple[Tensor, Aux]:
+        loss, aux = loss_and_aux(returned, buffers)
+        decaying = [w for name, w in params.items() if name not in spared]
+        if not decaying:
+            return loss, aux
+        penalty = weight_decay / 2 * _sum_of_squares(decaying)
+        if aux.losses is not None:
+            aux = aux._replace(losses=aux.losses + penalty)
+        return loss + penalty, aux
+
+    def regularized(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+        returned = loss_fn.function(params, buffers, batch)
+        return penalised(returned, params, buffers)
+
+    def check(params: Params, buffers: Params) -> None:
+        checks.require_names_of(params, spared, what="without")
+        loss_fn.check(params, buffers)
+
+    @contextmanager
+    def differentiating(
+        params: Params, buffers: Params, batch: Batch, **how: bool
+    ) -> Iterator[Any]:
+        inner = cast(Any, loss_fn.differentiating)
+        with inner(params, buffers, batch, **how) as returned:
+            yield penalised(returned, params, buffers)
+
+    return replace(
+        loss_fn,
+        function=regularized,
+        check=check,
+        differentiating=differentiating if loss_fn.differentiating else None,
+    )
+
+
+def _sum_of_squares(leaves: list[Tensor]) -> Tensor:
+    wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in leaves]
+    return torch.stack([w.square().sum() for w in wide]).sum()
+
+
+def loss_and_aux(returned: Any, buffers: Params) -> tuple[Tensor, Aux]:
+    """Return what a loss function returned, as a pair.
+
+    Raises:
+        TypeError: it is neither a loss nor a pair of loss and `Aux`.
+        ValueError: the loss is no floating-point scalar, or the buffers changed in names,
+            shapes or dtypes.
+    """
+    match returned:
+        case Tensor():
+            loss, aux = returned, Aux(None, buffers)
+        case (Tensor() as loss, Aux() as aux):
+            pass
+        case _:
+            raise TypeError(
+                "loss_fn must return a loss or (loss, Aux(outputs, buffers)),"
+                f" got {type(returned).__name__}"
+            )
+    if loss.ndim != 0 or not loss.is_floating_point():
+        raise ValueError(
+            "loss_fn must return a floating-point scalar loss, got shape"
+            f" {tuple(loss.shape)} and {loss.dtype}: reduce it, as with .mean()"
+        )
+    checks.require_same_layout(buffers, aux.buffers, names="buffers and new buffers")
+    return loss, aux

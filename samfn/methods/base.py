@@ -1,0 +1,174 @@
+"""What a method is: a direction, a metric, the passes of a step, and their combination.
+
+A method is a value, a few pure functions. Those of the literature are in `methods`, and
+what turns methods into others in `combinators`.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from samfn import tree
+from samfn.batches import first_rows, length_of
+from samfn.loss import Evaluate, Pass
+from samfn.perturb import Perturb, perturb
+from samfn.tree import Batch, Params
+
+MethodState = Mapping[str, Any]  # tensors, and mappings of names to tensors
+
+
+class Point(NamedTuple):
+    """Where a step starts, and how far and how it looks around."""
+
+    params: Params
+    buffers: Params
+    batch: Batch
+    rho: float | Tensor
+    moved: tuple[str, ...]
+    """Names of the parameters that are perturbed."""
+    share: float = 1.0
+    """Share of the batch that the ascent looks at; the first rows of it."""
+    kind: Hashable = None
+    """Which of the method's kinds of step this is."""
+    weigh: Callable[[Batch], int | Tensor] = length_of
+    """What the loss of a batch is a mean over, as `Loss.weigh`."""
+
+
+class Descent(NamedTuple):
+    """The gradient that descends, and what was seen on the way to it."""
+
+    grads: dict[str, Tensor]
+    clean: Pass
+    """The pass at the parameters: loss, outputs, buffers and gradient there."""
+    perturbed_loss: Tensor
+    perturbation_norm: Tensor
+    """Euclidean length of the perturbation, shape (), in units of the weights."""
+    beside: dict[str, Tensor] | None = None
+    """A direction that goes past the optimizer: w <- w - lr beside."""
+    grad_norm: Tensor | None = None
+    """Mean of the clean gradients' norms, where several perturbations were found."""
+
+
+Descended = tuple[Descent, MethodState]
+
+
+class Method(NamedTuple):
+    """A way from a batch to the gradient that descends."""
+
+    init: Callable[[Params, Params], MethodState]
+    """(params, those of them that are perturbed) -> what the method remembers."""
+    descent: Callable[[Evaluate, Point, MethodState], Descended]
+    """(evaluate, point, memory) -> (Descent, memory)."""
+    kind: Callable[[int], Hashable] | None = None
+    """Number of a step -> `Point.kind`, for methods whose steps differ in their passes.
+    Each kind is compiled on its own."""
+    settle: Callable[[Tensor, MethodState, MethodState], MethodState] = tree.select
+    """(finite, new memory, old memory) -> what is remembered of a step."""
+    traces: bool = True
+    """Whether `descent` is made of operations that a graph can hold."""
+
+
+class Direction(NamedTuple):
+    """Which way is up, in the light of the steps before."""
+
+    init: Callable[[Params], MethodState]
+    """perturbed parameters -> what is remembered."""
+    update: Callable[[Params, MethodState], tuple[dict[str, Tensor], MethodState]]
+    """(gradient of the clean pass, memory) -> (direction, memory)."""
+
+
+Combined = tuple[dict[str, Tensor], dict[str, Tensor] | None]
+Combine = Callable[[Params, Params], Combined]
+
+uphill = Direction(lambda moved: {}, lambda grads, memory: (dict(grads), memory))
+
+
+def two_pass(
+    metric: Perturb = perturb,
+    direction: Direction = uphill,
+    combine: Combine | None = None,
+) -> Method:
+    """Return the method that looks up the slope, moves there, and looks again.
+
+    Args:
+        metric: (params, direction, rho) -> the worst point within rho.
+        direction: from the gradient of the clean pass to the way up.
+        combine: (clean gradient, perturbed gradient) -> (what descends, and what descends
+            past the optimizer). None is the perturbed gradient alone; the clean pass then
+            differentiates only what is perturbed.
+    """
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        clean = look(evaluate, point, everywhere=combine is not None)
+        up, memory = direction.update(tree.only(clean.grads, point.moved), memory)
+        if is_number_zero(point.rho):
+            return unperturbed(clean), memory
+        perturbed, length = move(metric, point, up)
+        worst = evaluate(perturbed, point.buffers, point.batch)
+        seen = Descent(worst.grads, clean, worst.loss, length)
+        if combine is not None:
+            grads, beside = combine(clean.grads, worst.grads)
+            seen = seen._replace(grads=grads, beside=beside)
+        return seen, memory
+
+    return Method(lambda params, moved: direction.init(moved), descent)
+
+
+def look(evaluate: Evaluate, point: Point, *, everywhere: bool = False) -> Pass:
+    """Take the clean pass, on the ascent's share of the batch.
+
+    Args:
+        evaluate: the loss function.
+        point: where.
+        everywhere: differentiate by all parameters, and not only by what is perturbed.
+    """
+    params, buffers, batch, rho, moved, share, *_ = point
+    if is_number_zero(rho):  # No other pass will follow.
+        return evaluate(params, buffers, batch)
+    if share < 1:
+        batch = first_rows(batch, share)
+    wrt = None if everywhere or len(moved) == len(params) else moved
+    return evaluate(params, buffers, batch, wrt=wrt)
+
+
+def move(
+    metric: Perturb,
+    point: Point,
+    direction: Params,
+    *,
+    start: Params | None = None,
+    rho: float | Tensor | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the perturbed parameters, and how far they are from those of the point.
+
+    Args:
+        metric: (params, direction, rho) -> the worst point within rho.
+        point: has the parameters, and what of them moves.
+        direction: names of `point.moved`.
+        start: parameters to move from; None is those of the point.
+        rho: how far; None is as far as the point says.
+    """
+    there = tree.only(start or point.params, point.moved)
+    moved = metric(there, direction, point.rho if rho is None else rho)
+    length = tree.norm(tree.subtract(moved, tree.only(point.params, point.moved)))
+    return {**point.params, **moved}, length
+
+
+def plain(evaluate: Evaluate, point: Point) -> Descent:
+    """Take the step of the base optimizer: one pass, no perturbation."""
+    return unperturbed(evaluate(point.params, point.buffers, point.batch))
+
+
+def unperturbed(clean: Pass) -> Descent:
+    """Return what descends where nothing was perturbed."""
+    return Descent(clean.grads, clean, clean.loss, torch.zeros_like(clean.loss))
+
+
+def is_number_zero(rho: float | Tensor) -> bool:
+    """Return whether a step is not to be perturbed, as far as that can be seen.
+
+    What a tensor holds is not looked at: a graph has one shape for every rho.
+    """
+    return not isinstance(rho, Tensor) and rho == 0

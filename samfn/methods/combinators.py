@@ -1,0 +1,419 @@
+"""Combinators: from a method to another one, whatever it is."""
+
+import random
+from collections.abc import Callable, Collection, Hashable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from samfn import checks, tree
+from samfn.batches import cut
+from samfn.loss import Evaluate, Pass
+from samfn.methods.base import Descended, Descent, Method, MethodState, Point, plain
+from samfn.perturb import Adapts
+from samfn.tree import Batch, Params
+
+Statistics = Literal["in turn", "averaged"]
+
+SCALE, GOOD = "loss_scale", "loss_scale_finite_steps"  # in the memory of `loss_scaled`
+SMALLEST = 2.0**-24  # scale; at 0 it would never grow again
+
+
+def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn") -> Method:
+    """Evaluate in micro-batches of `size` examples, with one perturbation for them all.
+
+    Each gradient is the mean over the micro-batches, weighted by what their losses are
+    means over: the same step as on the whole batch, in less memory. Only BatchNorm sees
+    the difference: it normalises by each micro-batch.
+
+    Args:
+        method: any method.
+        size: examples in a micro-batch; the last one may be smaller.
+        statistics: what becomes of the buffers, as for `per_micro_batch`.
+    """
+    checks.require_count("size", size)
+    _require_statistics(statistics)
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        def evaluate_all(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            total: Pass | None = None
+            seen = []
+            for micro_batch, rows, weight in _parts(batch, size, point.weigh):
+                part = evaluate(params, buffers, micro_batch, **how)
+                total = _add_pass(total, part, weight)
+                seen.append((part.buffers, rows))
+                if statistics == "in turn":
+                    buffers = part.buffers
+            joined = _joined(total)
+            averaged = statistics == "averaged"
+            return joined._replace(buffers=_averaged(seen)) if averaged else joined
+
+        return method.descent(evaluate_all, point, memory)
+
+    return method._replace(descent=descent)
+
+
+def per_micro_batch(
+    method: Method, size: int, *, statistics: Statistics = "in turn"
+) -> Method:
+    """Perturb for each micro-batch of `size` examples on its own (m-sharpness).
+
+    descend with the mean over micro-batches B_j of grad L_j(w + e_j), e_j from L_j alone
+
+    The mean is weighted by what the losses are means over. Metrics are means too; outputs
+    are concatenated, and scalars among them averaged. BatchNorm normalises by each
+    micro-batch.
+
+    Args:
+        method: any method.
+        size: m, the examples in a micro-batch; the last one may be smaller. The whole
+            batch gives back `method`.
+        statistics: what becomes of the buffers, and of what the method remembers. "in
+            turn": they pass through the clean passes one after the other, so that BatchNorm
+            counts each micro-batch. "averaged": each starts from those before the step, and
+            their mean is kept, so that the step counts once, as on several devices.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, section 4.1; Andriushchenko and
+        Flammarion, 2022, arXiv:2206.06232.
+    """
+    checks.require_count("size", size)
+    _require_statistics(statistics)
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        total: Descent | None = None
+        buffers, seen, memories = point.buffers, [], []
+        for micro_batch, rows, weight in _parts(point.batch, size, point.weigh):
+            part, new = method.descent(
+                evaluate, point._replace(batch=micro_batch, buffers=buffers), memory
+            )
+            total = _add_descent(total, part, weight)
+            seen.append((part.clean.buffers, rows))
+            memories.append((new, rows))
+            if statistics == "in turn":
+                buffers, memory = part.clean.buffers, new
+        assert total is not None  # There is at least one micro-batch.
+        clean = _joined(total.clean)
+        if statistics == "averaged":
+            clean, memory = clean._replace(buffers=_averaged(seen)), _averaged(memories)
+        return total._replace(clean=clean), memory
+
+    return method._replace(descent=descent)
+
+
+def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Method:
+    """Perturb some of the parameters only; all of them descend.
+
+    For `sam`: e = rho g_S / ||g_S|| on the parameters of S, 0 elsewhere
+
+    SAM-ON is `on_parameters(sam(), samfn.norm_parameters(model))`. The ascent then has no
+    gradient of the other weights to compute, unless the method compares both gradients;
+    `metrics.grad_norm` is over those that it computes. A small S wants a large rho.
+
+    Args:
+        method: any method.
+        which: names, a pattern as "layer?.*.bias" in the manner of a shell, or a function
+            of a name and its tensor.
+
+    Raises:
+        ValueError: when a state is made, `which` holds for no parameter.
+
+    Source:
+        Mueller et al., 2023, arXiv:2306.04226, for normalisation layers alone.
+    """
+
+    def chosen(params: Params, moved: Collection[str]) -> tuple[str, ...]:
+        if isinstance(which, str):
+            names: tuple[str, ...] = _matching(which, tuple(moved))
+            return names
+        if callable(which):
+            return tuple(name for name in moved if which(name, params[name]))
+        return tuple(name for name in moved if name in which)
+
+    def init(params: Params, moved: Params) -> MethodState:
+        names = chosen(params, moved)
+        if not names:
+            raise ValueError(
+                f"on_parameters: {which!r} is none of the {len(moved)} parameters"
+                f" {', '.join([*moved][:5])}, ..."
+            )
+        return method.init(params, tree.only(moved, names))
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        names = chosen(point.params, point.moved)
+        return method.descent(evaluate, point._replace(moved=names), memory)
+
+    return method._replace(init=init, descent=descent)
+
+
+def every(method: Method, k: int) -> Method:
+    """Take the method's step every k steps, and the base optimizer's in between.
+
+    The first step is the method's. 1 + 1/k gradients a step for `sam`. A rho that is the
+    number 0 for a part of the training keeps the method to the other part.
+
+    Args:
+        method: any method, but not `loss_scaled`, which goes around.
+        k: steps from one to the next; 1 gives back `method`.
+
+    Source:
+        The `interval` of mosaicml/composer, composer/algorithms/sam.
+    """
+    checks.require_count("k", k)
+    _require_no_scale(method, "every")
+
+    def kind(step: int) -> Hashable:
+        if step % k:
+            return "plain"
+        return method.kind(step // k) if method.kind else None
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        if point.kind == "plain":
+            return plain(evaluate, point), memory
+        return method.descent(evaluate, point, memory)
+
+    return method._replace(descent=descent, kind=kind)
+
+
+def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
+    """Find the perturbation on a part of the batch, and descend on all of it.
+
+    g of the first rows of the batch, that share of them, rounded up
+
+    1 + share gradients a step. The clean pass sees that part alone, and so do the metrics
+    and BatchNorm's statistics that come from it: `metrics.outputs` has its rows.
+
+    Args:
+        method: any method that compares no single examples, as `esam` does.
+        share: in (0, 1]; 1 gives back `method`.
+
+    Source:
+        Bahri et al., 2022, arXiv:2110.08529, section 4; share = 1/4 there.
+    """
+    checks.require_share("share", share)
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        part = point._replace(share=point.share * share)
+        return method.descent(evaluate, part, memory)
+
+    return method._replace(descent=descent)
+
+
+def same_randomness(method: Method) -> Method:
+    """Draw the same random numbers, as for dropout, in every pass of a step.
+
+    The original SAM code does so; a plain PyTorch loop draws anew in each pass. Put it
+    inside of `accumulated` and `per_micro_batch`: around them, it would give every
+    micro-batch the same mask. It reads the state of the generators (PyTorch's for the CPU
+    and the device, NumPy's and Python's global ones), which no graph can hold:
+    `samfn.compile_update` compiles the gradient alone then.
+    """
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        device = next(iter(point.params.values())).device
+        before = _random_state(device)
+
+        def replay(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            _set_random_state(device, before)
+            return evaluate(params, buffers, batch, **how)
+
+        return method.descent(replay, point, memory)
+
+    return method._replace(descent=descent, traces=False)
+
+
+def loss_scaled(
+    method: Method,
+    initial: float = 2.0**16,
+    *,
+    growth: float = 2.0,
+    backoff: float = 0.5,
+    interval: int = 2000,
+) -> Method:
+    """Scale the loss while it is differentiated, for activations in float16.
+
+    g = grad (s L) / s in every pass of a step, with one s
+
+    Gradients of float16 activations below 6e-8 would be 0, and above 65504 infinite. s
+    stands in the state's memory of the method, as "loss_scale". A step that is not finite
+    changes no parameter, and s is multiplied by `backoff`; after `interval` finite steps
+    in a row by `growth`. bfloat16 needs none of this.
+
+    Args:
+        method: any method.
+        initial: s at first.
+        growth: at least 1.
+        backoff: between 0 and 1.
+        interval: in steps.
+
+    Source:
+        Micikevicius et al., 2018, arXiv:1710.03740, section 3.2; numbers as in
+        `torch.amp.GradScaler`.
+    """
+    if not (initial > 0 and growth >= 1 and 0 < backoff < 1):
+        raise ValueError(
+            "expected initial > 0, growth >= 1 and 0 < backoff < 1, got"
+            f" {initial}, {growth} and {backoff}"
+        )
+    checks.require_count("interval", interval)
+    _require_no_scale(method, "loss_scaled")
+
+    def init(params: Params, moved: Params) -> MethodState:
+        device = next(iter(params.values())).device
+        own = {
+            SCALE: torch.tensor(float(initial), device=device),
+            GOOD: torch.zeros((), dtype=torch.int64, device=device),
+        }
+        return {**method.init(params, moved), **own}
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        def scaled(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            return evaluate(params, buffers, batch, scale=memory[SCALE], **how)
+
+        seen, inner = method.descent(scaled, point, _without_scale(memory))
+        return seen, {**inner, SCALE: memory[SCALE], GOOD: memory[GOOD]}
+
+    def settle(finite: Tensor, new: MethodState, old: MethodState) -> MethodState:
+        scale, good = old[SCALE], old[GOOD] + 1
+        grown = torch.where(good < interval, scale, scale * growth)
+        own = {
+            SCALE: torch.where(finite, grown, scale * backoff).clamp(min=SMALLEST),
+            GOOD: torch.where(finite, good % interval, 0),
+        }
+        inner = method.settle(finite, _without_scale(new), _without_scale(old))
+        return {**inner, **own}
+
+    return method._replace(init=init, descent=descent, settle=settle)
+
+
+def _require_no_scale(method: Method, name: str) -> None:
+    if method.settle is not tree.select:
+        raise ValueError(f"{name} goes inside of loss_scaled, not around it")
+
+
+def _without_scale(memory: MethodState) -> MethodState:
+    return {key: value for key, value in memory.items() if key not in (SCALE, GOOD)}
+
+
+def _matching(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if fnmatchcase(name, pattern))
+
+
+# As torch.compiler.assume_constant_result says it, which would import Dynamo.
+_matching._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _require_statistics(statistics: Statistics) -> None:
+    if statistics not in ("in turn", "averaged"):
+        raise ValueError(f'statistics must be "in turn" or "averaged", got {statistics!r}')
+
+
+def _parts(
+    batch: Batch, size: int, weigh: Callable[[Batch], int | Tensor]
+) -> list[tuple[Batch, float, float | Tensor]]:
+    """Return the micro-batches, each with its share of the rows and of what counts."""
+    parts = cut(batch, size)
+    weights = [weigh(part) for part, _ in parts]
+    if not any(isinstance(weight, Tensor) for weight in weights):
+        return [(part, share, share) for part, share in parts]
+    total = sum(weights)
+    return [
+        (part, share, weight / total)
+        for (part, share), weight in zip(parts, weights, strict=True)
+    ]
+
+
+def _averaged(parts: list[tuple[Any, float]]) -> Any:
+    """Return the weighted mean of nested mappings; whole numbers are alike in all."""
+    first = parts[0][0]
+    if isinstance(first, Mapping):
+        return {
+            key: _averaged([(part[key], weight) for part, weight in parts]) for key in first
+        }
+    if not first.is_floating_point():
+        return first
+    return torch.stack([weight * part for part, weight in parts]).sum(0)
+
+
+def _add_pass(total: Pass | None, part: Pass, weight: float | Tensor) -> Pass:
+    """Add a micro-batch to the weighted mean; outputs are gathered in a list."""
+    return Pass(
+        loss=_add(total and total.loss, part.loss, weight),
+        outputs=[*(total.outputs if total else ()), (part.outputs, weight)],
+        buffers=part.buffers,
+        grads=_add_tree(total and total.grads, part.grads, weight),
+        losses=_cat(total and total.losses, part.losses),
+    )
+
+
+def _add_descent(total: Descent | None, part: Descent, weight: float | Tensor) -> Descent:
+    norm = total and total.perturbation_norm
+    return Descent(
+        grads=_add_tree(total and total.grads, part.grads, weight),
+        clean=_add_pass(total and total.clean, part.clean, weight),
+        perturbed_loss=_add(total and total.perturbed_loss, part.perturbed_loss, weight),
+        perturbation_norm=_add(norm, part.perturbation_norm, weight),
+        beside=part.beside and _add_tree(total and total.beside, part.beside, weight),
+    )
+
+
+def _cat(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    return part if total is None or part is None else torch.cat([total, part])
+
+
+def _counting(part: Tensor, weight: float | Tensor) -> Tensor:
+    # What has no weight is the mean of nothing, NaN, which a weight of 0 would not remove.
+    return torch.where(weight > 0, part, 0) if isinstance(weight, Tensor) else part
+
+
+def _add(total: Tensor | None, part: Tensor, weight: float | Tensor) -> Tensor:
+    part = _counting(part, weight) * weight
+    return part if total is None else total + part
+
+
+def _add_tree(
+    total: dict[str, Tensor] | None, part: dict[str, Tensor], weight: float | Tensor
+) -> dict[str, Tensor]:
+    if not part:
+        return {}
+    part = {name: _counting(leaf, weight) for name, leaf in part.items()}
+    if total is None:
+        return tree.scale(part, weight)
+    return tree.add_scaled(total, weight, part)
+
+
+def _joined(total: Pass | None) -> Pass:
+    """Make one tree of the gathered outputs: scalars averaged, tensors concatenated."""
+    assert total is not None  # There is at least one micro-batch.
+    outputs, weights = zip(*total.outputs, strict=True)
+
+    def join(*parts: Any) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if parts[0].ndim:
+            return torch.cat(parts)
+        each = [_counting(p, w) * w for p, w in zip(parts, weights, strict=True)]
+        return torch.stack(each).sum()
+
+    return total._replace(outputs=pytree.tree_map(join, *outputs))
+
+
+def _random_state(device: torch.device) -> tuple[Any, ...]:
+    """Return the states of the generators that a pass on a device may draw from."""
+    state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    if device.type == "cpu":
+        return state
+    return *state, torch.get_device_module(device).get_rng_state(device)
+
+
+def _set_random_state(device: torch.device, state: tuple[Any, ...]) -> None:
+    of_python, of_numpy, of_torch, *of_device = state
+    random.setstate(of_python)
+    numpy.random.set_state(of_numpy)
+    torch.set_rng_state(of_torch)
+    if of_device:
+        torch.get_device_module(device).set_rng_state(of_device[0], device)

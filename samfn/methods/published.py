@@ -1,0 +1,435 @@
+"""The methods of the literature: how a batch becomes the gradient that descends.
+
+To add one, write a function here that returns a `Method`; most are a `two_pass` with a
+metric, a direction or a combination of their own. In the formulas, L is the loss of the
+batch, g = grad L(w), and <- is what goes to the base optimizer.
+"""
+
+from functools import partial
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from samfn import checks, tree
+from samfn.batches import length_of
+from samfn.loss import Evaluate, Pass
+from samfn.methods.base import (
+    Combined,
+    Descended,
+    Descent,
+    Direction,
+    Method,
+    MethodState,
+    Point,
+    is_number_zero,
+    look,
+    move,
+    plain,
+    two_pass,
+    unperturbed,
+)
+from samfn.perturb import (
+    Adapts,
+    Perturb,
+    perturb,
+    perturb_adaptive,
+    perturb_fisher,
+)
+from samfn.tree import Params
+
+
+def sam() -> Method:
+    """Sharpness-aware minimisation: descend with the gradient at the worst point nearby.
+
+    e = rho g / ||g||;  <- grad L(w + e)
+
+    Two gradients a step, one where rho is the number 0. rho = 0.05 is a good start.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, algorithm 1.
+    """
+    return two_pass()
+
+
+def asam(eta: float = 0.01, *, adapts: Adapts | None = None) -> Method:
+    """Adaptive SAM: the ball is measured relative to the size of each weight.
+
+    e = rho T^2 g / ||T g||, T = |w| + eta;  <- grad L(w + e)
+
+    Two gradients a step. rho = 0.5 is the official start for CIFAR-10; with
+    `adapts=everything` and `eta=0`, the form of davda54/sam, it is 2.
+
+    Args:
+        eta: smallest T, in units of w.
+        adapts: which parameters T adapts to, as in `samfn.perturb_adaptive`.
+
+    Source:
+        Kwon et al., 2021, arXiv:2102.11600, algorithm 1.
+    """
+    return two_pass(partial(perturb_adaptive, eta=eta, adapts=adapts))
+
+
+def fisher_sam(eta: float = 1.0) -> Method:
+    """SAM in a ball that is long where the loss hardly depends on a weight.
+
+    e = rho F^-1 g / sqrt(g . F^-1 g), F = 1 + eta g^2;  <- grad L(w + e)
+
+    Two gradients a step. rho = 0.1 with eta between 0.2 and 1 in the paper.
+
+    Args:
+        eta: weight of the Fisher information, as in `samfn.perturb_fisher`.
+
+    Source:
+        Kim et al., 2022, arXiv:2206.04920; no official code was found.
+    """
+    return two_pass(partial(perturb_fisher, eta=eta))
+
+
+def gsam(alpha: float = 0.4, *, metric: Perturb = perturb) -> Method:
+    """Surrogate gap guided SAM: also lower the loss's own share of the gap.
+
+    g_p = grad L(w + e);  <- g_p - alpha g_v, where g_v = g - (g . g_p / ||g_p||^2) g_p
+
+    g_v is the part of g that is orthogonal to g_p, over all parameters together. Two
+    gradients a step. The paper lets rho fall with lr, as `schedules.proportional` does.
+
+    Args:
+        alpha: weight of the orthogonal part; 0 is SAM. 0.01 to 1 in the paper.
+        metric: `perturb`, or another perturbation like it.
+
+    Source:
+        Zhuang et al., 2022, arXiv:2203.08065, algorithm 1; alpha = 0.4 is the default
+        of github.com/juntang-zhuang/GSAM.
+    """
+
+    def combine(clean: Params, worst: Params) -> Combined:
+        return tree.add_scaled(worst, -alpha, _orthogonal(clean, worst)), None
+
+    return two_pass(metric, combine=combine)
+
+
+def wsam(gamma: float = 0.9, *, metric: Perturb = perturb) -> Method:
+    """Weighted SAM: sharpness as a regulariser of its own weight, beside the optimizer.
+
+    <- g;  then w <- w - lr gamma / (1 - gamma) (grad L(w + e) - g)
+
+    The sharpness part passes by the base optimizer, by its momentum and by a clip of the
+    gradient. Two gradients a step. With gamma = 1/2 and SGD without momentum it is SAM.
+
+    Args:
+        gamma: weight of the sharpness, at least 0 and below 1; 0 is the base optimizer.
+            0.8 to 0.95 do alike in the paper.
+        metric: `perturb`, or another perturbation like it.
+
+    Source:
+        Yue et al., 2023, arXiv:2305.15817, algorithm 1.
+    """
+    checks.require_below_one("gamma", gamma)
+
+    def combine(
+        clean: Params, worst: Params
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        sharpness = tree.subtract(worst, clean)
+        return dict(clean), tree.scale(sharpness, gamma / (1 - gamma))
+
+    return two_pass(metric, combine=combine)
+
+
+def friendly_sam(
+    sigma: float = 1.0, decay: float = 0.9, *, metric: Perturb = perturb
+) -> Method:
+    """Friendly SAM: climb along the noise of the batch, not along the full gradient.
+
+    e = rho d / ||d||, d = g - sigma m;  m <- decay m + (1 - decay) g;  <- grad L(w + e)
+
+    m estimates the full gradient by that of the batches before; as in the official code
+    it is subtracted before it is updated, and starts as the first gradient, after a first
+    step that is SAM's. Two gradients a step.
+
+    Args:
+        sigma: share of m that is taken away; 0 is SAM.
+        decay: of m, in [0, 1); 0.6 to 0.95 in the paper.
+        metric: `perturb`, or another perturbation like it.
+
+    Source:
+        Li et al., 2024, arXiv:2403.12350; github.com/nblt/F-SAM.
+    """
+    checks.require_below_one("decay", decay)
+
+    def update(grads: Params, memory: MethodState) -> tuple[dict[str, Tensor], MethodState]:
+        direction = tree.add_scaled(grads, -sigma, memory["mean"])
+        return direction, _averaged(memory, grads, 1 - decay)
+
+    return two_pass(metric, Direction(_no_average, update))
+
+
+def vasso(theta: float = 0.9, *, metric: Perturb = perturb) -> Method:
+    """SAM with variance suppression: climb along an average of the gradients.
+
+    e = rho d / ||d||, d <- (1 - theta) d + theta g;  <- grad L(w + e)
+
+    d starts as the first gradient. Two gradients a step.
+
+    Args:
+        theta: share of the new gradient, in (0, 1]; 1 is SAM.
+        metric: `perturb`, or another perturbation like it.
+
+    Source:
+        Li and Giannakis, 2023, arXiv:2309.15639, algorithm 1; theta = 0.9 as in the
+        scripts of github.com/BingcongLi/VaSSO.
+    """
+    checks.require_share("theta", theta)
+
+    def update(grads: Params, memory: MethodState) -> tuple[dict[str, Tensor], MethodState]:
+        memory = _averaged(memory, grads, theta)
+        return dict(memory["mean"]), memory
+
+    return two_pass(metric, Direction(_no_average, update))
+
+
+def momentum_sam(momentum: float = 0.9) -> Method:
+    """Momentum SAM: perturb along what the optimizer remembers, and save the first pass.
+
+    e = -rho v / ||v||;  <- grad L(w + e);  v <- momentum v + grad L(w + e)
+
+    One gradient a step. v is the momentum of SGD without weight decay, and 0 at first.
+    The parameters of the state are always the unperturbed w. As the one pass is the
+    perturbed one, loss, outputs and batch statistics are those at w + e. rho = 3 for a
+    wide residual network on CIFAR-100.
+
+    Args:
+        momentum: share of v that stays, in [0, 1).
+
+    Source:
+        Becker et al., 2024, arXiv:2401.12033, algorithm 1.
+    """
+    checks.require_below_one("momentum", momentum)
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        velocity = memory["momentum"]
+        if is_number_zero(point.rho):
+            seen = plain(evaluate, point)
+        else:
+            ahead, length = move(perturb, point, tree.scale(velocity, -1.0))
+            there = evaluate(ahead, point.buffers, point.batch)
+            seen = unperturbed(there)._replace(perturbation_norm=length)
+        grads = tree.only(seen.grads, point.moved)
+        return seen, {"momentum": tree.add_scaled(grads, momentum, velocity)}
+
+    return Method(lambda params, moved: {"momentum": tree.zeros_like(moved)}, descent)
+
+
+def looksam(k: int = 5, alpha: float = 0.7, *, metric: Perturb = perturb) -> Method:
+    """LookSAM: SAM at every k-th step, and in between the direction that it had found.
+
+    every k-th step: <- g_s = grad L(w + e), and keep g_v = g_s - (g . g_s / ||g||^2) g
+    other steps:     <- g + alpha ||g|| / ||g_v|| g_v
+
+    g_v is the part of g_s that is orthogonal to g, over all parameters together. 1 + 1/k
+    gradients a step: between, the second pass is left out.
+
+    Args:
+        k: steps from one perturbation to the next; 1 is SAM.
+        alpha: weight of g_v; 0.7 in the paper for vision transformers, 0.1 in
+            arXiv:2401.12033 for networks of convolutions.
+        metric: `perturb`, or another perturbation like it.
+
+    Source:
+        Liu et al., 2022, arXiv:2203.02714, algorithm 1.
+    """
+    checks.require_count("k", k)
+
+    def keep(clean: Params, worst: Params) -> Combined:
+        return dict(worst), _orthogonal(worst, clean)
+
+    looking = two_pass(metric, combine=keep)
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        if is_number_zero(point.rho):
+            return plain(evaluate, point), memory
+        if point.kind == "look":
+            seen, _ = looking.descent(evaluate, point, {})
+            return seen._replace(beside=None), {"orthogonal": seen.beside}
+        seen, kept = plain(evaluate, point), memory["orthogonal"]
+        length = tree.norm(seen.grads)
+        factor = _quotient(alpha * length, tree.norm(kept))
+        return seen._replace(grads=tree.add_scaled(seen.grads, factor, kept)), memory
+
+    return Method(
+        lambda params, moved: {"orthogonal": tree.zeros_like(params)},
+        descent,
+        kind=lambda step: "go on" if step % k else "look",
+    )
+
+
+def multi_step_sam(ascents: int = 2, *, metric: Perturb = perturb) -> Method:
+    """SAM that climbs in several steps, each up the slope where it stands.
+
+    w_0 = w;  w_(i+1) = w_i + rho / n grad L(w_i) / ||grad L(w_i)||;  <- grad L(w_n)
+
+    n + 1 gradients a step. The way is at most rho long as the crow flies.
+
+    Args:
+        ascents: n; 1 is SAM.
+        metric: `perturb`, or another perturbation like it.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, appendix; steps of rho / n as in
+        Andriushchenko and Flammarion, 2022, arXiv:2206.06232. Neither found that more
+        than one step helps.
+    """
+    checks.require_count("ascents", ascents)
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        if is_number_zero(point.rho):
+            return plain(evaluate, point), memory
+        seen = clean = look(evaluate, point)
+        there: Params = point.params
+        for i in range(ascents):
+            if i:
+                seen = look(evaluate, point._replace(params=there))
+            up, rho = tree.only(seen.grads, point.moved), point.rho / ascents
+            there, length = move(metric, point, up, start=there, rho=rho)
+        worst = evaluate(there, point.buffers, point.batch)
+        return Descent(worst.grads, clean, worst.loss, length), memory
+
+    return Method(_nothing, descent)
+
+
+def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:
+    """Efficient SAM: perturb some of the weights, descend with the sharpest examples.
+
+    e = m rho g / ||g|| / beta, m random in {0, 1} with mean beta;  <- grad L_S(w + e)
+
+    S holds the share gamma of the batch whose losses grew most from w to w + e. Two
+    gradients, the second of a smaller batch, and one forward pass between them. The loss
+    function must tell the loss of each example: give `samfn.supervised` a criterion with
+    reduction="none".
+
+    Args:
+        beta: share of the weights that move, in (0, 1].
+        gamma: share of the batch that descends, in (0, 1]. beta = gamma = 1 is SAM.
+
+    Source:
+        Du et al., 2022, arXiv:2110.03141, algorithm 1. Its code freezes random tensors
+        for a whole step and drops one more example; this draws entries, as the paper.
+    """
+    checks.require_share("beta", beta)
+    checks.require_share("gamma", gamma)
+
+    def thinned(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Tensor]:
+        if beta == 1:
+            return perturb(params, grads, rho)
+        way = tree.subtract(perturb(params, grads, rho), params)
+        chosen = {n: torch.bernoulli(torch.full_like(w, beta)) for n, w in params.items()}
+        return tree.add_scaled(params, 1 / beta, tree.multiply(chosen, way))
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        if is_number_zero(point.rho):
+            return plain(evaluate, point), memory
+        if point.share < 1:
+            raise ValueError("esam compares all losses of a batch: leave its ascent whole")
+        clean = look(evaluate, point)
+        there, length = move(thinned, point, tree.only(clean.grads, point.moved))
+        if gamma == 1:
+            worst = evaluate(there, point.buffers, point.batch)
+            return Descent(worst.grads, clean, worst.loss, length), memory
+        again = evaluate(there, point.buffers, point.batch, wrt=())
+        rows = _largest(_losses(again) - _losses(clean), gamma, length_of(point.batch))
+        sharpest = pytree.tree_map(lambda leaf: leaf[rows], point.batch)
+        worst = evaluate(there, point.buffers, sharpest)
+        return Descent(worst.grads, clean, again.loss, length), memory
+
+    return Method(_nothing, descent)
+
+
+def ae_sam(
+    steps: int, first: float = 1.0, last: float = -1.0, decay: float = 0.9
+) -> Method:
+    """Adaptive policy SAM: perturb only where the gradient is large for its time.
+
+    SAM's step if ||g||^2 >= mean + c sd, else the base optimizer's, where mean and sd are
+    running ones of ||g||^2 that start with the first, and c goes from `first` to `last`
+
+    One or two gradients a step, as the gradient decides. No graph can hold such a choice:
+    `samfn.compile_update` compiles the pass, and a GPU waits once a step for the norm.
+
+    Args:
+        steps: of the whole training.
+        first: c at its start.
+        last: c at its end.
+        decay: of the running mean and variance, in [0, 1).
+
+    Source:
+        Jiang et al., 2023, arXiv:2304.14647, algorithm 1.
+    """
+    checks.require_count("steps", steps)
+    checks.require_below_one("decay", decay)
+
+    def init(params: Params, moved: Params) -> MethodState:
+        zero = torch.zeros((), device=next(iter(params.values())).device)
+        return {"mean": zero, "variance": zero.clone(), "steps": zero.clone()}
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        clean = look(evaluate, point, everywhere=True)
+        square = tree.norm(clean.grads).square().float()
+        old = torch.where(memory["steps"] > 0, decay, 0.0)
+        mean = old * memory["mean"] + (1 - old) * square
+        variance = old * memory["variance"] + (1 - old) * (square - mean).square()
+        c = first + (last - first) * (memory["steps"] / steps).clamp(max=1.0)
+        memory = {"mean": mean, "variance": variance, "steps": memory["steps"] + 1}
+        if is_number_zero(point.rho) or not square >= mean + c * variance.sqrt():
+            return unperturbed(clean), memory
+        perturbed, length = move(perturb, point, tree.only(clean.grads, point.moved))
+        worst = evaluate(perturbed, point.buffers, point.batch)
+        return Descent(worst.grads, clean, worst.loss, length), memory
+
+    return Method(init, descent, traces=False)
+
+
+def _nothing(params: Params, moved: Params) -> MethodState:
+    return {}
+
+
+def _orthogonal(vector: Params, to: Params) -> dict[str, Tensor]:
+    """Return what is left of `vector` without its part along `to`."""
+    length = tree.norm(to)
+    # Divided twice: the square of a small length would be 0.
+    along = _quotient(_quotient(tree.dot(vector, to), length), length)
+    return tree.add_scaled(vector, -along, to)
+
+
+def _quotient(a: Tensor, b: Tensor) -> Tensor:
+    """Return a / b, and 0 where b is 0."""
+    return torch.where(b > 0, a / b, 0.0)
+
+
+def _no_average(moved: Params) -> MethodState:
+    weight = next(iter(moved.values()))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    begun = torch.zeros((), dtype=wide, device=weight.device)
+    return {"mean": tree.zeros_like(moved), "begun": begun}
+
+
+def _averaged(memory: MethodState, grads: Params, share: float) -> MethodState:
+    """Return the running mean with `share` of the new gradient; the first is all new."""
+    old = memory["begun"] * (1 - share)
+    mean = tree.add(tree.scale(memory["mean"], old), tree.scale(grads, 1 - old))
+    return {"mean": mean, "begun": torch.ones_like(memory["begun"])}
+
+
+def _losses(seen: Pass) -> Tensor:
+    if seen.losses is None:
+        raise ValueError(
+            "esam needs the loss of each example, the loss function gives their mean alone:"
+            ' let the criterion of samfn.supervised have reduction="none"'
+        )
+    return seen.losses
+
+
+def _largest(values: Tensor, share: float, rows: int) -> Tensor:
+    if len(values) != rows:
+        raise ValueError(f"esam needs {rows} losses, one for each example: {len(values)}")
+    return values.topk(ceil(share * rows)).indices

@@ -1,0 +1,364 @@
+"""Lending other tensors to a model: put in for a while, and its own ones put back.
+
+Everything that a forward or backward pass reads of a module is what it was lent, wherever
+it is read: in the module, in hooks, in what is computed again. What the module itself holds
+is the same afterwards, to the bit and to the object.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from samfn.modules.memory import address, is_watchable, sharing
+from samfn.tree import Params
+
+KINDS = "_parameters", "_buffers", "_modules"
+CACHES = "_flat_weights", "_flat_weight_refs"  # of recurrent layers
+
+WRITES = (
+    "the forward pass writes to {}, which it may only read: what changes in it must be a"
+    " buffer, and a constraint on weights be made by torch.nn.utils.parametrize or applied"
+    " to state.params after the step"
+)
+
+BY_ANOTHER_NAME = (
+    "the forward pass reaches the model's own {} by another way than the module's"
+    " attribute, as a list or a closure that keeps the tensor: what a step lends the model"
+    " is not there"
+)
+
+
+TO_HIDDEN = (
+    "the forward pass writes to a tensor inside of the batch's {}, which is not copied as"
+    " tuples, lists and mappings of tensors are: let it write to a copy of its own"
+)
+
+LENT_TWICE = (
+    "the model's {} is lent to another pass, of another thread or around this one: give"
+    " each a copy of the model"
+)
+
+VIEWS = (
+    "the forward pass writes to the buffer {}, which shares memory with another buffer: a"
+    " state keeps them apart, so let one be made from the other in forward"
+)
+
+# What every module has; the rest is what its own code keeps.
+USUAL = vars(nn.Module()).keys()
+
+
+class ImpureError(ValueError):
+    """A forward pass changes or reads what no function of its arguments would."""
+
+
+class Place(NamedTuple):
+    """Where a module keeps a tensor."""
+
+    name: str
+    """The first of the names that the tensor has; that of `split`."""
+    module: nn.Module
+    kind: str
+    """`_parameters` or `_buffers`, as the module calls its dict of them."""
+    attribute: str
+    own: Tensor
+
+    def put(self, tensor: Tensor) -> None:
+        """Let the module hold another tensor there."""
+        getattr(self.module, self.kind)[self.attribute] = tensor
+
+    def get(self) -> Any:
+        """Return what it holds."""
+        return getattr(self.module, self.kind)[self.attribute]
+
+
+class Lender:
+    """A model as it stands, to which tensors are lent.
+
+    Args:
+        model: its modules may hold others at another time; then it takes another lender.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [*model.named_modules()]
+        self._kept = [_Kept.of(name, module) for name, module in modules]
+        self.places = [*_places(modules)]
+        """Where its tensors are, each place once."""
+        own = {
+            kind: {p.name: p.own for p in self.places if p.kind == kind} for kind in KINDS
+        }
+        self.parameters, self.buffers, _ = own.values()
+        """What a forward pass reads, and what it may write to, too."""
+        self._watched = [
+            (BY_ANOTHER_NAME, p.name, p.own) for p in self.places if is_watchable(p.own)
+        ]
+        self._views = {name for pair in sharing(self.buffers) for name in pair}
+        for name, parameter in self.parameters.items():
+            if type(parameter) is Tensor and "_is_param" in vars(parameter):
+                raise ImpureError(LENT_TWICE.format(name))
+
+    def stands(self) -> bool:
+        """Return whether the model still holds the same modules and tensors."""
+        return all(map(_Kept.stands, self._kept))
+
+    def hooks(self) -> dict[str, list[Any]]:
+        """Return the hooks that parameters have for their gradients.
+
+        Raises:
+            ValueError: one waits for the gradient to stand in `.grad`, where none will be.
+        """
+        found: dict[str, list[Any]] = {}
+        for name, parameter in self.parameters.items():
+            own: Any = parameter
+            if own._post_accumulate_grad_hooks:
+                raise ValueError(
+                    f"the parameter {name} has a hook that waits for its gradient in .grad,"
+                    " which no function sets: remove it, and use what a step returns"
+                )
+            if own._backward_hooks and own.requires_grad:
+                found[name] = [*own._backward_hooks.values()]
+        return found
+
+    @contextmanager
+    def holding(self, given: Params) -> Iterator[None]:
+        """Put tensors into the model, and its own ones back in the end.
+
+        Raises:
+            ImpureError: the structure of the model changed in the meantime.
+        """
+        eager = not torch.compiler.is_compiling()
+        keeping: AbstractContextManager[None] = nullcontext()
+        if eager:
+            _require_no_cache()
+            # A dry run leaves nothing behind, whatever a module remembers of a pass; nor
+            # does one of evaluation, whose caches would be read at other parameters.
+            dry = any(isinstance(tensor, FakeTensor) for tensor in given.values())
+            if dry or not self._kept[0].module.training:
+                keeping = _as_they_are([kept.module for kept in self._kept])
+        whole = False
+        self.put(given)
+        try:
+            with keeping:
+                yield
+            if eager:
+                self._require_same()
+            whole = True
+        finally:
+            if eager:
+                for kept in self._kept:
+                    if kept.cached or not whole:
+                        kept.put_back()
+            for place in self.places:
+                place.put(place.own)
+
+    def put(self, given: Params) -> None:
+        """Let the model hold those of the tensors that are given."""
+        for place in self.places:
+            if place.name in given:
+                place.put(given[place.name])
+
+    def left(self) -> dict[str, Tensor]:
+        """Return the buffers that the model holds now.
+
+        Raises:
+            ImpureError: one of them is missing, or two at the places of one.
+        """
+        left: dict[str, Tensor] = {}
+        if not torch.compiler.is_compiling():
+            self._require_same()
+        for place in self.places:
+            if place.kind == "_buffers":
+                now = place.get()
+                if place.name in self._views and now._version:  # of a copy, 0
+                    raise ImpureError(VIEWS.format(place.name))
+                if left.setdefault(place.name, now) is not now:
+                    raise ImpureError(
+                        "the forward pass gives another tensor to one of the names of"
+                        f" the buffer {place.name}: change it in place"
+                    )
+        return left
+
+    def _require_same(self) -> None:
+        for kept in self._kept:
+            kept.require_same()
+
+    @contextmanager
+    def reading(self, lent: Params, hidden: Mapping[str, list[Tensor]]) -> Iterator[None]:
+        """Look whether what may only be read was written to inside.
+
+        Args:
+            lent: what the model was lent.
+            hidden: what the batch holds beside what was copied of it, by what holds it.
+
+        Raises:
+            ImpureError: one of them was, or a tensor of the model itself.
+        """
+        watched = [(WRITES, *named) for named in lent.items() if is_watchable(named[1])]
+        watched += self._watched
+        watched += [(TO_HIDDEN, name, one) for name, held in hidden.items() for one in held]
+        before = [(tensor._version, tensor.data_ptr()) for _, _, tensor in watched]
+        yield
+        after = [(tensor._version, tensor.data_ptr()) for _, _, tensor in watched]
+        if after != before:
+            index = [*map(operator.ne, after, before)].index(True)
+            told, name, _ = watched[index]
+            raise ImpureError(told.format(name))
+
+
+@contextmanager
+def _as_they_are(modules: list[nn.Module]) -> Iterator[None]:
+    """Put back in the end what modules keep as attributes, and in lists and dicts there."""
+    before = [vars(module).copy() for module in modules]
+    held = [
+        (value, value.copy())
+        for attributes in before
+        for key, value in attributes.items()
+        if key not in USUAL and isinstance(value, list | dict | set)
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+        for value, old in held:
+            value.clear()
+            value.extend(old) if isinstance(value, list) else value.update(old)
+
+
+def _places(modules: list[tuple[str, nn.Module]]) -> Iterator[Place]:
+    """Yield where modules keep tensors.
+
+    Of a module that has two names, and of a tensor in two places, the first name counts.
+    """
+    names: dict[int, str] = {}
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for attribute, own in getattr(module, kind).items():
+                if own is not None:
+                    full = f"{prefix}.{attribute}" if prefix else attribute
+                    name = names.setdefault(id(own), full)
+                    yield Place(name, module, kind, attribute, own)
+
+
+class _Kept(NamedTuple):
+    """What a module holds, beside the values of tensors, to be put back."""
+
+    name: str
+    module: nn.Module
+    held: list[dict[str, Any]]
+    """Its parameters, buffers and children."""
+    cached: dict[str, Any]
+    """What a recurrent layer remembers of its weights."""
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> "_Kept":
+        own = module.__dict__
+        cached = {key: own[key] for key in CACHES if key in own}
+        return cls(name, module, [own[kind].copy() for kind in KINDS], cached)
+
+    def stands(self) -> bool:
+        """Return whether the module still holds the same objects."""
+        own = self.module.__dict__
+        for kind, before in zip(KINDS, self.held, strict=True):
+            now = own[kind]
+            if (now or before) and not (
+                now.keys() == before.keys()
+                and all(map(operator.is_, now.values(), before.values()))
+            ):
+                return False
+        return True
+
+    def require_same(self) -> None:
+        """Raise if something was added, removed or, of modules, replaced.
+
+        Raises:
+            ImpureError: says where and what.
+        """
+        own = self.module.__dict__
+        for kind, before in zip(KINDS, self.held, strict=True):
+            now = own[kind]
+            if not (now or before):
+                continue
+            if now.keys() == before.keys() and (
+                now == before  # Modules are equal to themselves.
+                if kind == "_modules"
+                else _missing(now) == _missing(before)
+            ):
+                continue
+            for name in {**before, **now}:
+                old, new = before.get(name), now.get(name)
+                same = old is new if kind == "_modules" else (old is None) == (new is None)
+                if not same:
+                    where = f"{self.name}.{name}" if self.name else name
+                    raise ImpureError(
+                        f"the forward pass makes or replaces {where}, which the state does"
+                        " not know: run a batch through the model before samfn.split, and"
+                        " let forward change no more than the values of buffers"
+                    )
+
+    def put_back(self) -> None:
+        """Put back what the module held."""
+        own = self.module.__dict__
+        own.update(self.cached)
+        for kind, before in zip(KINDS, self.held, strict=True):
+            if own[kind].keys() != before.keys():
+                own[kind].clear()
+            own[kind].update(before)
+
+
+def _missing(held: dict[str, Any]) -> list[bool]:
+    return [value is None for value in held.values()]
+
+
+def _require_no_cache() -> None:
+    if nn.utils.parametrize._cache_enabled:
+        raise RuntimeError(
+            "torch.nn.utils.parametrize.cached() is open, and would hand the weights of one"
+            " pass to the next: open it inside of the model's forward, or not at all"
+        )
+
+
+def changes_gradients(model: nn.Module) -> str | None:
+    """Return the name of something whose hooks may change gradients, or None."""
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            return name or type(module).__name__
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks:
+            return name
+    return None
+
+
+class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises before an operation writes to one of some tensors, or takes one of others."""
+
+    def __init__(self, tensors: Params, others: Params) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = {address(tensor): name for name, tensor in tensors.items()}
+        self._names.pop(None, None)
+        self._others = {address(tensor): name for name, tensor in others.items()}
+        self._others.pop(None, None)
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, unless it would write."""
+        kwargs = kwargs or {}
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (taken := self._others.get(address(leaf))):
+                raise ImpureError(BY_ANOTHER_NAME.format(taken))
+        for index, argument in enumerate(operation._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            written = args[index] if index < len(args) else kwargs.get(argument.name)
+            for leaf in pytree.tree_leaves(written):
+                if isinstance(leaf, Tensor) and address(leaf) in self._names:
+                    raise ImpureError(WRITES.format(self._names[address(leaf)]))
+        return operation(*args, **kwargs)

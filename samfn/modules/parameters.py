@@ -1,0 +1,219 @@
+"""Parameters and buffers of a module: copied out, put back, and told apart by name."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from samfn import checks
+from samfn.modules.memory import sharing
+from samfn.tree import Params
+
+# By name: importing FSDP takes a second.
+WRAPPERS = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+}
+
+
+def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copy out of a model what trains and what does not.
+
+    Returns:
+        params: every parameter that requires grad, detached, by its qualified name. A
+            weight that is tied to another appears once.
+        buffers: the registered buffers and the frozen parameters.
+
+    Raises:
+        TypeError: `model` is wrapped for several devices, where gradients would
+            silently stay unsynchronised.
+        ValueError: no parameter requires grad, or some are not initialised yet.
+    """
+    require_plain(model)
+    params: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"run a batch through the model first: {name} is lazy")
+        group = params if parameter.requires_grad else frozen
+        group[name] = parameter.detach().clone()
+    if not params:
+        raise ValueError("the model has no parameter that requires grad")
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    _require_memory_apart(*references(model))
+    return params, frozen | buffers
+
+
+@torch.no_grad()
+def load(model: nn.Module, params: Params, buffers: Params) -> None:
+    """Copy parameters and buffers back into a model, in place.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not those of `split(model)`; the model is
+            unchanged then.
+    """
+    own_params, own_buffers = references(model)
+    require_layout(own_params, params, "params")
+    require_layout(own_buffers, buffers, "buffers")
+    for own, new in ((own_params, params), (own_buffers, buffers)):
+        for name, tensor in own.items():
+            tensor.copy_(new[name])
+
+
+def state_dict(model: nn.Module, params: Params, buffers: Params) -> dict[str, Tensor]:
+    """Return what `model.load_state_dict` takes, made of parameters and buffers.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not those of `split(model)`.
+    """
+    own_params, own_buffers = references(model)
+    require_layout(own_params, params, "params")
+    require_layout(own_buffers, buffers, "buffers")
+    given, tied = {**params, **buffers}, _tied(model)
+    return {name: given[tied.get(name, name)] for name in model.state_dict()}
+
+
+def trained(model: nn.Module, params: Params, buffers: Params) -> nn.Module:
+    """Return a copy of a model, in evaluation mode, with these parameters and buffers.
+
+    Raises:
+        ValueError: names, shapes or dtypes are not those of `split(model)`.
+    """
+    copied = copy.deepcopy(model)
+    load(copied, params, buffers)
+    return copied.eval()
+
+
+def reestimated(
+    model: nn.Module, params: Params, buffers: Params, inputs: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Return the buffers with the statistics of BatchNorm taken anew, as for averages.
+
+    The average of weights has not the average of statistics: mean and variance are those of
+    `inputs` at `params`, every batch counting alike.
+
+    Args:
+        model: as `split` took it; unchanged.
+        params: where.
+        buffers: the rest stays as it is in them.
+        inputs: batches of what the model takes, or (inputs, targets), of at least two
+            examples; those of some thousand examples suffice. Several inputs of a model are
+            a tuple, ((a, b), targets).
+
+    Raises:
+        ValueError: names, shapes or dtypes are not those of `split(model)`.
+    """
+    copied = trained(model, params, buffers)
+    update_bn(inputs, _Unpacking(copied))
+    return {name: tensor.detach() for name, tensor in references(copied)[1].items()}
+
+
+class _Unpacking(nn.Module):
+    """A model that takes its inputs as one argument."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, inputs: Any) -> Any:
+        return self._model(*arguments(inputs))
+
+
+def norm_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what the normalisation layers of a model train.
+
+    Layers of torch.nn whose name has "Norm" in it, and others that are called so.
+    """
+    return tuple(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if "Norm" in type(module).__name__
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad
+    )
+
+
+def no_decay_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of what is commonly spared weight decay.
+
+    The parameters of normalisation layers and all that have one dimension or none, as
+    biases: decay cannot make a network simpler by them.
+    """
+    normalising = {*norm_parameters(model)}
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (parameter.ndim <= 1 or name in normalising)
+    )
+
+
+def arguments(inputs: Any) -> tuple[Any, ...]:
+    """Return the positional arguments of a model: those of a tuple, or one."""
+    # A packed sequence, and any named tuple, is one argument.
+    return inputs if type(inputs) is tuple else (inputs,)
+
+
+def references(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the model's own tensors, with the names that `split` gives."""
+    parameters = dict(model.named_parameters())
+    params = {name: p for name, p in parameters.items() if p.requires_grad}
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+    return {**params}, {**frozen, **dict(model.named_buffers())}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Return further names of shared tensors, each with the name that `split` gives."""
+    first: dict[int, str] = {}
+    everything = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in everything}
+    return {name: own for name, own in names.items() if name != own}
+
+
+def require_plain(model: nn.Module) -> None:
+    """Raise where a wrapper would exchange gradients in hooks that nothing here calls."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"expected a module of Python, got a script ({name or 'the model'}), which"
+                " keeps its tensors to itself: pass what it was made from"
+            )
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if found := sorted(kinds & WRAPPERS):
+            where = f" at {name}" if name else ""
+            raise TypeError(
+                f"expected a plain module, got {found[0]}{where}: pass what it wraps;"
+                " samfn.distributed spreads a step over several devices"
+            )
+
+
+def _require_memory_apart(params: Params, others: Params) -> None:
+    """Raise where a parameter is one with another tensor in memory only.
+
+    Copies would part them, where a loop that writes to the model changes both.
+    """
+    for one, other in sharing({**params, **others}):
+        if one in params:
+            raise ValueError(
+                f"{one} and {other} share memory, but are two tensors: to tie weights, let"
+                " both modules hold the same torch.nn.Parameter"
+            )
+
+
+def require_layout(expected: Params, given: Params, what: str) -> None:
+    """Raise unless names, shapes and dtypes are those of the model.
+
+    Raises:
+        TypeError: `given` is no mapping.
+        ValueError: a name, shape or dtype differs.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} must be a mapping, got {type(given).__name__}")
+    checks.require_same_layout(expected, given, names=f"the model and {what}")

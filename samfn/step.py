@@ -1,0 +1,317 @@
+"""One training step as a pure function: gradient, perturb, gradient, descend."""
+
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from samfn import checks, tree
+from samfn.batches import length_of
+from samfn.descend import Optimizer, OptState
+from samfn.distributed import Placement
+from samfn.loss import Evaluate, LossFn, Pass, as_loss, evaluate
+from samfn.methods import sam
+from samfn.methods.base import Descended, Method, MethodState, Point
+from samfn.methods.watched import Layers, layers
+from samfn.tree import Batch, Params
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    params: Params
+    buffers: Params
+    opt_state: OptState
+    method_state: MethodState
+    step: Tensor
+    """Calls of `sam_update` so far, skipped ones too; int64, shape ()."""
+    skipped: Tensor
+    """Steps that were skipped, since they were not finite; int64, shape ()."""
+    skipped_in_a_row: Tensor
+    """Those since the last step that was finite; int64, shape ()."""
+
+
+class Metrics(NamedTuple):
+    """What a step saw; 0-d tensors of the clean pass unless the name says otherwise."""
+
+    loss: Tensor
+    outputs: Any
+    """The model's outputs in the clean pass."""
+    grad_norm: Tensor
+    """||grad L(w)||."""
+    perturbation_norm: Tensor
+    """||e||, Euclidean: rho for `sam`, and 0 where the gradient is 0."""
+    perturbed_loss: Tensor
+    """L(w + e); minus `loss`, it is the sharpness that SAM lowers."""
+    descent_norm: Tensor
+    """Norm of the gradient that descended."""
+    finite: Tensor
+    """Whether all losses and gradients were finite. If not, the step was skipped."""
+    layers: Layers | None = None
+    """Norms of each parameter's gradient, perturbation and update, where they were asked
+    for."""
+
+
+def init(
+    params: Params,
+    buffers: Params,
+    *,
+    optimizer: Optimizer,
+    method: Method = sam(),
+) -> TrainState:
+    """Make the state that training starts from.
+
+    Args:
+        params: detached floating-point tensors, as `samfn.split` gives them.
+        buffers: what the loss function reads beside them; may be empty.
+        optimizer: as `samfn.sgd()`.
+        method: as `samfn.sam()`, the default.
+
+    Raises:
+        TypeError: a value is no tensor.
+        ValueError: `params` is empty, or holds a tensor that requires grad or is not
+            floating point; tensors are on several devices; a name stands in both.
+    """
+    checks.require_trainable(params, buffers)
+    checks.require_apart(params, buffers)
+    zero = torch.zeros((), dtype=torch.int64, device=next(iter(params.values())).device)
+    return TrainState(
+        params=dict(params),
+        buffers=dict(buffers),
+        opt_state=optimizer.init(params),
+        method_state=method.init(params, params),
+        step=zero,
+        skipped=zero.clone(),
+        skipped_in_a_row=zero.clone(),
+    )
+
+
+def sam_update(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    rho: float | Tensor = 0.05,
+    lr: float | Tensor,
+    method: Method = sam(),
+    watch: bool = False,
+    placement: Placement | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Take one sharpness-aware step.
+
+    g = grad L(w);  e = rho g / ||g||;  w <- optimizer(w, grad L(w + e))
+
+    The buffers of the clean pass are kept, those of the perturbed pass dropped. If a
+    loss or gradient of either pass is not finite, parameters, buffers, and the memory of
+    optimizer and method stay as they were, and only the counters move on, and the scale
+    of `loss_scaled`; `require_finite` raises then, if that is wanted.
+
+    Args:
+        state: from `init` or the step before; unchanged.
+        batch: what `loss_fn` takes.
+        loss_fn: (params, buffers, batch) -> loss or (loss, Aux).
+        optimizer: the one that `state` was made with.
+        rho: radius of the perturbation, in units of the weights. With the number 0 the
+            step is the base optimizer's, bit for bit and in one pass.
+        lr: learning rate. Both dials are numbers or 0-d tensors; inside of
+            `torch.compile`, tensors change without recompiling.
+        method: the one that `state` was made with; `samfn.sam()` by default.
+        watch: measure each parameter too, as `Metrics.layers`.
+        placement: of the perturbation on several devices, as `samfn.distributed.placement`
+            makes it. All ranks take the step then, each on its own batch; the metrics are
+            those of all batches, but `outputs`. None is this process alone.
+
+    Returns:
+        The new state, which shares no memory that training changes with the old one,
+        and the metrics.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; says what was expected
+            and what came, before anything is computed.
+
+    Source:
+        Foret et al., 2021, arXiv:2010.01412, algorithm 1.
+    """
+    rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
+    require_state(state, loss_fn=loss_fn, optimizer=optimizer, placement=placement)
+    # A method whose steps are alike spares a GPU the wait for the number of this one.
+    kind = method.kind(int(state.step)) if method.kind else None
+    run = partial(evaluate, loss_fn)
+    how: Any = {"rho": rho, "lr": lr, "kind": kind, "watch": watch, "placement": placement}
+    how["weigh"] = as_loss(loss_fn).weigh
+    with placement.norms() if placement else nullcontext():
+        return take_step(state, batch, run, optimizer, method, **how)
+
+
+class NonFiniteError(ArithmeticError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+def require_finite(state: TrainState, *, in_a_row: int = 1) -> None:
+    """Raise if the last `in_a_row` steps were all skipped.
+
+    It waits for a GPU; call it as seldom as that allows.
+
+    Raises:
+        NonFiniteError: they were.
+    """
+    if (found := int(state.skipped_in_a_row)) >= in_a_row:
+        raise NonFiniteError(
+            f"the last {found} of {int(state.step)} steps had a loss or gradient that is"
+            " not finite, and changed nothing: try a lower lr or rho"
+        )
+
+
+def find_nonfinite(
+    state: TrainState,
+    batch: Batch,
+    *,
+    loss_fn: LossFn,
+    rho: float | Tensor = 0.05,
+    method: Method = sam(),
+    placement: Placement | None = None,
+) -> str | None:
+    """Take the passes of a step again, and tell what of them is not finite.
+
+    A step that was skipped changed nothing that its passes see, so they can be repeated,
+    without compiling; for dropout, with the same seed.
+
+    Args:
+        state: that the skipped step returned.
+        batch: that it was given.
+        loss_fn: as for `sam_update`.
+        rho: as for `sam_update`.
+        method: as for `sam_update`.
+        placement: as for `sam_update`; all ranks have to call this then, and each is told
+            of its own passes.
+
+    Returns:
+        As "pass 2: the gradient of conv.weight", or None if all of it is finite, as
+        with `loss_scaled`, which has lowered the scale since.
+    """
+    passes: list[tuple[Params, Pass]] = []
+    params, buffers, _, method_state, step, *_ = state
+    kind = method.kind(int(step) - 1) if method.kind else None
+    weigh = as_loss(loss_fn).weigh
+    point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
+    method = _placed(_recorded(method, passes), placement)
+    with placement.norms() if placement else nullcontext():
+        method.descent(partial(evaluate, loss_fn), point, method_state)
+    for number, (_, seen) in enumerate(passes, 1):
+        if not seen.loss.isfinite():
+            return f"pass {number}: the loss is {seen.loss.item()}"
+        for name, leaf in seen.grads.items():
+            if not leaf.isfinite().all():
+                return f"pass {number}: the gradient of {name}"
+    return None
+
+
+def require_state(
+    state: TrainState,
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    placement: Placement | None = None,
+) -> None:
+    """Raise unless `state` is one that `loss_fn` and `optimizer` can work with.
+
+    Raises:
+        TypeError, ValueError: says what was expected and what came.
+    """
+    checks.require_trainable(state.params, state.buffers)
+    params = placement.whole(state.params) if placement else state.params
+    as_loss(loss_fn).check(params, state.buffers)
+    optimizer.check(state.opt_state, state.params)
+
+
+def take_step(
+    state: TrainState,
+    batch: Batch,
+    evaluate: Evaluate,
+    optimizer: Optimizer,
+    method: Method,
+    *,
+    rho: float | Tensor,
+    lr: float | Tensor,
+    kind: Hashable = None,
+    weigh: Callable[[Batch], int | Tensor] = length_of,
+    watch: bool = False,
+    placement: Placement | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Take the step of `sam_update`, with arguments that were checked.
+
+    Args:
+        state: as for `sam_update`.
+        batch: as for `sam_update`.
+        evaluate: (params, buffers, batch) -> Pass.
+        optimizer: as for `sam_update`.
+        method: as for `sam_update`.
+        rho: as for `sam_update`.
+        lr: as for `sam_update`.
+        kind: which of the method's kinds of step this is.
+        weigh: what the loss of a batch is a mean over, as `Loss.weigh`.
+        watch: as for `sam_update`.
+        placement: as for `sam_update`, which sees to its norms.
+    """
+    passes: list[tuple[Params, Pass]] = []
+    placed = _placed(_recorded(method, passes) if watch else method, placement)
+    params, buffers, opt_state, method_state, step, skipped, in_a_row = state
+    point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
+    seen, new_method_state = placed.descent(evaluate, point, method_state)
+    new_params, new_opt_state = optimizer.update(params, seen.grads, opt_state, lr)
+    grad_norm = tree.norm(seen.clean.grads) if seen.grad_norm is None else seen.grad_norm
+    descent_norm = tree.norm(seen.grads)
+    looked_at = [seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm]
+    if seen.beside is not None:
+        new_params = tree.add_scaled(new_params, -lr, seen.beside)
+        looked_at.append(tree.norm(seen.beside))
+    found = layers(params, passes, new_params) if watch else None
+    if found is not None and placement is not None:
+        found = placement.mean(found, batch)
+    finite = _all_finite(*looked_at)
+    bad = finite.logical_not().to(step.dtype)
+    new_state = TrainState(
+        params=tree.select(finite, new_params, params),
+        buffers=tree.select(finite, seen.clean.buffers, buffers),
+        opt_state=tree.select(finite, new_opt_state, opt_state),
+        method_state=method.settle(finite, new_method_state, method_state),
+        step=step + 1,
+        skipped=skipped + bad,
+        skipped_in_a_row=(in_a_row + bad) * bad,
+    )
+    return new_state, Metrics(
+        loss=seen.clean.loss,
+        outputs=seen.clean.outputs,
+        grad_norm=grad_norm,
+        perturbation_norm=seen.perturbation_norm,
+        perturbed_loss=seen.perturbed_loss,
+        descent_norm=descent_norm,
+        finite=finite,
+        layers=found,
+    )
+
+
+def _placed(method: Method, placement: Placement | None) -> Method:
+    return method if placement is None else placement.spread(method)
+
+
+def _recorded(method: Method, passes: list[tuple[Params, Pass]]) -> Method:
+    """Return the method that notes what it evaluates, and where."""
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        def recorded(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            passes.append((params, evaluate(params, buffers, batch, **how)))
+            return passes[-1][1]
+
+        return method.descent(recorded, point, memory)
+
+    return method._replace(descent=descent)
+
+
+def _all_finite(*values: Tensor) -> Tensor:
+    wide = reduce(torch.promote_types, (value.dtype for value in values))
+    return torch.stack([value.to(wide) for value in values]).isfinite().all()

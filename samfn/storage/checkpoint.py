@@ -1,0 +1,445 @@
+"""Checkpoints: a training state and what belongs to it, to a file and back.
+
+A checkpoint is one safetensors file. Tensors are named by their place in the state, as
+"params/conv.weight"; metadata is JSON in the header, and tensors among it are named
+"metadata/<key>"; JSON that is too long for a header is the bytes of "samfn.json/<key>".
+`tensorfile` writes it whole and verifies it at every read.
+"""
+
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from samfn import checks
+from samfn.step import NonFiniteError, TrainState
+from samfn.storage import files, tensorfile
+
+FORMAT = "2"  # the newest, and the only one that was ever released
+RESERVED = "samfn."
+FORMAT_KEY = f"{RESERVED}format"
+METADATA = "metadata"
+SCORE = "score"
+NAME = re.compile(r"step_([0-9]+)\.safetensors")
+LONG = 2**16  # characters of JSON, above which it is a tensor: headers have an end
+LONG_KEY = f"{RESERVED}json"
+GOING_ON = ", going on with the one before"
+DEEPEST = 100  # levels of JSON; readers have about ten times as many
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or read."""
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """A checkpoint could not be written; the one before is untouched."""
+
+
+class CheckpointCorruptError(CheckpointError, ValueError):
+    """A file is no checkpoint, or not as it was written."""
+
+
+class CheckpointFormatError(CheckpointError, ValueError):
+    """A checkpoint was written in a format that this version does not know."""
+
+
+def save(path: str | os.PathLike[str], state: TrainState, **metadata: Any) -> None:
+    """Write a state and its metadata to one safetensors file, or leave the old file.
+
+    The file appears whole or not at all, and holds a SHA-256 of its content, which
+    `restore` verifies. Nothing else of the program is in it: where random numbers come
+    from PyTorch's own generators, give `random=samfn.random_state()` along.
+
+    Args:
+        path: where to; its directory exists.
+        state: any training state.
+        metadata: whatever JSON holds, tensors, and mappings of names to tensors; given
+            back by `restore`.
+
+    Raises:
+        CheckpointWriteError: the file cannot be written, as on a full disk; an OSError.
+        TypeError: JSON does not hold the metadata, or the file a tensor, as a sparse one;
+            or the state has something else in it. Says where.
+        ValueError: a name of the metadata begins with "samfn."; two names are one when
+            they are written, as 1 and "1"; or there is more than `restore` takes.
+    """
+    tensors = _flatten(state)
+    texts = {FORMAT_KEY: FORMAT}
+    if reserved := [key for key in metadata if key.startswith(RESERVED)]:
+        raise ValueError(f"metadata must not be called {RESERVED}*, got {reserved}")
+    for key, value in metadata.items():
+        if _holds_tensors(value):
+            if "/" in key:
+                raise ValueError(f"metadata of tensors must have no / in its name: {key!r}")
+            tensors |= _flatten(value, f"{METADATA}/{key}")
+        elif len(text := _to_json(value, key)) > LONG:
+            content = bytearray(text.encode())
+            tensors[f"{LONG_KEY}/{key}"] = torch.frombuffer(content, dtype=torch.uint8)
+        else:
+            texts[key] = text
+    try:
+        tensorfile.write(Path(path), tensors, texts)
+    except OSError as error:
+        raise CheckpointWriteError(str(error)) from error
+
+
+def restore(
+    path: str | os.PathLike[str], like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """Read a state back, with its metadata.
+
+    Args:
+        path: a file that `save` wrote.
+        like: a state of the same structure, as `init` makes it; gives names, shapes,
+            dtypes, devices and memory formats, not values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointCorruptError: it is damaged, or no checkpoint; a ValueError.
+        CheckpointFormatError: it was written by a newer version; a ValueError.
+        ValueError: it holds other names, shapes or dtypes than `like`; says which.
+    """
+    path = Path(path)
+    expected = _flatten(like)
+    try:
+        tensors, texts = tensorfile.read(path, expected)
+    except tensorfile.CorruptError as error:
+        raise CheckpointCorruptError(str(error)) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"no checkpoint at {path}") from error
+    except OSError as error:
+        if path.is_file():
+            raise
+        raise CheckpointCorruptError(f"{path} is no checkpoint: {error}") from error
+    if (found := texts.pop(FORMAT_KEY, None)) != FORMAT:
+        raise CheckpointFormatError(
+            f"{path} has checkpoint format {found}, this samfn reads format {FORMAT}"
+        )
+    try:
+        for name in [name for name in tensors if name.startswith(f"{LONG_KEY}/")]:
+            long = tensors.pop(name).numpy().tobytes()
+            texts[name.removeprefix(f"{LONG_KEY}/")] = long.decode()
+        metadata: dict[str, Any] = {key: json.loads(t) for key, t in texts.items()}
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path} has damaged metadata: {error}") from error
+    for name in [name for name in tensors if name.startswith(f"{METADATA}/")]:
+        _, key, *rest = name.split("/", 2)
+        if rest:
+            metadata.setdefault(key, {})[rest[0]] = tensors.pop(name)
+        else:
+            metadata[key] = tensors.pop(name)
+    checks.require_same_layout(expected, tensors, names=f"the state and {path}")
+    return _rebuild(like, tensors, ""), metadata
+
+
+Scores = dict[Path, dict[str, float]]  # of checkpoints, by their names
+
+
+class Found(NamedTuple):
+    """A checkpoint that was read."""
+
+    path: Path
+    state: TrainState
+    metadata: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in a directory: the last few, and the best few.
+
+    They are called step_<number>.safetensors, and nothing else there counts. Only one
+    process may write there; `samfn.held(directory)` sees to that.
+
+    Args:
+        directory: the first `save` makes it, and deletes what killed processes left half
+            written in it.
+        keep_last: how many of the newest stay, at least 2, so that one is there even
+            while the newest is written or turns out to be damaged.
+        keep_best: how many of those with the highest score stay besides, for each name
+            of a score.
+        warn: is told in one line what was set aside, and why.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        checks.require_count("keep_last", keep_last, least=2)
+        self.directory = Path(directory)
+        self._keep_last, self._keep_best, self._warn = keep_last, keep_best, warn
+        self._swept = False
+        self._verified: dict[Path, tuple[tuple[int, ...], dict[str, float]]] = {}
+
+    def paths(self) -> list[Path]:
+        """Return the checkpoints that are there, by step."""
+        found = self.directory.glob("step_*.safetensors")
+        named = (path for path in found if NAME.fullmatch(path.name))
+        return sorted(named, key=lambda path: (_step(path), path.name))
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        score: float | Mapping[str, float] | None = None,
+        **metadata: Any,
+    ) -> Path:
+        """Write a checkpoint, and delete those that are neither new nor good any more.
+
+        What is deleted is decided by what others hold as it was written: one that is
+        damaged is renamed to *.corrupt, with a warning, and neither counts nor goes.
+
+        Args:
+            state: names the file by its step; one of the same step is replaced.
+            score: what the best are chosen by, the higher the better; several by their
+                names, as that of the weights and that of their average. One that is not
+                finite comes after all others.
+            metadata: as for `samfn.save`.
+
+        Raises:
+            CheckpointWriteError: it cannot be written; the ones before are untouched.
+            TypeError: a score is no number; and as `samfn.save`, as ValueError.
+            NonFiniteError: a parameter or buffer is not finite, which no training
+                recovers from; the ones before are untouched.
+        """
+        _require_finite(state)
+        if not self._swept:
+            self._prepare()
+        path = self.directory / f"step_{int(state.step):09d}.safetensors"
+        if score is not None:
+            metadata[SCORE] = _required(score)
+        save(path, state, **metadata)
+        self._remember(path, metadata.get(SCORE))
+        found = self._all_scores(self._put_aside)
+        for old in found.keys() - {path, *self._wanted(found)}:
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(f"cannot delete {old}: {error}")
+        return path
+
+    def best(self, by: str = SCORE) -> list[Path]:
+        """Return those with the highest scores, the best first; of equals, the older.
+
+        One that is damaged does not count.
+
+        Args:
+            by: name of the score; it has none where it was given as a number.
+        """
+        return _ranked(self._all_scores(), by)[: self._keep_best]
+
+    def best_whole(self, like: TrainState, by: str = SCORE) -> Found | None:
+        """Read the best checkpoint that is whole, or None if none has such a score.
+
+        Raises and warns as `latest`.
+        """
+        found: Scores = {}
+        for path in self.paths():
+            try:
+                found[path] = _scores(tensorfile.read_texts(path))
+            except tensorfile.CorruptError as error:
+                self._put_aside(path, error, GOING_ON)
+            except OSError:
+                continue  # It has no score; `latest` tells.
+        return self._first_whole(_ranked(found, by), like)
+
+    def latest(self, like: TrainState) -> Found | None:
+        """Read the newest checkpoint that is whole, or None if there is none.
+
+        One that is damaged is renamed to *.corrupt, with a warning, and the one before it
+        read.
+
+        Raises:
+            CheckpointFormatError, ValueError: as `restore`; that is no damage.
+        """
+        return self._first_whole(reversed(self.paths()), like)
+
+    def _wanted(self, found: Scores) -> set[Path]:
+        """Return the last ones, and the best by each score."""
+        last = sorted(found, key=lambda path: (_step(path), path.name))[-self._keep_last :]
+        names = {name for scores in found.values() for name in scores}
+        best = [_ranked(found, name)[: self._keep_best] for name in names]
+        return {*last, *(path for paths in best for path in paths)}
+
+    def _all_scores(
+        self, damaged: Callable[[Path, Exception], None] = lambda path, error: None
+    ) -> Scores:
+        """Return the scores of those that are whole; `damaged` is told of the others.
+
+        What was written or verified before, and is the same file since, is not read again.
+        """
+        found: Scores = {}
+        for path in self.paths():
+            try:
+                signature = _signature(path)
+                known, scores = self._verified.get(path, ((), {}))
+                if known != signature:
+                    scores = _scores(tensorfile.verified_texts(path))
+                    self._verified[path] = (signature, scores)
+                found[path] = scores
+            except tensorfile.CorruptError as error:
+                damaged(path, error)
+            except FileNotFoundError:
+                pass  # Somebody deleted it.
+            except OSError as error:
+                self._warn(f"cannot read {path}, which stays: {error}")
+        return found
+
+    def _first_whole(self, paths: Iterable[Path], like: TrainState) -> Found | None:
+        for path in paths:
+            try:
+                return Found(path, *restore(path, like))
+            except CheckpointCorruptError as error:
+                self._put_aside(path, error, GOING_ON)
+        return None
+
+    def _put_aside(self, path: Path, error: Exception, then: str = "") -> None:
+        aside = path.with_name(f"{path.name}.corrupt")
+        path.rename(aside)
+        self._warn(f"{error}; kept as {aside.name}{then}")
+
+    def _remember(self, path: Path, score: Any) -> None:
+        """Know what was just written without reading it."""
+        try:
+            signature = _signature(path)
+        except FileNotFoundError as error:
+            raise CheckpointWriteError(
+                f"another process writes to {self.directory} too, and deleted {path.name};"
+                " `samfn.held` keeps others out"
+            ) from error
+        self._verified[path] = (signature, _scores({SCORE: json.dumps(score)}))
+
+    def _prepare(self) -> None:
+        try:
+            files.make_directory(self.directory)
+        except OSError as error:
+            raise CheckpointWriteError(f"cannot make {self.directory}: {error}") from error
+        files.sweep(self.directory)
+        self._swept = True
+
+    def drop_after(self, step: int) -> None:
+        """Rename to *.superseded what is newer than a step that a run goes on from."""
+        for path in self.paths():
+            if _step(path) > step:
+                path.rename(path.with_name(f"{path.name}.superseded"))
+
+
+def _require_finite(state: TrainState) -> None:
+    for name, tensor in {**state.params, **state.buffers}.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(f"{name} is not finite after {int(state.step)} steps")
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    """Return what changes when somebody writes to a file."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _required(score: Any) -> Any:
+    """Return scores as JSON holds them, or raise if one is no number."""
+    if isinstance(score, Mapping):
+        return {name: _number(name, value) for name, value in score.items()}
+    return _number(SCORE, score)
+
+
+def _number(name: str, value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
+        raise TypeError(f"{name} must be a number, got a {type(value).__name__}")
+    return value if isinstance(value, int | float) else float(value)  # NumPy's
+
+
+def _scores(texts: Mapping[str, str]) -> dict[str, float]:
+    try:  # No float holds every integer.
+        found = json.loads(texts.get(SCORE, "{}"), parse_int=float)
+    except (ValueError, RecursionError):
+        return {}
+    named = found if isinstance(found, dict) else {SCORE: found}
+    return {name: score for name, score in named.items() if isinstance(score, float)}
+
+
+def _ranked(found: Scores, by: str) -> list[Path]:
+    def place(path: Path) -> tuple[bool, float]:
+        score = found[path][by]
+        return (False, -score) if math.isfinite(score) else (True, 0.0)
+
+    scored = [path for path, scores in found.items() if by in scores]
+    return sorted(sorted(scored, key=_step), key=place)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping) and value:
+        return all(isinstance(item, Tensor) for item in value.values())
+    return isinstance(value, Tensor)
+
+
+def _to_json(value: Any, key: str) -> str:
+    """Return what `restore` reads back as it was, or raise."""
+    _require_json(value, f"metadata {key}", DEEPEST)
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"metadata {key}: {error}") from error
+
+
+def _require_json(value: Any, place: str, levels: int) -> None:
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{place} is a tensor: those among metadata stand alone, or in a mapping that"
+            " holds nothing else"
+        )
+    if not levels:
+        raise ValueError(f"{place[:80]}... is nested more than {DEEPEST} levels deep")
+    if isinstance(value, dict):
+        names = [key if isinstance(key, str) else json.dumps(key) for key in value]
+        if len({*names}) < len(names):
+            raise ValueError(f"{place} has two names that JSON makes one: {[*value]}")
+    nested = value.items() if isinstance(value, dict) else ()
+    for key, item in enumerate(value) if isinstance(value, list | tuple) else nested:
+        if isinstance(item, dict | list | tuple | Tensor):
+            _require_json(item, f"{place}/{key}", levels - 1)
+
+
+def _flatten(node: Any, place: str = "") -> dict[str, Tensor]:
+    """Name every tensor of a nested state by the path that leads to it."""
+    if isinstance(node, Tensor):
+        return {place: node}
+    if not isinstance(node, Mapping | TrainState):
+        raise TypeError(
+            f"expected a tensor or a mapping as {place}, got {type(node).__name__}"
+        )
+    flat: dict[str, Tensor] = {}
+    for key, child in _children(node).items():
+        named = _flatten(child, f"{place}/{key}" if place else str(key))
+        if twice := flat.keys() & named.keys():
+            raise ValueError(f"two tensors would be called {min(twice)}")
+        flat |= named
+    return flat
+
+
+def _rebuild(like: Any, tensors: dict[str, Tensor], place: str) -> Any:
+    if isinstance(like, Tensor):
+        return tensors[place]
+    children = {
+        key: _rebuild(child, tensors, f"{place}/{key}" if place else key)
+        for key, child in _children(like).items()
+    }
+    return TrainState(**children) if isinstance(like, TrainState) else children
+
+
+def _children(node: Any) -> Mapping[str, Any]:
+    return node._asdict() if isinstance(node, TrainState) else node

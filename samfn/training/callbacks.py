@@ -1,0 +1,219 @@
+"""What a run does beside training: averages, patience, checkpoints. See `engine`.
+
+Each function here returns a callback, and keeps what it must not forget in
+`Training.memory` under its own name.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samfn import checks
+from samfn.step import TrainState, require_finite
+from samfn.storage.checkpoint import Checkpoints
+from samfn.training.averaging import moving_average
+from samfn.training.loop import Callback, Epoch, Event, Step, Training
+from samfn.tree import Params
+
+EMA = "ema"
+PATIENCE = "early_stopping"
+MEMORY = "memory."  # before the names under which a checkpoint holds what is kept
+
+
+def ema(decay: float, *, start: int = 0) -> Callback:
+    """Keep an exponential moving average of parameters and buffers.
+
+    a <- decay a + (1 - decay) w after every step, a = w until the step `start`
+
+    `ema_of` gives it to `evaluate`; `copy_ema` puts it into the state. Counters among the
+    buffers are those of the state.
+
+    Args:
+        decay: share of the old average, at least 0 and below 1; 0.9999 in ml-cvnets, whose
+            momentum is one minus it, 0.999 for runs of some thousand steps.
+        start: steps before the average begins.
+
+    Source:
+        Polyak and Juditsky, 1992, SIAM J. Control Optim. 30(4), in the exponential form.
+    """
+    checks.require_below_one("decay", decay)
+
+    def callback(event: Event) -> None:
+        if isinstance(event, Step):
+            training, now = event.training, _together(event.training.state)
+            if training.step <= start or EMA not in training.memory:
+                training.memory[EMA] = {name: t.clone() for name, t in now.items()}
+            else:
+                training.memory[EMA] = _owned(training.memory[EMA], now, decay)
+
+    return callback
+
+
+def ema_of(training: Training) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the averages of parameters and buffers; before a step, those of the state."""
+    state = training.state
+    average = training.memory.get(EMA) or _together(state)
+    # In the state's order, which sums depend on, and which no checkpoint keeps.
+    params = {name: average[f"params/{name}"] for name in state.params}
+    return params, {name: average[f"buffers/{name}"] for name in state.buffers}
+
+
+def copy_ema(epoch: int) -> Callback:
+    """Continue from the average of `ema` after an epoch, counted from 1.
+
+    Parameters and buffers become the average; the optimizer keeps its memory.
+    """
+    checks.require_count("epoch", epoch)
+
+    def callback(event: Event) -> None:
+        if isinstance(event, Epoch) and event.training.epoch == epoch:
+            params, buffers = ema_of(event.training)
+            copied = {name: t.clone() for name, t in params.items()}
+            event.training.state = event.training.state._replace(
+                params=copied, buffers={name: t.clone() for name, t in buffers.items()}
+            )
+
+    return callback
+
+
+def early_stopping(metric: str, patience: int, *, higher: bool = True) -> Callback:
+    """End the run after `patience` epochs without a new best value in `training.row`.
+
+    Args:
+        metric: name in the row.
+        patience: epochs, at least 1. An equal value is no new best.
+        higher: whether higher is better.
+    """
+    checks.require_count("patience", patience)
+
+    def callback(event: Event) -> None:
+        training = event.training
+        best, waited = training.memory.get(PATIENCE, [None, 0])
+        if isinstance(event, Epoch):
+            value = training.row[metric] if higher else -training.row[metric]
+            better = best is None or value > best
+            best, waited = (value, 0) if better else (best, waited + 1)
+            training.memory[PATIENCE] = [best, waited]
+        if waited >= patience:  # Also of a run that ended so, and is resumed.
+            training.stop = f"no better {metric} for {patience} epochs"
+
+    return callback
+
+
+def finite(in_a_row: int = 50, *, every: int = 16) -> Callback:
+    """Raise `NonFiniteError` where so many steps in a row were skipped.
+
+    Args:
+        in_a_row: steps, at least 1.
+        every: steps between two looks, each of which makes a GPU wait.
+    """
+    checks.require_count("in_a_row", in_a_row)
+    checks.require_count("every", every)
+
+    def callback(event: Event) -> None:
+        training = event.training
+        if isinstance(event, Epoch) or training.step % every == 0:
+            require_finite(training.state, in_a_row=in_a_row)
+
+    return callback
+
+
+def saving(
+    checkpoints: Checkpoints,
+    *,
+    score: str | None = None,
+    every: int | None = None,
+    **metadata: Any,
+) -> Callback:
+    """Write a checkpoint after every epoch, with all that `resume` needs.
+
+    Callbacks that change `training.memory` come before this one, so that what they did in
+    the same event is saved.
+
+    Args:
+        checkpoints: where to, and how many stay.
+        score: name in `training.row` of what the best are chosen by, higher is better.
+        every: steps after which one is written besides, in the middle of an epoch.
+        metadata: goes along, as in `samfn.save`.
+    """
+
+    def callback(event: Event) -> None:
+        training = event.training
+        if isinstance(event, Epoch):
+            found = None if score is None else float(training.row[score])
+            checkpoints.save(
+                training.state, score=found, **to_metadata(training), **metadata
+            )
+        elif isinstance(event, Step) and every and training.step % every == 0:
+            checkpoints.save(training.state, **to_metadata(training), **metadata)
+
+    return callback
+
+
+def resume(checkpoints: Checkpoints, training: Training) -> bool:
+    """Go on where the newest checkpoint that is whole was written, if there is one.
+
+    Args:
+        checkpoints: where `saving` wrote.
+        training: as for a new run; changed.
+
+    Returns:
+        Whether there was one.
+    """
+    found = checkpoints.latest(training.state)
+    if found is not None:
+        vars(training).update(vars(from_metadata(found.state, found.metadata)))
+    return found is not None
+
+
+def to_metadata(training: Training) -> dict[str, Any]:
+    """Return what a checkpoint must hold of a run beside its state."""
+    place = {name: getattr(training, name) for name in ("step", "epoch", "batch")}
+    kept = {f"{MEMORY}{name}": value for name, value in training.memory.items()}
+    return {"progress": place, "row": training.row, **kept}
+
+
+def from_metadata(state: TrainState, metadata: dict[str, Any]) -> Training:
+    """Return a run where it stood, from a state and what `to_metadata` said.
+
+    Raises:
+        KeyError, TypeError: the metadata are not those of a run.
+    """
+    place, like = metadata["progress"], _together(state)
+    memory = {
+        name.removeprefix(MEMORY): _placed(value, state.step, like)
+        for name, value in metadata.items()
+        if name.startswith(MEMORY)
+    }
+    return Training(
+        state=state,
+        step=int(state.step),
+        epoch=place["epoch"],
+        batch=place["batch"],
+        memory=memory,
+        row=metadata.get("row", {}),
+    )
+
+
+def _placed(value: Any, usual: Tensor, like: Params) -> Any:
+    """Put tensors where the state is, those of its names with its strides too.
+
+    A file holds no strides, and a convolution rounds differently with others.
+    """
+    if isinstance(value, dict):
+        return {name: _placed(v, like.get(name, usual), like) for name, v in value.items()}
+    if isinstance(value, Tensor) and value.shape == usual.shape:
+        return torch.empty_like(usual, dtype=value.dtype).copy_(value)
+    return value.to(usual.device) if isinstance(value, Tensor) else value
+
+
+def _together(state: TrainState) -> dict[str, Tensor]:
+    named = {f"params/{name}": tensor for name, tensor in state.params.items()}
+    return named | {f"buffers/{name}": tensor for name, tensor in state.buffers.items()}
+
+
+def _owned(average: Params, now: Params, decay: float) -> dict[str, Tensor]:
+    """Return the moved average in memory of its own, which a compiled step never writes."""
+    moved = moving_average(average, now, decay)
+    return {name: t.clone() if t is now[name] else t for name, t in moved.items()}

@@ -1,0 +1,273 @@
+"""A training engine that stays small: epochs, evaluation, and callbacks that decide.
+
+`run` goes through epochs, `train_epoch` and `evaluate` do one each, and any of them can
+be used alone. What happens beside, from a log to an average of the weights, is a callback:
+a function of an event, told in turn. What callbacks must not forget they keep in
+`Training.memory`, which a checkpoint takes along, so that a run that goes on from there
+is the run that never stopped.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from samfn.batches import length_of
+from samfn.loss import Aux, LossFn, as_loss
+from samfn.step import Metrics, TrainState
+from samfn.tree import Batch, Params
+
+Update = Callable[..., tuple[TrainState, Metrics]]
+"""(state, batch, rho=, lr=) -> (state, metrics), as `sam_update` with its options given."""
+Measure = Callable[[Any, Batch], Tensor]
+"""(outputs, batch) -> a value for each example, shape (examples,)."""
+
+
+@dataclass
+class Training:
+    """Where a run stands: the one thing that engine and callbacks change."""
+
+    state: TrainState
+    step: int = 0
+    """Updates so far, those skipped too: `state.step`, which would make a GPU wait."""
+    epoch: int = 0
+    """Epochs that are finished, with their evaluation."""
+    batch: int = 0
+    """Batches of the next epoch that are finished."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What callbacks keep: JSON values, tensors, and mappings of names to tensors."""
+    row: dict[str, Any] = field(default_factory=dict)
+    """What is known of the epoch that was finished last."""
+    stop: str | None = None
+    """Set it to end the run before its budget is spent: why."""
+
+
+class Start(NamedTuple):
+    """A run begins, or goes on."""
+
+    training: Training
+
+
+class Step(NamedTuple):
+    """An update was taken."""
+
+    training: Training
+    batch: Batch
+    metrics: Metrics
+
+
+class Epoch(NamedTuple):
+    """An epoch is finished and evaluated; `training.row` is complete."""
+
+    training: Training
+
+
+Event = Start | Step | Epoch
+Callback = Callable[[Event], None]
+Dial = float | Callable[[Training], float]
+"""A number, or what it is at a point of the run, as lambda t: schedule(t.step)."""
+
+
+def run(
+    training: Training,
+    *,
+    batches: Callable[[Training], Iterable[Batch]],
+    update: Update,
+    rho: Dial | None = None,
+    lr: Dial | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    evaluate: Callable[[Training], Mapping[str, Any]] = lambda training: {},
+    callbacks: Sequence[Callback] = (),
+) -> Training:
+    """Train until the budget is spent, or a callback asks to stop.
+
+    An epoch: update on every batch; evaluate; tell the callbacks. An epoch that ends early,
+    since the steps are spent, is evaluated too; one that a callback stops is not.
+
+    Args:
+        training: where the run starts or goes on; changed.
+        batches: -> what is left of the epoch that `training` is in. The same order every
+            time it is asked at one point, or runs that go on differ from those that did
+            not stop.
+        update: takes a step.
+        rho: radius of the perturbation. None leaves it to `update`, and so does lr.
+        lr: learning rate.
+        epochs: budget, counted from the start of the run.
+        steps: budget in updates, counted likewise. With both, what is spent first ends it.
+        evaluate: -> what goes into `training.row` beside the epoch and the step.
+        callbacks: are told of every event, in their order.
+
+    Returns:
+        `training`.
+
+    Raises:
+        ValueError: there is no budget, or an epoch has no batches.
+    """
+    if epochs is None and steps is None:
+        raise ValueError("expected a budget of epochs, steps or both, got none")
+    tell(callbacks, Start(training))
+    while not training.stop and not _spent(training, epochs, steps):
+        train_epoch(
+            training,
+            batches(training),
+            update=update,
+            rho=rho,
+            lr=lr,
+            steps=steps,
+            callbacks=callbacks,
+        )
+        if training.stop:
+            break
+        if not training.batch:
+            raise ValueError(f"epoch {training.epoch + 1} has no batches")
+        training.row = {"epoch": training.epoch + 1, "step": training.step}
+        training.row |= evaluate(training)
+        training.epoch, training.batch = training.epoch + 1, 0
+        tell(callbacks, Epoch(training))
+    return training
+
+
+def train_epoch(
+    training: Training,
+    batches: Iterable[Batch],
+    *,
+    update: Update,
+    rho: Dial | None = None,
+    lr: Dial | None = None,
+    steps: int | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Training:
+    """Update on every batch, until a callback asks to stop or the steps are spent.
+
+    Args:
+        training: where the run stands; changed.
+        batches: of the epoch, those that are left of it.
+        update: takes a step.
+        rho: radius of the perturbation. None leaves it to `update`, and so does lr.
+        lr: learning rate.
+        steps: budget in updates, counted from the start of the run.
+        callbacks: are told of every step, in their order.
+
+    Returns:
+        `training`.
+    """
+    both = {"rho": rho, "lr": lr}
+    given = {name: dial for name, dial in both.items() if dial is not None}
+    for batch in batches:
+        dials = {name: _at(dial, training) for name, dial in given.items()}
+        training.state, metrics = update(training.state, batch, **dials)
+        training.step += 1
+        training.batch += 1
+        tell(callbacks, Step(training, batch, metrics))
+        if training.stop or (steps is not None and training.step >= steps):
+            break
+    return training
+
+
+@torch.no_grad()
+def evaluate(
+    params: Params,
+    buffers: Params,
+    batches: Iterable[Batch],
+    *,
+    loss_fn: LossFn,
+    measures: Mapping[str, Measure] | None = None,
+) -> dict[str, float]:
+    """Return the mean loss over all examples, as "loss", and the mean of each measure.
+
+    The sums stay on the device until the end. Where the criterion leaves examples out or
+    weighs them, as by `ignore_index`, the mean loss is that of all batches as one.
+
+    Args:
+        params: where.
+        buffers: what the loss function reads beside them; what it makes of them is dropped.
+        batches: of any sizes.
+        loss_fn: (params, buffers, batch) -> the mean loss of a batch, or with `Aux`. With
+            `supervised(model, criterion)`, call `model.eval()` before and `model.train()`
+            after.
+        measures: by name, (outputs, batch) -> a value for each example, as `accuracy`.
+
+    Raises:
+        ValueError: there are no batches, or a measure does not give a value for each
+            example.
+    """
+    sums: dict[str, Tensor] = {}
+    counted, weight = 0, torch.zeros((), dtype=torch.float64)
+    known = as_loss(loss_fn)
+    for batch in batches:
+        returned = known.function(params, buffers, batch)
+        loss, aux = returned if isinstance(returned, tuple) else (returned, Aux(None, {}))
+        part = torch.as_tensor(known.weigh(batch), dtype=torch.float64, device=loss.device)
+        found = {"loss": torch.where(part > 0, part * loss.double(), 0.0)}
+        for name, measure in (measures or {}).items():
+            found[name] = _of_each(name, measure(aux.outputs, batch), batch).double().sum()
+        sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        counted, weight = counted + length_of(batch), weight.to(loss.device) + part
+    if not counted:
+        raise ValueError("expected at least one batch, got none")
+    over = {name: weight if name == "loss" else counted for name in sums}
+    return {name: float(total / over[name]) for name, total in sums.items()}
+
+
+def _of_each(name: str, values: Any, batch: Batch) -> Tensor:
+    expected, came = (length_of(batch),), getattr(values, "shape", type(values).__name__)
+    if not isinstance(values, Tensor) or came != expected:
+        raise ValueError(
+            f"the measure {name!r} must give a value for each example, shape {expected},"
+            f" got {came if isinstance(came, str) else tuple(came)}"
+        )
+    return values
+
+
+def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return for each example 100 where the class is right, else 0; so the mean is in %.
+
+    A largest score that is not finite is wrong.
+
+    Args:
+        outputs: scores of the classes, shape (examples, classes), of two classes or more.
+        batch: (inputs, targets); targets are classes, shape (examples,) or (examples, 1),
+            or their probabilities, shape (examples, classes).
+
+    Raises:
+        ValueError: outputs or targets have other shapes, as a single score has, of which
+            this cannot know where the classes part.
+    """
+    targets = batch[1]
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise ValueError(
+            "accuracy expects scores of shape (examples, classes), of two classes or more,"
+            f" got {tuple(outputs.shape)}: for one score give a measure of your own, as"
+            " lambda outputs, batch: 100.0 * ((outputs[:, 0] > 0) == batch[1])"
+        )
+    examples = len(outputs)
+    if targets.shape == outputs.shape:
+        classes = targets.argmax(1)
+    elif tuple(targets.shape) in ((examples,), (examples, 1)):
+        classes = targets.view(examples)
+    else:
+        raise ValueError(
+            f"accuracy expects targets of shape ({examples},) or {tuple(outputs.shape)},"
+            f" got {tuple(targets.shape)}"
+        )
+    score, found = outputs.max(1)
+    right: Tensor = (found == classes) & score.isfinite()
+    return 100.0 * right
+
+
+def tell(callbacks: Sequence[Callback], event: Event) -> None:
+    """Call every callback, in their order."""
+    for callback in callbacks:
+        callback(event)
+
+
+def _at(dial: Dial, training: Training) -> float:
+    return dial(training) if callable(dial) else dial
+
+
+def _spent(training: Training, epochs: int | None, steps: int | None) -> bool:
+    by_epochs = epochs is not None and training.epoch >= epochs
+    return by_epochs or (steps is not None and training.step >= steps)

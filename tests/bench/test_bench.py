@@ -1,0 +1,248 @@
+"""The benchmarks run, refuse to time what computes something else, and go on."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import candidates, gpu, measure, scaling
+from bench.candidates import Samfn
+from bench.networks import build
+from bench.peers import peers
+from tests import ROOT
+from tests.ranks import on_ranks
+
+
+def bench(module, *args, cwd):
+    result = subprocess.run(
+        [sys.executable, "-m", f"bench.{module}", *map(str, args)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(tmp_path):
+    lines = tmp_path / "out" / "smoke.jsonl"
+    options = ("--smoke", "--output", lines.parent, "--report", tmp_path)
+    stopped = bench("gpu", *options, "--minutes", 0, cwd=tmp_path)
+    assert "not run yet, start again to go on: peak, convolutions, checks" in stopped
+    assert not lines.exists()
+    bench("gpu", *options, "--minutes", 60, cwd=tmp_path)
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert {row["case"] for row in rows} == gpu.cases(gpu.SMOKE).keys()
+    assert not [row for row in rows if "failed" in row]
+    assert all(row["passed"] for row in rows if "check" in row)
+    before = lines.read_text()
+    bench("gpu", *options, cwd=tmp_path)
+    assert lines.read_text() == before
+    (report,) = tmp_path.glob("smoke_*.md")
+    assert "| R1  | SAM / SGD step, mlp-small" in report.read_text()
+
+
+@pytest.mark.slow
+def test_steps_are_timed_beside_their_peers(tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    options = ("--case", "mlp-small:8:bf16", "--seconds", 0.1, "--output", lines)
+    printed = bench("step_time", *options, cwd=tmp_path)
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    names = {row["candidate"] for row in rows}
+    assert {"samfn eager", "samfn compiled", "overwriting untuned", "SGD eager"} <= names
+    assert all(row["ms"] > 0 and row["apart"] < 0.05 for row in rows)
+    assert printed.count('"case": "mlp-small:8:bf16"') == len(rows)
+    assert "| samfn compiled " in printed
+
+
+@pytest.mark.slow
+def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(tmp_path):
+    from bench.compile_time import compile_apart
+
+    row = compile_apart("mlp-small:4:float32", "one gradient")
+    assert 0 < row["warm s"] < row["cold s"]
+
+
+def peak_of_64_mebibytes():
+    held = []
+
+    def step():
+        held.append(torch.ones(64, 2**18).sum())  # 64 MiB, and gone
+
+    return measure.peak_memory(step)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_step_is_at_least_what_it_allocates():
+    # In a process that has freed none before, which a step could take again.
+    assert on_ranks(1, peak_of_64_mebibytes)[0] > 0.9 * 2**26
+
+
+def test_another_computation_is_not_timed(monkeypatch):
+    network = build("mlp", 16)
+
+    def wrong(network, dtype, *, sam):
+        made = peers(network, dtype, sam=sam)
+        return {"overwriting eager": made["SGD eager"]} if not sam else {}
+
+    monkeypatch.setattr(candidates, "peers", wrong)
+    wanted = ("samfn eager", "overwriting eager", "samfn SGD eager")
+    found = candidates.candidates(network, "float32", only=wanted)
+    assert [c.name for c in found] == [
+        "samfn eager",
+        "samfn SGD eager",
+        "overwriting eager",
+    ]
+
+    def wronger(network, dtype, *, sam):
+        return {"overwriting eager": peers(network, dtype, sam=False)["SGD eager"]}
+
+    monkeypatch.setattr(candidates, "peers", wronger)
+    with pytest.raises(AssertionError, match=r"overwriting eager is 0\.\d+ away"):
+        candidates.candidates(network, "float32", only=wanted)
+
+
+def test_candidates_take_turns():
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = measure.interleaved(steps, seconds=0, rounds=3)
+    assert [len(values) for values in times.values()] == [3, 3]
+    turns = [name for i, name in enumerate(calls) if not i or calls[i - 1] != name]
+    assert turns[-6:] == [*"ababab"]
+
+
+def test_distance_is_relative_to_the_way():
+    start, a, b = ({"w": torch.tensor([x])} for x in (1.0, 3.0, 4.0))
+    assert measure.distance(start, b, a) == pytest.approx(1 / 3)
+    nan = {"w": torch.tensor([float("nan")])}
+    assert measure.distance(start, nan, a) == float("inf")
+
+
+def test_a_convolution_counts_two_operations_for_a_multiply_add():
+    model = torch.nn.Conv2d(3, 5, 3, padding=1)
+    images = torch.randn(2, 3, 8, 8)
+    assert measure.forward_operations(model, images) == 2 * 2 * 3 * 5 * 9 * 64
+
+
+def test_a_failed_case_is_recorded_and_the_others_run(tmp_path, monkeypatch):
+    def failing(setup):
+        raise RuntimeError("no such kernel")
+
+    both = {"bad": failing, "peak": gpu.peak}
+    monkeypatch.setattr(gpu, "cases", lambda setup: both)
+    path = tmp_path / "lines.jsonl"
+    assert gpu.run_cases(gpu.SMOKE, path, float("inf")) == []
+    bad, good = gpu.read(path)
+    assert bad["failed"] == "RuntimeError: no such kernel"
+    assert good["TFLOP/s"] > 0
+    assert "no such kernel" in gpu.report(gpu.read(path), gpu.SMOKE)
+
+
+def test_a_flat_buffer_trains_alike():
+    network = build("mlp", 4)
+    start = Samfn(network, None, 0.05, None).weights()
+    plain, flat = (Samfn(network, None, 0.05, None, flat=flat) for flat in (False, True))
+    for runner in (plain, flat):
+        runner.step()
+    assert measure.distance(start, flat.weights(), plain.weights()) < 1e-5
+
+
+def test_what_checkpoints_cost_is_measured(tmp_path):
+    report = tmp_path / "report.md"
+    options = ("--model", "10-1", "--rounds", "2", "--batch", "2", "--report", report)
+    out = bench("checkpoints", *options, cwd=tmp_path)
+    assert "WRN-10-1" in out
+    assert "| samfn.restore" in report.read_text()
+    assert "--rounds 2" in report.read_text()
+
+
+def test_faults_are_reported(tmp_path):
+    report = tmp_path / "report.md"
+    options = ("--only", "F4", "F3", "--share", "0.1", "--report", report)
+    out = bench("faults", *options, cwd=tmp_path)
+    assert "F4 | disk full from a random byte on | 5 | 0 |" in out
+    rows = [line for line in report.read_text().splitlines() if line.startswith("| F")]
+    assert len(rows) == 2
+
+
+def test_a_line_is_found_from_messages_that_lie_on_it():
+    line = scaling.Line(latency=2e-4, bandwidth=5e8)
+    found = scaling.fit(scaling.SIZES, [line(size) for size in scaling.SIZES])
+    assert found.latency == pytest.approx(line.latency)
+    assert found.bandwidth == pytest.approx(line.bandwidth)
+
+
+def timed_step(step, seconds):
+    about = {"mode": "eager", "step": step, "seconds": {"median": seconds}}
+    return about | {"ranks": 2, "parameters": 1e6, "buffers": 0, "tensors": 1}
+
+
+def test_a_step_is_the_sum_of_what_it_is_made_of_and_the_model_knows_its_messages():
+    kinds = (scaling.WHOLE, scaling.ALONE, scaling.BESIDE, "replica", "global")
+    rows = [*map(timed_step, kinds, (1.0, 0.6, 0.7, 0.78, 0.85))]
+    lines = {("all-reduce", 2): scaling.Line(latency=0.01, bandwidth=1e8)}
+    replica, both = scaling.account(rows, lines)
+    parts = [replica[key] for key in ("shared out", "does not shrink", "cores", "messages")]
+    assert parts == pytest.approx([500, 100, 100, 80])
+    assert replica["ms"] == pytest.approx(sum(parts))
+    assert both["messages"] == pytest.approx(150)
+    assert both["most lost to"] == "messages"
+    assert replica["messages, model"] == pytest.approx(10 + 40, rel=1e-3)
+    assert both["messages, model"] == pytest.approx(2 * (10 + 40), rel=1e-3)
+    assert replica["ms, model"] == pytest.approx(650, rel=1e-3)
+
+
+def scaled(options):
+    return {name: worker(options) for name, worker in scaling.WORKERS.items()}
+
+
+def test_what_ranks_take_is_measured_and_reported(monkeypatch, tmp_path, capsys):
+    report, lines = tmp_path / "report.md", tmp_path / "lines.jsonl"
+    options = scaling.Options(
+        case=("mlp:8",), mode=("eager",), rounds=2, held="mlp", held_by=(1, 2)
+    )
+    placed = replace(options, placement=scaling.PLACEMENTS)
+    found = {count: on_ranks(count, scaled, placed)[0] for count in (1, 2)}
+
+    def started(worker, ranks, options, *more):
+        return [measure.environment() | row for row in found[ranks][worker]]
+
+    monkeypatch.setattr(scaling, "started", started)
+    scaling.main(replace(options, report=report, output=lines))
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(rows) == 6 + 3 * len(scaling.SIZES) + 2 * 2
+    assert all(row["seconds"]["median"] > 0 for row in rows if "seconds" in row)
+    held = {(row["placement"], row["ranks"]): row for row in rows if "state" in row}
+    whole = held["global", 1]["state"]
+    assert held["global", 2]["state"] == whole
+    assert held["sharded", 2]["state"] == pytest.approx(whole / 2, rel=0.01)
+    for row in held.values():  # Beside the model's there are a few counters.
+        assert row["state"] == pytest.approx(row["state, model"], rel=0.01)
+    text = report.read_text()
+    assert text in capsys.readouterr().out
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) == (2 + 6) + (2 + 3) + (2 + len(scaling.SIZES)) + (2 + 3) + (2 + 4)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(SystemExit, match="2 ranks do not divide the batch"):
+        scaling.main(scaling.Options(case=("mlp:7",)))
+
+
+@pytest.mark.slow
+def test_scaling_starts_its_own_ranks(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    rows = scaling.started("memory", 2, scaling.Options(held="mlp", rounds=2))
+    assert [(row["placement"], row["ranks"]) for row in rows] == [
+        ("global", 2),
+        ("sharded", 2),
+    ]
+    assert rows[0]["device"].endswith("1 thread")

@@ -1,0 +1,144 @@
+"""A study of wrong labels: which runs, which table, and what the picture shows."""
+
+import json
+
+import pytest
+
+from recipes import label_noise, plots
+from recipes.settings.config import of_run, parse
+from recipes.study import reports
+from recipes.study.grid import Cell, Result
+
+FLAGS = ["--data", "digits", "--epochs", "2", "--batch-size", "256"]
+OWN = ["--noise", "0.5", "0", "--methods", "sgd", "every(sam, 2) 0.2", "--seeds", "1"]
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """Return the directory of a study, and what was given to be drawn."""
+    output, drawn = tmp_path_factory.mktemp("noise"), []
+    with pytest.MonkeyPatch.context() as patch:
+        real = plots.label_noise
+        patch.setattr(plots, "label_noise", lambda *args: drawn.append(args) or real(*args))
+        assert label_noise.main([*OWN, "--output", str(output), "--", *FLAGS]) == 0
+    return output, drawn
+
+
+def found(output):
+    """Return what came of each run, by method and share of noise."""
+    data = json.loads((output / "results.json").read_text())
+    return {
+        (
+            "SGD" if not run["settings"]["rho"] else "sam",
+            run["settings"]["label_noise"],
+        ): run
+        for run in data["runs"]
+    }
+
+
+def test_each_method_meets_each_noise(studied):
+    runs = found(studied[0])
+    assert {*runs} == {(name, share) for name in ("SGD", "sam") for share in (0, 0.5)}
+    for (name, share), run in runs.items():
+        config = of_run(studied[0] / run["directory"])
+        assert config.label_noise == share
+        expected = ("sam", 0.0) if name == "SGD" else ("every(sam, 2)", 0.2)
+        assert (config.method, config.rho) == expected
+
+
+def test_the_table_has_last_and_best_epoch_of_each_method_by_noise(studied):
+    runs, text = found(studied[0]), (studied[0] / "label_noise.md").read_text()
+    assert "| method | epoch | 0 % | 50 % |\n" in text
+    for label, name in (("SGD", "SGD"), ("every(sam, 2), rho 0.2", "sam")):
+        for which in ("last", "best"):
+            values = [reports.spread([runs[name, share][which]]) for share in (0, 0.5)]
+            assert f"| {label} | {which} | {' | '.join(values)} |\n" in text
+    assert "--noise 0.5 0 --methods sgd 'every(sam, 2) 0.2' --seeds 1" in text
+    assert "# Wrong labels: digits, wrn-10-1, 2 epochs\n" in text
+    assert (studied[0] / "label_noise.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_last_and_best_epoch_have_rows_of_their_own():
+    settings = label_noise.Settings(noise=(0.4, 0.0), methods=("sgd",))
+    results = [
+        Result(Cell(label, config, None), [{"test_accuracy": a} for a in (a, a - 5)], None)
+        for a, (label, config) in zip(
+            (60.0, 90.0), label_noise.arms(settings, parse(FLAGS)).items(), strict=True
+        )
+    ]
+    assert label_noise.table(settings, results) == (
+        ["method", "epoch", "0 %", "40 %"],
+        [["SGD", "last", "85.00", "55.00"], ["SGD", "best", "90.00", "60.00"]],
+    )
+
+
+def test_what_is_drawn_is_what_was_found(studied):
+    runs, ((series, *_),) = found(studied[0]), studied[1]
+    assert [*series] == ["SGD", "every(sam, 2), rho 0.2"]
+    for drawn, name in zip(series.values(), ("SGD", "sam"), strict=True):
+        for which in ("last", "best"):
+            expected = {share: [runs[name, share][which]] for share in (0, 0.5)}
+            assert getattr(drawn, which) == expected
+
+
+def test_the_last_epoch_is_solid_and_the_best_dashed(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    series = {
+        "SGD": plots.Series({0.0: [90.0], 0.4: [50.0, 60.0]}, {0.0: [95.0], 0.4: [80.0]}),
+        "sam": plots.Series({0.0: [91.0], 0.4: []}, {0.0: [96.0], 0.4: []}),
+    }
+    plots.label_noise(series, tmp_path / "x.png", "")
+    (axes,) = figures[0].axes
+    lines = [container[0] for container in axes.containers]
+    assert [line.get_linestyle() for line in lines] == ["-", "--", "-", "--"]
+    assert [line.get_ydata().tolist() for line in lines] == [[90, 55], [95, 80], [91], [96]]
+    assert lines[0].get_color() == lines[1].get_color() != lines[2].get_color()
+    assert lines[0].get_marker() == lines[1].get_marker() != lines[2].get_marker()
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "40"]
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(names) == ["SGD", "best epoch", "last epoch", "sam"]
+
+
+def test_the_defaults_are_the_noise_of_the_paper_and_sgd_among_three_methods():
+    settings = label_noise.Settings()
+    label_noise.validate(settings)
+    arms = label_noise.arms(settings, parse(FLAGS))
+    assert settings.noise == (0.0, 0.2, 0.4, 0.6, 0.8)
+    assert len(arms) == 20
+    assert [(config.method, config.rho) for config in [*arms.values()][:4]] == [
+        ("sam", 0.0),
+        ("sam", 0.2),
+        ("asam", 2.0),
+        ("momentum_sam", 3.0),
+    ]
+
+
+def test_the_last_word_of_a_method_is_its_rho():
+    read = label_noise.read
+    assert read("sgd") == ("SGD", "sam", 0.0)
+    assert read("asam(eta=0.1) 2") == ("asam(eta=0.1), rho 2", "asam(eta=0.1)", 2.0)
+    assert read(" every(sam, 5)  1e-1") == ("every(sam, 5), rho 0.1", "every(sam, 5)", 0.1)
+
+
+WRONG = [
+    (["--noise", "1.1"], "--noise: expected shares from 0 to 1, got 1.1"),
+    (["--noise", "nan"], "--noise: expected shares from 0 to 1, got nan"),
+    (["--noise", "0.1", "0.1"], "--noise: expected different ones, got [0.1, 0.1]"),
+    (["--methods", "sam"], 'expected sgd, or a method and a rho above 0 as "sam 0.2", got'),
+    (["--methods", "every(sam, 5)"], "a rho above 0 as"),
+    (["--methods", "sam 0"], "a rho above 0 as"),
+    (["--methods", "sam inf"], "a rho above 0 as"),
+    (["--methods", "adam 0.1"], "--methods: adam is not known"),
+    (["--methods", "sam 0.2", "sam  0.20"], "--methods: expected different ones"),
+    (["--seeds", "-1"], "--seeds: expected at least 1, got -1"),
+    (["--", "--label-noise", "0.1"], "--label-noise: the runs differ in it"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG)
+def test_wrong_input_ends_with_its_code(tmp_path, capsys, flags, message):
+    own = ["--output", str(tmp_path / "x"), *flags]
+    assert label_noise.main(own if "--" in own else [*own, "--", *FLAGS]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,214 @@
+"""A sweep over rho: SGD once, the best rho by the right split, and the picture."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from recipes import plots, sweep
+from recipes.settings.config import parse
+from recipes.study import reports
+from recipes.study.grid import Cell, Result, plan
+from recipes.train import running
+
+FLAGS = ["--data", "digits", "--epochs", "1", "--batch-size", "256"]
+OWN = ["--rhos", "0.2", "0", "--methods", "sam", "asam(0.01)", "--seeds", "2"]
+CONFIG = parse(FLAGS)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Return the directory of a sweep, and what was given to be drawn."""
+    output, drawn = tmp_path_factory.mktemp("sweep"), []
+    with pytest.MonkeyPatch.context() as patch:
+        real = plots.sweep
+        patch.setattr(plots, "sweep", lambda *args: drawn.append(args) or real(*args))
+        assert sweep.main([*OWN, "--output", str(output), "--", *FLAGS]) == 0
+    return output, drawn
+
+
+def runs_of(output):
+    return json.loads((output / "results.json").read_text())["runs"]
+
+
+def test_sgd_is_run_once_for_all_methods(swept):
+    runs = runs_of(swept[0])
+    arms = ["SGD", "sam, rho 0.2", "asam(0.01), rho 0.2"]
+    assert [(run["label"], run["settings"]["seed"]) for run in runs] == [
+        (label, seed) for seed in (0, 1) for label in arms
+    ]
+    assert [run["settings"]["rho"] for run in runs[:3]] == [0, 0.2, 0.2]
+
+
+def test_the_report_has_table_command_and_picture(swept):
+    output, runs = swept[0], runs_of(swept[0])
+    text = (output / "sweep.md").read_text()
+    for label, name in (("SGD", "SGD | 0"), ("asam(0.01), rho 0.2", "asam(0.01) | 0.2")):
+        last, best = (
+            reports.spread([run[which] for run in runs if run["label"] == label])
+            for which in ("last", "best")
+        )
+        assert f"| {name} | {last} | {best} |\n" in text
+    assert "the best epoch is chosen by the test set" in text
+    assert "by the test set itself, which flatters: sam 0.2 (" in text
+    command = f"--seeds 2 --output {output} -- {' '.join(FLAGS)}\n"
+    assert "--rhos 0.2 0 --methods sam 'asam(0.01)' " + command in text
+    assert "torch " in text
+    assert "![Accuracy by ρ: digits, wrn-10-1, 1 epochs](sweep.png)" in text
+    assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_drawn_is_what_was_found(swept):
+    runs, (series, base, *_) = runs_of(swept[0]), swept[1][-1]
+    assert len(swept[1]) == 2  # after each seed
+
+    def found(label, which):
+        return [run[which] for run in runs if run["label"] == label]
+
+    assert [*series] == ["sam", "asam(0.01)"]
+    for method, drawn in series.items():
+        for which in ("last", "best"):
+            assert getattr(drawn, which) == {0.2: found(f"{method}, rho 0.2", which)}
+    assert base == plots.Series({0: found("SGD", "last")}, {0: found("SGD", "best")})
+
+
+def test_a_larger_sweep_takes_what_is_there(swept, tmp_path, monkeypatch, capsys):
+    begun, real = [], running.run
+
+    def run(config, *args):
+        begun.append((config.method, config.rho, config.seed))
+        return real(config, *args)
+
+    monkeypatch.setattr(running, "run", run)
+    own = ["--rhos", "0", "0.2", "0.5", "--seeds", "1", "--output", str(swept[0])]
+    assert sweep.main([*own, "--", *FLAGS]) == 0
+    assert begun == [("sam", 0.5, 0)]
+    out = capsys.readouterr().out
+    assert "method    ρ  last epoch  best epoch\n" in out
+    assert "best rho of sam  0." in out
+
+
+def test_radii_are_ascending_whatever_their_order():
+    settings = sweep.Settings(rhos=(0.2, 0.0, 0.05), methods=("sam", "asam"))
+    assert [(c.method, c.rho) for c in sweep.arms(settings, CONFIG).values()] == [
+        ("sam", 0),
+        ("sam", 0.05),
+        ("sam", 0.2),
+        ("asam", 0.05),
+        ("asam", 0.2),
+    ]
+
+
+def made(scores, *flags):
+    """Return results of sam, by rho: test and validation accuracy, None if it diverged."""
+    config = replace(parse([*FLAGS, *flags]), method="sam")
+    found = []
+    for rho, accuracies in scores:
+        cell = Cell(sweep.label("sam", rho), replace(config, rho=rho), None)
+        names = ("test_accuracy", "validation_accuracy")
+        rows = [dict(zip(names, accuracies, strict=True))] if accuracies else []
+        found.append(Result(cell, rows, None if accuracies else "step 3"))
+    return found
+
+
+SETTINGS = sweep.Settings(rhos=(0.1, 0.2, 0.4))
+
+
+def test_the_best_rho_is_by_the_validation_set_where_there_is_one():
+    scores = [(0.1, (90, 60)), (0.2, (80, 70)), (0.4, (85, 65))]
+    assert sweep.best(SETTINGS, made(scores)) == {"sam": 0.1}
+    validated = made(scores, "--validation", "0.1")
+    assert sweep.best(SETTINGS, validated) == {"sam": 0.2}
+    assert sweep.summarise(SETTINGS, validated)["best rho of sam"] == (
+        "0.2 (80.00 %), by the validation set"
+    )
+    columns, rows = sweep.table(validated)
+    assert columns[-1] == "validation"
+    assert rows[1] == ["sam", "0.2", "80.00", "80.00", "70.00"]
+
+
+def test_the_best_rho_is_the_best_on_average_and_of_equal_ones_the_smallest():
+    scores = [(0.1, (90, 0)), (0.1, (70, 0)), (0.2, (85, 0)), (0.2, (86, 0))]
+    assert sweep.best(SETTINGS, made([*scores, (0.4, (85.5, 0))])) == {"sam": 0.2}
+
+
+def test_a_rho_that_diverges_is_none():
+    scores = [(0.1, (90, 0)), (0.2, (99, 0)), (0.2, None), (0.4, None)]
+    results = made(scores)
+    assert sweep.best(SETTINGS, results) == {"sam": 0.1}
+    table = {row[1]: row[2] for row in sweep.table(results)[1]}
+    assert table == {
+        "0.1": "90.00",
+        "0.2": "99.00 (1 of 2 diverged)",
+        "0.4": "1 of 1 diverged",
+    }
+    gone = made([(rho, None) for rho in (0.1, 0.2, 0.4)])
+    assert sweep.found(SETTINGS, gone) == {"sam": "none"}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Return the figures that are drawn."""
+    found = []
+    monkeypatch.setattr(plots.plt, "close", found.append)
+    return found
+
+
+def test_rho_is_logarithmic_and_sgd_a_band_across(tmp_path, figures):
+    values = {0.05: [80.0, 90.0], 0.2: [95.0], 0.5: []}
+    series = {"sam": plots.Series(values, {0.05: [99.0, 99.0]})}
+    base = plots.Series({0.0: [70.0, 72.0]}, {0.0: []})
+    plots.sweep(series, base, tmp_path / "x.png", "$x_")
+    left, right = figures[0].axes
+    assert (left.get_xscale(), right.get_xscale()) == ("log", "log")
+    assert [axes.get_title() for axes in (left, right)] == ["last epoch", "best epoch"]
+    (band,) = left.patches
+    low, high = band.get_extents().transformed(left.transData.inverted()).intervaly
+    assert (low, high) == pytest.approx((71 - 2**0.5, 71 + 2**0.5))
+    assert not right.patches  # All of SGD diverged, or none was asked for.
+    (line, _, (bars,)) = left.containers[0]
+    assert line.get_xydata().tolist() == [[0.05, 85.0], [0.2, 95.0]]
+    assert right.containers[0][0].get_xydata().tolist() == [[0.05, 99.0]]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends[0] == pytest.approx([85 - 50**0.5, 85 + 50**0.5])
+    assert ends[1] == [95.0, 95.0]
+    names = [text.get_text() for text in left.get_legend().get_texts()]
+    assert names == ["ρ 0", "sam"]
+
+
+def test_methods_differ_in_colour_and_in_marker(tmp_path, figures):
+    count = len(plots.STYLES)
+    series = {str(i): plots.Series({0.1: [i]}, {0.1: [i]}) for i in range(count)}
+    plots.sweep(series, None, tmp_path / "x.png", "")
+    lines = [container[0] for container in figures[0].axes[0].containers]
+    assert len({line.get_color() for line in lines}) == count
+    assert len({line.get_marker() for line in lines}) == count
+
+
+def test_a_sweep_of_which_all_diverged_is_still_reported(tmp_path):
+    settings = sweep.Settings(rhos=(0.1,), output=tmp_path)
+    (cell,) = plan(sweep.arms(settings, CONFIG), 1, tmp_path)
+    sweep.report(settings, "", [Result(cell, [], "step 3")])
+    assert "sam none." in (tmp_path / "sweep.md").read_text()
+
+
+WRONG = [
+    (["--rhos", "0"], "--rhos: expected one above 0, got"),
+    (["--rhos", "0", "-0.1"], "--rhos: expected finite numbers of at least 0, got -0.1"),
+    (["--rhos", "nan"], "--rhos: expected finite numbers of at least 0, got nan"),
+    (["--rhos", "0.1", "0.1"], "--rhos: expected different ones, got [0.1, 0.1]"),
+    (["--methods", "sam", "sam"], "--methods: expected different ones"),
+    (["--methods", "adam"], "--methods: adam is not known"),
+    (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+    (["--", "--rho", "0.1"], "--rho: the runs differ in it"),
+    (["--", "--method=sam"], "--method: the runs differ in it"),
+    (["--", "--epochs", "0"], "--epochs: expected at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG)
+def test_wrong_input_ends_with_its_code(tmp_path, capsys, flags, message):
+    own = ["--output", str(tmp_path / "x"), *flags]
+    assert sweep.main(own if "--" in own else [*own, "--", *FLAGS]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,255 @@
+"""The recipe on several ranks: one run, whatever becomes of its processes."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recipes import cifar_wrn
+from recipes.errors import ConfigError
+from recipes.settings.config import parse
+from recipes.train.build import assemble, read_data
+from tests import ROOT
+from tests.ranks import on_ranks
+
+DIGITS = ("--data", "digits", "--batch-size", "128", "--seed", "3")
+
+
+def start(output, *flags, restarts=0):
+    """Start the recipe on two ranks."""
+    own = ("--nproc-per-node=2", f"--max-restarts={restarts}", "-m")
+    # torchrun takes --monitor for one of its own that begins so, but for the --.
+    return torchrun(
+        *own, "--", "recipes.cifar_wrn", *DIGITS, "--output", str(output), *flags
+    )
+
+
+def torchrun(*arguments, cwd=ROOT):
+    """Start torchrun, in a process group of its own and at a port of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, code=0):
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, said
+    return said
+
+
+def run(output, *flags, **how):
+    return finish(start(output, *flags, **how))
+
+
+def rows(output):
+    path = output / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def wait_for_epoch(process, output, epoch):
+    """Wait until the run has recorded an epoch; return the ids of its ranks' processes."""
+    end = time.monotonic() + 60
+    while len(rows(output)) < epoch:
+        assert time.monotonic() < end, process.communicate(timeout=1)
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return ranks_of(process)
+
+
+def ranks_of(process):
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            if parent == process.pid and (own := find_rank(environment)) is not None:
+                found[own] = int(entry.name)
+    return found
+
+
+def find_rank(environment):
+    named = (entry.partition(b"=") for entry in environment)
+    return next((int(value) for key, _, value in named if key == b"RANK"), None)
+
+
+def model(output):
+    return load_file(output / "model.safetensors")
+
+
+def same(left, right):
+    left, right = model(left), model(right)
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def recorded(output):
+    """Return what every run of the same settings records alike."""
+    varying = ("seconds", "images_per_second", "scan_seconds")
+    return [{k: v for k, v in row.items() if k not in varying} for row in rows(output)]
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc"),
+]
+EPOCHS = ("--epochs", "4")
+
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    torchrun (.*-m recipes.*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_readme_run(command, tmp_path):
+    short = ("--data", "digits", "--epochs", "1", "--batch-size", "256")
+    said = finish(torchrun(*shlex.split(command), *short, cwd=tmp_path))
+    assert "done" in said
+    assert len([*tmp_path.glob("runs/*/model.safetensors")]) == 1
+
+
+def test_the_example_of_the_readme_runs_on_two_ranks(tmp_path):
+    (example,) = re.findall(
+        r"```python\n([^`]*distributed\.ranks.*?)```", README, re.DOTALL
+    )
+    (tmp_path / "example.py").write_text(example)
+    finish(torchrun("--nproc-per-node=2", "example.py", cwd=tmp_path))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a run on two ranks that nothing disturbed."""
+    output = tmp_path_factory.mktemp("ranks") / "whole"
+    said = run(output, *EPOCHS)
+    return output, said
+
+
+def test_two_ranks_are_one_process_with_a_perturbation_for_each_half(whole, tmp_path):
+    method = 'per_micro_batch(sam, 64, statistics="averaged")'
+    one = tmp_path / "one"
+    assert cifar_wrn.main([*DIGITS, *EPOCHS, "--method", method, "--output", str(one)]) == 0
+    assert same(whole[0], one)  # 64 and 128 divide without rounding.
+    for ours, theirs in zip(rows(whole[0]), rows(one), strict=True):
+        for name in ("train_accuracy", "test_accuracy", "test_loss", "sharpness"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_m_is_said_logged_and_kept(whole):
+    output, said = whole
+    assert "placement replica: a perturbation for each m = 64 of 128 images" in said
+    assert all(row["m"] == 64 for row in rows(output))
+    newest = sorted((output / "checkpoints").glob("*.safetensors"))[-1]
+    header = newest.read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    metadata = json.loads(header[8 : 8 + length])["__metadata__"]
+    assert json.loads(metadata["ranks"]) == {"placement": "replica", "ranks": 2, "m": 64}
+
+
+def test_only_the_first_rank_speaks(whole):
+    assert whole[1].count("handwritten digits") == 1
+    assert whole[1].count("done") == 1
+
+
+def test_a_killed_rank_is_started_again_and_the_run_goes_on_bit_for_bit(whole, tmp_path):
+    output = tmp_path / "killed"
+    process = start(output, *EPOCHS, "--auto-resume", restarts=1)
+    os.kill(wait_for_epoch(process, output, 2)[1], signal.SIGKILL)
+    said = finish(process)
+    assert "resuming after" in said
+    assert same(whole[0], output)
+    assert recorded(whole[0]) == recorded(output)
+
+
+def test_a_rank_that_hangs_ends_all_within_the_timeout(tmp_path):
+    output = tmp_path / "hung"
+    process = start(output, "--epochs", "200", "--timeout", "3")
+    found = wait_for_epoch(process, output, 1)
+    os.kill(found[1], signal.SIGSTOP)
+    begun = time.monotonic()
+    while Path(f"/proc/{found[0]}").exists():
+        assert time.monotonic() - begun < 20
+        time.sleep(0.1)
+    os.kill(found[1], signal.SIGCONT)  # torchrun would kill it in half a minute.
+    said = finish(process, code=1)  # torchrun's own
+    assert "another rank ended, or did not answer in time" in said
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path):
+    output = tmp_path / "stopped"
+    process = start(output, *EPOCHS)
+    os.kill(wait_for_epoch(process, output, 2)[1], signal.SIGTERM)
+    said = finish(process, code=1)
+    assert "goes on where this ended" in said
+    again = ("-m", "recipes.cifar_wrn", "--resume", str(output))
+    finish(torchrun("--nproc-per-node=2", *again))
+    assert same(whole[0], output)
+
+
+def test_another_number_of_ranks_and_another_m_are_told(whole, capsys):
+    assert cifar_wrn.main(["--resume", str(whole[0])]) == 0
+    warned = capsys.readouterr().err
+    assert "ranks was 2, is now 1: going on, but not bit for bit" in warned
+    assert "m = 64 images, is now on 128" in warned
+
+
+def refuse(flags):
+    config = parse([*DIGITS, *flags])
+    try:
+        assemble(config, read_data(config, lambda items, *_: items, print))
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--placement", "group:3"), "3 does not divide the number of ranks, 2"),
+        (("--placement", "sharded"), "expected replica, group:n or global"),
+        (("--batch-size", "3"), "at least two images for each of the 2 ranks"),
+    ],
+)
+def test_what_ranks_cannot_do_is_said_at_the_start(flags, told):
+    for message in on_ranks(2, refuse, flags):
+        assert told in message
+
+
+def test_other_commands_say_that_they_run_alone(monkeypatch, capsys):
+    from recipes import compare
+
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    assert compare.main([]) == 2
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+def test_easy_images_are_found_by_all_ranks_together(tmp_path):
+    flags = ("--select", "easy-skipped", "--select-every", "1", "--easy-scans", "1")
+    flags += ("--epochs", "4", "--ema-decay", "0.9", "--monitor", "--placement", "global")
+    one, two = tmp_path / "one", tmp_path / "two"
+    method = 'accumulated(sam, 64, statistics="averaged")'
+    alone = [*DIGITS, *flags, "--method", method, "--output", str(one)]
+    assert cifar_wrn.main(alone) == 0
+    run(two, *flags)
+    images = [row["trained_images"] for row in rows(one)]
+    assert images == [row["trained_images"] for row in rows(two)]
+    assert images[-1] < images[0]
+    assert same(one, two)

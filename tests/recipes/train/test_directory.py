@@ -1,0 +1,53 @@
+import pytest
+
+from recipes.errors import ConfigError
+from recipes.settings.config import Config, read_toml
+from recipes.train.directory import RunDirectory
+
+
+def rows(count):
+    return [{"epoch": epoch, "loss": 1 / epoch} for epoch in range(1, count + 1)]
+
+
+def filled(path, count=3):
+    with RunDirectory.create(path, Config()) as run:
+        for row in rows(count):
+            run.append(row)
+    return run
+
+
+def test_what_was_appended_is_read_back(tmp_path):
+    assert filled(tmp_path / "run").rows() == rows(3)
+    assert RunDirectory(tmp_path / "absent").rows() == []
+
+
+def test_settings_are_written(tmp_path):
+    filled(tmp_path / "run")
+    assert Config(**read_toml(tmp_path / "run" / "config.toml")) == Config(preset="none")
+
+
+def test_a_line_that_was_cut_off_is_no_epoch(tmp_path):
+    run = filled(tmp_path / "run")
+    run.metrics.write_text(run.metrics.read_text()[:-5])
+    assert run.rows() == rows(2)
+
+
+def test_rows_are_replaced_and_the_next_one_follows(tmp_path):
+    run = filled(tmp_path / "run")
+    run.rewrite(rows(2))
+    assert run.rows() == rows(2)
+    run.append(rows(3)[2])
+    assert run.rows() == rows(3)
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, said in (
+        ("file", r"expected a directory, got the file"),
+        ("file/run", r"cannot write .*file/run"),
+    ):
+        with (
+            pytest.raises(ConfigError, match=said),
+            RunDirectory.create(tmp_path / name, Config()),
+        ):
+            pass

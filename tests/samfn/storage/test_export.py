@@ -1,0 +1,124 @@
+"""A trained model leaves samfn, and does there what it did here."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import samfn
+from recipes.models.networks import WideResNet
+from tests.reference import batches, small_network
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+def trained(model, some):
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    state = samfn.init(*samfn.split(model), optimizer=samfn.sgd())
+    for batch in some:
+        state, _ = samfn.sam_update(
+            state, batch, loss_fn=loss_fn, optimizer=samfn.sgd(), lr=0.1
+        )
+    return state
+
+
+def tokens():
+    return [(torch.randint(7, (5,)), torch.randint(7, (5,))) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("model", "some"), [(small_network(), batches(3)), (Tied(), tokens())]
+)
+def test_weights_load_into_the_module_by_other_hands(tmp_path, model, some):
+    path = tmp_path / "model.safetensors"
+    before, state = copy.deepcopy(model.state_dict()), trained(model, some)
+    samfn.export_weights(path, model, state.params, state.buffers)
+    assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
+    other = copy.deepcopy(model)
+    other.load_state_dict(load_file(path), strict=True)
+    samfn.load(model, state.params, state.buffers)
+    inputs = some[0][0]
+    assert torch.equal(other.eval()(inputs), model.eval()(inputs))
+
+
+def network():
+    torch.manual_seed(0)
+    model = WideResNet(10, 1, 10, channels=3, dropout=0.2)
+    return model.to(memory_format=torch.channels_last)
+
+
+def test_a_program_gives_the_models_outputs_for_batches_of_any_length(tmp_path):
+    path, model = tmp_path / "model.pt2", network()
+    params, buffers = samfn.split(model)
+    params = {name: 1.1 * w for name, w in params.items()}
+    inputs = torch.randn(2, 3, 8, 8)
+    samfn.export_program(path, model, params, buffers, inputs)
+    assert model.training
+    program = torch.export.load(path).module()
+    samfn.load(model, params, buffers)
+    for length in (1, 2, 5):
+        inputs = torch.randn(length, 3, 8, 8)
+        torch.testing.assert_close(program(inputs), model.eval()(inputs))
+
+
+class Forgetful(nn.Module):
+    """A module whose output torch.export does not see the last of."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, inputs):
+        wrong = 2.0 if torch.compiler.is_exporting() else 1.0
+        return wrong * self.weight * inputs
+
+
+def test_a_program_that_differs_is_refused_and_the_old_file_stays(tmp_path):
+    path, model = tmp_path / "model.pt2", Forgetful()
+    path.write_text("old")
+    with pytest.raises(samfn.ExportError, match=r"model.pt2 gives other outputs"):
+        samfn.export_program(path, model, *samfn.split(model), torch.ones(2, 3))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_parameters_than_the_models_are_refused(tmp_path):
+    model = small_network()
+    params, buffers = samfn.split(model)
+    del params["0.weight"]
+    with pytest.raises(ValueError, match=r"0.weight missing"):
+        samfn.export_weights(tmp_path / "file", model, params, buffers)
+
+
+class Two(nn.Module):
+    """A network of two inputs and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, a, b):
+        hidden = self.layer(a) + b
+        return {"scores": hidden, "hidden": (a, hidden.relu())}
+
+
+def test_a_program_may_take_several_inputs_and_give_several_outputs(tmp_path):
+    path, model = tmp_path / "model.pt2", Two()
+    samfn.export_program(
+        path, model, *samfn.split(model), (torch.randn(3, 3), torch.randn(3, 2))
+    )
+    inputs = torch.randn(5, 3), torch.randn(5, 2)
+    found = torch.export.load(path).module()(*inputs)
+    torch.testing.assert_close(found, model.eval()(*inputs))

@@ -1,0 +1,318 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import samfn
+from samfn.training import callbacks, loop
+from samfn.training.loop import Epoch, Start, Step, Training
+from tests.reference import small_network
+
+BATCHES = 5
+
+
+def problem(seed=0):
+    """Return a training that begins, and what `engine.run` takes beside it."""
+    torch.manual_seed(seed)
+    model = small_network().float()
+    optimizer = samfn.sgd(momentum=0.9)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    source = torch.Generator().manual_seed(1)
+    inputs = torch.randn(BATCHES * 6, 2, 4, 4, generator=source)
+    labels = torch.randint(3, (BATCHES * 6,), generator=source)
+
+    def batches(training):
+        order = torch.Generator().manual_seed(training.epoch)
+        rows = torch.randperm(len(labels), generator=order).view(BATCHES, -1)
+        for row in rows[training.batch :]:
+            yield inputs[row], labels[row]
+
+    def evaluate(training):
+        params, buffers = callbacks.ema_of(training)
+        model.eval()
+        found = loop.evaluate(
+            params,
+            buffers,
+            [(inputs[:20], labels[:20]), (inputs[20:], labels[20:])],
+            loss_fn=loss_fn,
+            measures={"accuracy": loop.accuracy},
+        )
+        model.train()
+        return found
+
+    update = partial(samfn.sam_update, loss_fn=loss_fn, optimizer=optimizer)
+    options = {"batches": batches, "update": update, "rho": 0.05, "lr": 0.1}
+    return Training(state), options | {"evaluate": evaluate}
+
+
+def same(left, right):
+    assert left.state.params.keys() == right.state.params.keys()
+    return all(
+        torch.equal(w, right.state.params[name]) for name, w in left.state.params.items()
+    ) and torch.equal(left.state.step, right.state.step)
+
+
+def test_a_run_is_a_loop_over_epochs_and_batches():
+    training, options = problem()
+    loop.run(training, **options, epochs=3)
+    plain, options = problem()
+    state, update = plain.state, options["update"]
+    for epoch in range(3):
+        for batch in options["batches"](Training(state, epoch=epoch)):
+            state, _ = update(state, batch, rho=0.05, lr=0.1)
+    assert same(training, Training(state))
+    assert (training.epoch, training.batch, training.step) == (3, 0, 3 * BATCHES)
+
+
+def test_callbacks_are_told_of_everything_in_order():
+    seen = []
+
+    def first(event):
+        match event:
+            case Start(training):
+                seen.append(("start", training.epoch, training.batch))
+            case Step(training, batch, metrics):
+                seen.append(("step", training.epoch, training.batch))
+                assert len(batch[1]) == 6
+                assert metrics.loss.ndim == 0
+            case Epoch(training):
+                seen.append(("epoch", training.epoch, training.batch))
+                assert training.row["loss"] > 0
+
+    training, options = problem()
+    loop.run(training, **options, epochs=2, callbacks=[first, lambda e: seen.append(0)])
+    steps = [("step", epoch, batch) for epoch in range(2) for batch in range(1, 6)]
+    expected = [("start", 0, 0), *steps[:5], ("epoch", 1, 0), *steps[5:], ("epoch", 2, 0)]
+    assert seen == [item for event in expected for item in (event, 0)]
+
+
+def test_steps_are_a_budget_in_the_middle_of_an_epoch_too():
+    training, options = problem()
+    loop.run(training, **options, steps=BATCHES + 2)
+    assert training.step == BATCHES + 2
+    assert training.row["epoch"] == 2
+    assert training.row["loss"] > 0
+
+
+@pytest.mark.parametrize(("epochs", "steps", "taken"), [(1, 99, 5), (99, 3, 3)])
+def test_of_two_budgets_the_smaller_ends_the_run(epochs, steps, taken):
+    training, options = problem()
+    loop.run(training, **options, epochs=epochs, steps=steps)
+    assert training.step == taken
+
+
+def test_dials_follow_the_run():
+    seen = []
+    training, options = problem()
+    update = options["update"]
+
+    def watched(state, batch, *, rho, lr):
+        seen.append((rho, lr))
+        return update(state, batch, rho=rho, lr=lr)
+
+    options |= {"update": watched, "rho": lambda t: 0.1 * t.epoch, "lr": 0.01}
+    options["lr"] = lambda t: 1 / (1 + t.step)
+    loop.run(training, **options, epochs=2)
+    assert seen == [(0.1 * (i // BATCHES), 1 / (1 + i)) for i in range(2 * BATCHES)]
+
+
+def test_a_run_without_budget_or_batches_is_refused():
+    training, options = problem()
+    with pytest.raises(ValueError, match="a budget of epochs, steps or both, got none"):
+        loop.run(training, **options)
+    with pytest.raises(ValueError, match="epoch 1 has no batches"):
+        loop.run(training, **options | {"batches": lambda t: []}, epochs=1)
+
+
+def test_evaluation_is_a_mean_over_examples():
+    model = nn.Linear(4, 3)
+    params, buffers = samfn.split(model)
+    inputs, labels = torch.randn(11, 4), torch.randint(3, (11,))
+    found = loop.evaluate(
+        params,
+        buffers,
+        [(inputs[:9], labels[:9]), (inputs[9:], labels[9:])],
+        loss_fn=samfn.supervised(model, F.cross_entropy),
+        measures={"accuracy": loop.accuracy},
+    )
+    outputs = model(inputs).detach()
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(outputs, labels)))
+    right = (outputs.argmax(1) == labels).float().mean()
+    assert found["accuracy"] == pytest.approx(100 * float(right))
+    shares = F.one_hot(labels, 3) * 0.9
+    assert torch.equal(
+        loop.accuracy(outputs, (inputs, shares)),
+        loop.accuracy(outputs, (inputs, labels)),
+    )
+    with pytest.raises(
+        ValueError, match=r"'mean' must give a value for each .*\(4,\), got"
+    ):
+        loop.evaluate(
+            params,
+            buffers,
+            [(inputs[:4], labels[:4])],
+            loss_fn=samfn.supervised(model, F.cross_entropy),
+            measures={"mean": lambda outputs, batch: outputs.mean()},
+        )
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        loop.evaluate(params, buffers, [], loss_fn=samfn.supervised(model, F.mse_loss))
+
+
+def features(checkpoints):
+    return [
+        callbacks.ema(0.8, start=2),
+        callbacks.copy_ema(2),
+        callbacks.early_stopping("accuracy", 50),
+        callbacks.finite(),
+        callbacks.saving(checkpoints, score="accuracy", every=2),
+    ]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 5, 7, 8, 10, 11, 13])
+def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(tmp_path, stop):
+    whole, options = problem()
+    kept = samfn.Checkpoints(tmp_path / "whole")
+    loop.run(whole, **options, epochs=3, callbacks=features(kept))
+
+    def stops(event):
+        if isinstance(event, Step) and event.training.step == stop:
+            event.training.stop = "killed"
+
+    first, options = problem()
+    kept = samfn.Checkpoints(tmp_path / "parts")
+    loop.run(first, **options, epochs=3, callbacks=[*features(kept), stops])
+    assert first.step == stop
+    again, options = problem(seed=5)
+    assert callbacks.resume(kept, again) == (stop > 1)
+    if stop == 1:
+        again, options = problem()
+    assert again.step == stop - stop % 2 if stop % BATCHES else stop
+    loop.run(again, **options, epochs=3, callbacks=features(kept))
+    assert same(again, whole)
+    assert again.row == whole.row
+    for name, tensor in whole.memory["ema"].items():
+        assert torch.equal(again.memory["ema"][name], tensor), name
+    assert again.memory["early_stopping"] == whole.memory["early_stopping"]
+
+
+def test_the_average_follows_every_step_after_its_start():
+    training, options = problem()
+    states = []
+
+    def watch(event):
+        if isinstance(event, Step):
+            states.append(event.training.state)
+
+    loop.run(training, **options, epochs=1, callbacks=[callbacks.ema(0.5, start=2), watch])
+    expected = states[1].params
+    for state in states[2:]:
+        expected = samfn.moving_average(expected, state.params, 0.5)
+    params, buffers = callbacks.ema_of(training)
+    for name, tensor in expected.items():
+        assert torch.equal(params[name], tensor)
+    counter = next(name for name in buffers if "tracked" in name)
+    assert buffers[counter] == BATCHES
+    assert not torch.equal(
+        buffers["1.running_mean"], training.state.buffers["1.running_mean"]
+    )
+
+
+def test_the_average_shares_no_memory_with_the_state():
+    training, options = problem()
+    loop.run(training, **options, epochs=1, callbacks=[callbacks.ema(0.5)])
+    own = {t.data_ptr() for t in training.memory["ema"].values()}
+    state = training.state
+    assert not own & {
+        t.data_ptr() for t in (*state.params.values(), *state.buffers.values())
+    }
+
+
+def test_the_average_becomes_the_state_after_its_epoch_only():
+    training, options = problem()
+    changed = []
+
+    def watch(event):
+        if isinstance(event, Epoch):
+            params = callbacks.ema_of(event.training)[0]
+            now = event.training.state.params
+            changed.append(all(torch.equal(params[name], w) for name, w in now.items()))
+
+    parts = [callbacks.ema(0.9), callbacks.copy_ema(2), watch]
+    loop.run(training, **options, epochs=3, callbacks=parts)
+    assert changed == [False, True, False]
+
+
+def test_patience_counts_epochs_without_a_new_best():
+    values = [1.0, 3.0, 3.0, 2.0, 4.0, 4.0, 4.0]
+    training, options = problem()
+    options["evaluate"] = lambda t: {"score": values[t.epoch]}
+    stop = callbacks.early_stopping("score", 2)
+    loop.run(training, **options, epochs=7, callbacks=[stop])
+    assert training.epoch == 4
+    assert training.stop == "no better score for 2 epochs"
+    training.stop = None  # As a run is that goes on from its last checkpoint.
+    loop.run(training, **options, epochs=7, callbacks=[stop])
+    assert training.epoch == 4
+    training, options = problem()
+    options["evaluate"] = lambda t: {"score": -values[t.epoch]}
+    stop = callbacks.early_stopping("score", 2, higher=False)
+    loop.run(training, **options, epochs=7, callbacks=[stop])
+    assert training.epoch == 4
+
+
+def test_steps_that_are_not_finite_end_the_run():
+    training, options = problem()
+
+    def poisoned(t):
+        for inputs, labels in problem()[1]["batches"](t):
+            yield inputs * float("nan") if t.step >= 7 else inputs, labels
+
+    options |= {"batches": poisoned}
+    with pytest.raises(samfn.NonFiniteError, match="the last 3 of 10 steps"):
+        loop.run(training, **options, epochs=9, callbacks=[callbacks.finite(3, every=1)])
+
+
+def test_evaluation_is_the_mean_over_what_counts_in_all_batches():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=2, weight=torch.tensor([1.0, 3, 1]))
+    loss_fn = samfn.supervised(model, criterion)
+    inputs, targets = torch.randn(9, 4), torch.tensor([0, 1, 2, 2, 2, 2, 1, 1, 0])
+    batches = [*zip(inputs.split(3), targets.split(3), strict=True)]  # one of nothing
+    params, buffers = samfn.split(model)
+    expected = criterion(model(inputs), targets).item()
+    found = loop.evaluate(params, buffers, batches, loss_fn=loss_fn)
+    assert found["loss"] == pytest.approx(expected)
+    objective = samfn.Objective(loss_fn, buffers, batches)
+    assert objective.loss(params).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="expected an example that counts"):
+        samfn.Objective(loss_fn, buffers, batches[1]).loss(params)
+
+
+def test_accuracy_is_of_the_shapes_it_knows():
+    scores = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0]])
+    for targets in (torch.tensor([1, 1, 1]), torch.tensor([[1], [1], [1]])):
+        assert loop.accuracy(scores, (None, targets)).tolist() == [100, 0, 100]
+    shares = torch.tensor([[0.1, 0.9], [0.6, 0.4], [0.8, 0.2]])
+    assert loop.accuracy(scores, (None, shares)).tolist() == [100, 100, 0]
+    with pytest.raises(ValueError, match=r"two classes or more, got \(3, 1\)"):
+        loop.accuracy(scores[:, :1], (None, torch.tensor([1, 1, 1])))
+    with pytest.raises(
+        ValueError, match=r"targets of shape \(3,\) or \(3, 2\), got \(4,\)"
+    ):
+        loop.accuracy(scores, (None, torch.ones(4)))
+
+
+def test_scores_that_are_not_finite_are_wrong_and_left_out_classes_are_not():
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[nan, nan], [nan, 1.0], [inf, 1.0], [1.0, -inf], [-inf, -inf]])
+    assert loop.accuracy(scores, (None, torch.zeros(5).long())).tolist() == [
+        0,
+        0,
+        0,
+        100,
+        0,
+    ]

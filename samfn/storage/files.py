@@ -195,11 +195,35 @@ def held(
 
 
 def _holder(path: Path) -> str:
+    """Return the number of the process that holds a lock.
+
+    It may have taken the lock a moment ago, and not have written its number yet.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not _runs(number := _written(path)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return number or "unknown"
+
+
+def _written(path: Path) -> str:
     try:
         found = read_bytes(path).strip()
     except OSError:
-        return "unknown"
-    return found.decode() if found.isdigit() else "unknown"
+        return ""
+    return found.decode() if found.isdigit() else ""
+
+
+def _runs(number: str) -> bool:
+    """Return whether there is a process of this number, as far as can be seen."""
+    if not number or os.name == "nt":
+        return bool(number)
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False  # One that was killed, unless it is on another machine.
+    except PermissionError:
+        pass
+    return True
 
 
 def _write_holder(path: Path) -> None:

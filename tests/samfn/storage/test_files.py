@@ -2,6 +2,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -114,6 +115,24 @@ def test_a_directory_is_held_by_one_process_until_that_dies(tmp_path):
     for _ in range(2):
         with held(tmp_path):
             assert (tmp_path / files.LOCK).read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize("before", ["", "999999999\n"])
+def test_a_holder_that_has_not_written_its_number_yet_is_named(tmp_path, before):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], **pipes) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        lock = tmp_path / files.LOCK
+        lock.write_text(before)  # what a holder finds that was killed, or none was
+        late = threading.Timer(0.3, lock.write_text, [f"{holder.pid}\n"])
+        late.start()
+        with (
+            pytest.raises(InUseError, match=f"in use by process {holder.pid}"),
+            held(tmp_path),
+        ):
+            pass
+        holder.stdin.close()
+        late.join()
 
 
 def test_a_directory_where_no_file_can_be_made_cannot_be_held(tmp_path):

@@ -1,5 +1,6 @@
-"""What the README says is run: its example, its commands, its tree and its numbers."""
+"""What the READMEs say is run: examples, commands, links, tables and their numbers."""
 
+import os
 import re
 import runpy
 import shlex
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+import samfn
 from bench.faults.rows import ROWS
 from recipes.models import networks
 from recipes.settings.config import PRESETS, parse
@@ -19,7 +21,28 @@ from recipes.study.grid import split
 from tests import ROOT
 from tests.recipes.data.test_sources import make_folder
 
-README = (ROOT / "README.md").read_text()
+LINK = re.compile(r"\]\(([^)#\s]+)(#[^)]*)?\)")
+
+
+def from_root(page):
+    """Return the text of a page, with its links as seen from the root."""
+
+    def rebased(link):
+        path = link[1] if link[1].startswith("http") else page.parent / link[1]
+        return f"]({os.path.relpath(path, ROOT) if path is not link[1] else path})"
+
+    return LINK.sub(rebased, page.read_text())
+
+
+FOLDERS = ("samfn", "recipes", "bench", "tests", ".github")
+PAGES = {
+    str(page.relative_to(ROOT)): from_root(page)
+    for pattern in ("README.md", *(f"{folder}/**/*.md" for folder in FOLDERS))
+    for page in sorted(ROOT.glob(pattern))
+    if "results" not in page.parts
+}
+FRONT = PAGES["README.md"]
+README = "\n".join(PAGES.values())
 FLOWING = " ".join(README.split())
 # Commands of many runs, and flags with which they are few.
 STUDIES = {
@@ -30,19 +53,32 @@ SHORT = ["--epochs", "1", "--batch-size", "256"]
 COMMAND = re.compile(r"python -m recipes\.\w+[^`#\n]*")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def recipe_commands():
     return sorted({match.strip() for match in COMMAND.findall(README)})
 
 
-def test_the_example_runs_and_is_short():
-    (example, *_) = blocks("python")
-    assert len([line for line in example.splitlines() if line.strip()]) <= 15
+def test_the_front_page_is_one_screen_and_a_half():
+    assert len(FRONT.splitlines()) <= 120
+
+
+def test_four_lines_are_the_step_and_the_loop_is_short():
+    four, loop = blocks("python", FRONT)
     scope = {}
-    exec(example, scope)
+    exec(four, scope)
+    _, core = four.rsplit("\n\n", 1)
+    assert len(core.splitlines()) == 4
+    model = scope["model"]  # of which nothing was written
+    state = samfn.init(*samfn.split(model), optimizer=scope["optimizer"])
+    given = {"loss_fn": scope["loss_fn"], "optimizer": scope["optimizer"]}
+    state, _ = samfn.sam_update(state, scope["batch"], rho=0.05, lr=0.1, **given)
+    for name, weight in state.params.items():
+        assert torch.equal(weight, scope["params"][name])
+    assert len([line for line in loop.splitlines() if line.strip()]) <= 15
+    exec(loop, scope := {})
     assert scope["metrics"].loss < 0.65  # A guess has 0.69; seeds end at 0.13 to 0.60.
     assert scope["state"].step == 100
 
@@ -56,7 +92,7 @@ def weights(scope):
 
 def test_every_further_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    further = blocks("python")[1:]
+    further = [each for each in blocks("python") if each not in blocks("python", FRONT)]
     assert further
     for example in further:
         scope = {}
@@ -65,7 +101,7 @@ def test_every_further_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_two_commands_are_on_the_first_screen():
-    first = "\n".join(README.splitlines()[:40])
+    first = "\n".join(FRONT.splitlines()[:40])
     assert 'pip install -e ".[recipes]" && python -m recipes.cifar_wrn --rho 0.05' in first
     assert 'pip install -e ".[test]" && pytest' in first
 
@@ -145,17 +181,33 @@ def run(args, module="recipes.cifar_wrn"):
     assert not ended.value.code
 
 
-def test_the_tree_names_every_file_of_the_packages():
-    (tree,) = (b for b in blocks("text") if "samfn/" in b)
-    named = set(re.findall(r"[\w.]+\.py\b", tree))
-    packages = ("samfn", "recipes", "bench")
-    there = {p.name for folder in packages for p in (ROOT / folder).glob("*.py")}
-    assert named == there - {"__init__.py"}
+def test_every_folder_is_on_a_page_and_every_file_of_the_algorithm_on_the_front():
+    for folder in ("samfn", "recipes", "bench"):
+        page = PAGES[f"{folder}/README.md"]
+        for path in sorted((ROOT / folder).iterdir()):
+            if path.name not in ("README.md", "__init__.py", "py.typed", "__pycache__"):
+                assert path.stem in page, f"{path} is not on its folder's page"
+    for name in ("tree.py", "loss.py", "perturb.py", "methods/", "descend.py", "step.py"):
+        assert f"samfn/{name}" in FRONT
 
 
 def test_every_link_leads_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+    for name, text in PAGES.items():
+        for target, _ in LINK.findall(text):
+            there = target.startswith("http") or (ROOT / target).exists()
+            assert there, f"{name}: {target}"
+
+
+def test_every_anchor_is_a_heading():
+    for page in map(ROOT.joinpath, PAGES):
+        for path, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text()):
+            if path.startswith("http"):
+                continue
+            there = page.parent / path if path else page
+            there = there / "README.md" if there.is_dir() else there
+            heads = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            names = [re.sub(r"[^\w -]", "", head.lower()) for head in heads]
+            assert anchor in [name.replace(" ", "-") for name in names], f"{page}: {anchor}"
 
 
 def test_every_preset_is_explained():
@@ -197,7 +249,7 @@ def test_every_method_has_a_row_with_its_measured_cost():
     lines = [cells(line) for line in text.splitlines() if line.startswith("| ")]
     ratio = lines[0].index("of SGD")
     costs = {line[0]: line[ratio] for line in lines[2:]}
-    table = README.split("## The methods")[1].split("## ")[0].splitlines()
+    table = PAGES["samfn/methods/README.md"].splitlines()
     rows = {line.split("`")[1].partition("(")[0]: line for line in table if "| `" in line}
     assert rows.keys() == MAKERS.keys()
     assert len(costs) > len(rows) - 3
@@ -216,7 +268,7 @@ def test_every_fault_has_a_row_with_its_trials_and_no_failure():
     ((_, text),) = reports("faults").items()
     found = {name: row for name, row in table_of(text).items() if name.startswith("F")}
     assert [*found] == [row.name for row in ROWS]
-    rows = table_of(README)
+    rows = table_of(PAGES["bench/faults/README.md"])
     for name, (_, fault, trials, failures, *_) in found.items():
         assert failures == "0"
         assert [fault, trials, failures] == [rows[name][1], *rows[name][3:]]
@@ -250,19 +302,19 @@ def test_the_comparisons_of_methods_are_of_all_that_are_one():
 
 def test_what_the_table_of_features_claims_is_tested():
     evidence = (ROOT / "bench/results/features_2026-11-21.md").read_text()
-    named = re.findall(r"tests/(test_\w+)\.py::(test_\w+)", evidence)
+    named = re.findall(r"(tests/[\w/]+\.py)::(test_\w+)", evidence)
     assert len(named) > 80
     for module, test in named:
-        source = (ROOT / "tests" / f"{module}.py").read_text()
+        source = (ROOT / module).read_text()
         assert f"def {test}(" in source, f"{module}: {test}"
-    table = README.split("## Beside others")[1].split("\n## ")[0]
+    table = PAGES["bench/README.md"].split("## Beside others")[1].split("\n## ")[0]
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     rows = [line.split(" | ") for line in lines if "**" not in line]
     assert {len(row) for row in rows} == {8}
     claims = [row for row in rows[2:] if row[1] != "–"]
     assert len(claims) > 35
     for name, own, *_ in claims:
-        found = re.search(r"\((tests/test_\w+\.py)\)$", own)
+        found = re.search(r"\((tests/[\w/]+\.py)\)$", own)
         assert found is not None, name
         assert (ROOT / found[1]).exists(), name
         assert f"- {name.removeprefix('| ')}: tests/" in evidence, name

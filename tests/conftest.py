@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import ROOT
+
 # The first call of an operation takes longer than Hypothesis's deadline.
 settings.register_profile("samfn", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("samfn")
@@ -31,6 +33,9 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv(name, "http://127.0.0.1:9")  # the port where nobody listens
         patch.delenv("no_proxy", raising=False)
         patch.delenv("NO_PROXY", raising=False)
+        # Commands of the recipes run from a clone, wherever a test is.
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         # One for all workers: what a compiler is asked at first takes it ten seconds.
         root = tmp_path_factory.getbasetemp()

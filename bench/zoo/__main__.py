@@ -152,7 +152,9 @@ def main(options: Options) -> None:
         " compiled 1e-5 where a network of float64 computes parts in float32, in weights,"
         " buffers, losses and outputs, with the same random numbers drawn, and the user's"
         " model and batch untouched to the bit; for the Hessian, to 1e-4 of a difference of"
-        " gradients. Behind the comma stands what ran.\n\n"
+        ' gradients. Behind the comma stands what ran. "torch.func\'s masks": equal to the'
+        " step by torch.func uncompiled, which draws a dropout mask by how a tensor lies in"
+        " memory.\n\n"
     )
     print(text + table(rows))
     if options.report is not None:

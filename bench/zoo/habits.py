@@ -333,8 +333,6 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.1, batch_first=True)
-        # Of attention, torch.func draws the mask in another layout than autograd does.
-        layer.self_attn.dropout = 0.0
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = head()
 

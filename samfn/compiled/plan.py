@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from samfn.loss import GradientError, LossFn, evaluate
 from samfn.methods.base import Method
@@ -91,6 +90,8 @@ def operations(loss_fn: LossFn, state: TrainState, batch: Batch) -> int:
     Those of matrix products, convolutions and attention count, as in
     `torch.utils.flop_counter`; a multiply-add is two.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # takes as long as samfn itself
+
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     device = state.step.device
 

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import filelock
-
 TEMPORARY = ".samfn-"  # what the directory of an unfinished file is called
 MARGIN = 2**20  # bytes that stay free beside a new file
 LOCK = ".samfn.lock"
@@ -178,6 +176,8 @@ def held(
         InUseError: another process holds it, and `wait` is False; says which.
         OSError: no file can be made there, or that file is none of samfn's own.
     """
+    import filelock  # Only who locks needs it, and it takes a while.
+
     path = Path(directory, LOCK)
     lock = filelock.FileLock(path)
     try:

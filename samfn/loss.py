@@ -187,6 +187,10 @@ def _by_autograd(
     grads = {
         name: dense(leaf.grad) for name, leaf in asked.items() if leaf.grad is not None
     }
+    if isinstance(aux.outputs, Tensor):  # As nearly always; it spares a walk.
+        outputs, losses = _detached(aux.outputs), _detached(aux.losses)
+        buffers = {name: _detached(buffer) for name, buffer in aux.buffers.items()}
+        return loss.detach(), Aux(outputs, buffers, losses), grads
     return loss.detach(), pytree.tree_map(_detached, aux), grads
 
 
@@ -204,16 +208,17 @@ def graph(loss: Tensor) -> set[Any]:
 
 def is_reentrant(nodes: Iterable[Any]) -> bool:
     """Return whether one of them computes a part of the forward pass again, reentrantly."""
-    return any(type(node).__name__ == REENTRANT for node in nodes)
+    return any(kind.__name__ == REENTRANT for kind in {*map(type, nodes)})
 
 
-def _require_known(nodes: Iterable[Any], leaves: Params) -> None:
+def _require_known(nodes: Collection[Any], leaves: Params) -> None:
     """Raise where a graph ends in a parameter that is none of the leaves.
 
     Raises:
         GradientError: its gradient would be lost.
     """
-    ends = [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad"]
+    kinds = {kind for kind in map(type, nodes) if kind.__name__ == "AccumulateGrad"}
+    ends = [node.variable for node in nodes if type(node) in kinds]
     own = {id(leaf) for leaf in leaves.values()}
     for end in ends:
         if id(end) not in own and isinstance(end, torch.nn.Parameter):

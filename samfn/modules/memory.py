@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from samfn.tree import Params
+
+PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
 def address(tensor: Tensor) -> int | None:
@@ -22,7 +25,11 @@ def is_watchable(tensor: Tensor) -> bool:
     """Return whether a tensor has memory and a version that shows when it is written to."""
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_inference():
         return False
-    return bool(tensor.numel()) and not is_fake(tensor)
+    # Whether a tensor is a fake one is asked of those that can be: it takes a while.
+    plain = type(tensor) in PLAIN and not (
+        torch._is_functional_tensor(tensor) or is_functorch_wrapped_tensor(tensor)
+    )
+    return bool(tensor.numel()) and (plain or not is_fake(tensor))
 
 
 def sharing(tensors: Params) -> Iterator[tuple[str, str]]:

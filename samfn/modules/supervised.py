@@ -135,15 +135,12 @@ class _Supervised:
         elif self._hooks:
             raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
         fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
-        given, structure = pytree.tree_flatten(_pair(batch))
-        copies = [x.clone() if isinstance(x, Tensor) else x for x in given]
-        pair = pytree.tree_unflatten(copies, structure)
+        pair, others = _apart(_pair(batch))
         with self._lender.holding({**params, **buffers, **lent, **fresh}):
             # Inside of torch.func there is no memory to be watched.
             if compiling or any(map(is_functorch_wrapped_tensor, lent.values())):
                 found = self._run(buffers, pair)
             else:
-                others = [x for x in given if not isinstance(x, Tensor)]
                 hidden = {
                     type(x).__name__: [*filter(is_watchable, inside(x))] for x in others
                 }
@@ -308,6 +305,17 @@ def _pair(batch: Any) -> tuple[Any, Any]:
             f" {tuple(targets.shape)}"
         )
     return inputs, targets
+
+
+def _apart(pair: tuple[Any, Any]) -> tuple[tuple[Any, Any], list[Any]]:
+    """Return a batch with tensors of its own, and what it holds beside tensors."""
+    inputs, targets = pair
+    if isinstance(inputs, Tensor) and isinstance(targets, Tensor):  # spares two walks
+        return (inputs.clone(), targets.clone()), []
+    given, structure = pytree.tree_flatten(pair)
+    copies = [x.clone() if isinstance(x, Tensor) else x for x in given]
+    others = [x for x in given if not isinstance(x, Tensor)]
+    return pytree.tree_unflatten(copies, structure), others
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samfn import checks, tree
 from samfn.batches import length_of
-from samfn.descend import Optimizer, OptState
+from samfn.descend import Optimizer, OptState, descend
 from samfn.distributed import Placement
 from samfn.loss import Evaluate, LossFn, Pass, as_loss, evaluate
 from samfn.methods import sam
@@ -262,7 +262,9 @@ def take_step(
     params, buffers, opt_state, method_state, step, skipped, in_a_row = state
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
     seen, new_method_state = placed.descent(evaluate, point, method_state)
-    new_params, new_opt_state = optimizer.update(params, seen.grads, opt_state, lr)
+    new_params, new_opt_state = descend(
+        params, seen.grads, opt_state, optimizer=optimizer, lr=lr
+    )
     grad_norm = tree.norm(seen.clean.grads) if seen.grad_norm is None else seen.grad_norm
     descent_norm = tree.norm(seen.grads)
     looked_at = [seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm]

@@ -19,7 +19,7 @@ ORDER = {
 # Outside thing -> the files and folders that may know it.
 OWNERS = {
     "rich": {"recipes/terminal/console.py"},
-    "matplotlib": {"recipes/plots.py"},
+    "matplotlib": {"recipes/plots"},
     "safetensors": {"samfn/storage/tensorfile.py", "bench/checkpoints.py"},
     "filelock": {"samfn/storage/files.py"},
     "torch.export": {"samfn/storage/export.py"},

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import samfn
 from bench import measure
-from recipes.models.networks import WideResNet
+from recipes.models.wide_resnet import WideResNet
 from samfn.storage import tensorfile
 
 IMAGES = 50_000

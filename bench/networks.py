@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recipes.models.networks import WideResNet, parse_name
+from recipes.models.wide_resnet import WideResNet, parse_name
 
 
 class Network(NamedTuple):

@@ -15,8 +15,9 @@ import torch
 import samfn
 from bench.faults.rows import ROWS
 from recipes.models import networks
-from recipes.settings.config import PRESETS, parse
+from recipes.settings.config import parse
 from recipes.settings.method_expression import MAKERS
+from recipes.settings.presets import PRESETS
 from recipes.study.grid import split
 from tests import ROOT
 from tests.recipes.data.test_sources import make_folder

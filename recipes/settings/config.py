@@ -21,6 +21,7 @@ from recipes.data.sources import choose_source, root_of
 from recipes.errors import ConfigError
 from recipes.models import networks
 from recipes.settings import method_expression
+from recipes.settings.presets import PRESETS, preset_of
 from recipes.terminal.hardware import emulated
 from samfn.compiled import missing_compiler
 from samfn.storage import files
@@ -29,66 +30,6 @@ PROGRAM = "python -m recipes.cifar_wrn"
 CONFIG_FILE = "config.toml"
 # Names of files are bytes; those of them that are no UTF-8 stand in it as they are.
 AS_TOML = {"encoding": "utf-8", "errors": "surrogateescape"}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "none": {},
-    # A minute on a laptop. Digits are 8x8, and a mirrored 3 is no 3.
-    "digits": {
-        "data": "digits",
-        "model": "wrn-10-1",
-        "epochs": 80,
-        "batch_size": 64,
-        "crop_padding": 1,
-        "flip": False,
-    },
-    # CIFAR on a CPU: far from published accuracy, but minutes and not days.
-    "small": {"model": "wrn-10-1", "epochs": 5},
-    # davda54/sam, example/train.py. His smoothing gives s / (K - 1) to each wrong class;
-    # PyTorch's gives s / K to every class, so 0.1 there is 0.1 * 10 / 9 here.
-    "davda54": {
-        "model": "wrn-16-8",
-        "layout": "davda54",
-        "zero_head": True,
-        "label_smoothing": 0.1 * 10 / 9,
-        "cutout": 16,
-        "schedule": "step",
-    },
-    # Foret et al., 2021, arXiv:2010.01412, table 1: WRN-28-10 with basic augmentation.
-    # Nesterov, the decay in the loss and the clip are those of their code. They perturb on
-    # each of several devices; this perturbs for the whole batch.
-    "foret2021": {
-        "model": "wrn-28-10",
-        "batch_size": 256,
-        "nesterov": True,
-        "decay_in_loss": True,
-        "clip_norm": 5.0,
-    },
-    # S-Sairam/sam-optimizer, src/train.py: plain cross entropy, crops and flips, cosine.
-    # He sets lr once an epoch, keeps the last, smaller batch, counts the statistics of both
-    # passes, and normalises by 0.2023, 0.1994, 0.2010, which are no standard deviations of
-    # CIFAR-10's pixels; here they are measured.
-    "sairam": {"model": "wrn-28-10"},
-    # Photographs of one's own; `_side` adds their size. Not tuned on any data.
-    "finetune": {
-        "data": "folder",
-        "model": "resnet18",
-        "weights": "default",
-        "crop_scale": 0.25,
-        "crop_padding": 0,
-        "epochs": 10,
-        "batch_size": 32,
-        "lr": 0.005,
-        "weight_decay": 1e-4,
-        "warmup_epochs": 1.0,
-        "compile": "no",  # It takes minutes, and many images to pay for it.
-    },
-}
-PRESETS["davda54-adaptive"] = PRESETS["davda54"] | {
-    "method": "asam(0.0, adapts=everything)",
-    "rho": 2.0,
-}
-PRESETS["foret2021-cifar100"] = PRESETS["foret2021"] | {"data": "cifar100", "rho": 0.1}
-
 
 METHOD_HELP = (
     'How a batch becomes the gradient that descends, as sam, "asam(eta=0.1)" or'
@@ -390,16 +331,16 @@ def _parsed(
         _require_names(config)
         return config
 
-    asked = read(_preset(base))
+    asked = read(preset_of(base))
     if (run := _to_resume(asked)) is not None:
         return _resumed(asked, run, read, base)
     values = read_toml(asked.config) if asked.config else {}
     preset = read(values).preset
-    asked = read(_preset(preset) | values)
+    asked = read(preset_of(preset) | values)
     _require_model(asked.model)
     if preset == "auto" and not networks.is_wide(asked.model):
         preset = "finetune"
-        asked = read(_preset(preset) | values)
+        asked = read(preset_of(preset) | values)
     _require_fitting(asked)
     source, origin = choose_source(asked.data, asked.data_dir)
     say(origin)
@@ -624,7 +565,7 @@ def _resumed(
     before = _settled(values, run)
     if asked.auto_resume:  # The command that began the run repeats all that it said then.
         file = read_toml(asked.config) if asked.config else {}
-        config = read(values | _preset(read(file).preset) | file)
+        config = read(values | preset_of(read(file).preset) | file)
         resolved = {name: getattr(before, name) for name in _unresolved(config)}
         config = replace(config, resume=run, **resolved)
     else:
@@ -711,14 +652,6 @@ def _settled(values: Mapping[str, Any], run: Path) -> Config:
 def run_of(path: Path) -> Path:
     """Return the directory of the run that `path` is, or is a checkpoint of."""
     return path.parent.parent if path.is_file() else path
-
-
-def _preset(name: str) -> dict[str, Any]:
-    if name == "auto":
-        return {}
-    if name not in PRESETS:
-        raise ConfigError(f"--preset: expected auto or one of {[*PRESETS]}, got {name!r}")
-    return PRESETS[name]
 
 
 def _side(preset: str, source: str, model: str) -> dict[str, int]:

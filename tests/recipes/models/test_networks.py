@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 import samfn
 from recipes.models import networks
-from recipes.models.networks import GlobalMean, WideResNet, parse_name
+from recipes.models.wide_resnet import GlobalMean, WideResNet, parse_name
 
 
 def count(*args, **options):

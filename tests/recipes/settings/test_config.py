@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from recipes.errors import ConfigError
 from recipes.settings.config import (
-    PRESETS,
     Config,
     choose_device,
     parse,
@@ -18,6 +17,7 @@ from recipes.settings.config import (
     require_same_settings,
     to_toml,
 )
+from recipes.settings.presets import PRESETS
 
 DIGITS = ["--data", "digits"]
 BEST = str(choose_device("auto"))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import samfn
-from recipes.models.networks import WideResNet
+from recipes.models.wide_resnet import WideResNet
 from tests.reference import batches, small_network
 
 OPTIMIZERS = {

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import samfn
 from bench.networks import build
-from recipes.models.networks import GlobalMean
+from recipes.models.wide_resnet import GlobalMean
 from samfn import compiled
 from tests.reference import batches, small_network
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import samfn
-from recipes.models.networks import WideResNet
+from recipes.models.wide_resnet import WideResNet
 from tests.reference import batches, small_network
 
 

@@ -1,6 +1,7 @@
 """Who may import whom: levels, and one module for each outside thing."""
 
 import ast
+from functools import cache
 
 import pytest
 
@@ -48,6 +49,7 @@ OWNERS = {
 }
 
 
+@cache
 def imported(path):
     """Return the modules that a file imports, with their packages."""
     found = set()

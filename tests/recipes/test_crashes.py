@@ -126,15 +126,15 @@ def test_an_older_checkpoint_may_be_named(tmp_path, capsys):
 
 LOSSES = """
 import sys, torch
-from recipes import plots, training
+from recipes.train import loop
 from recipes.cifar_wrn import main
 torch.set_num_threads(1)
-real = training.step
+real = loop.step
 def step(*args):
     state, metrics = real(*args)
     print("loss", float(metrics.loss).hex(), file=sys.stderr)
     return state, metrics
-training.step = step
+loop.step = step
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import samfn
 from bench.networks import build
 from recipes.models.wide_resnet import GlobalMean
-from samfn import compiled
+from samfn.compiled import operations
+from samfn.compiled.plan import choose
 from tests.reference import batches, small_network
 
 OPTIMIZER = samfn.sgd(0.9, nesterov=True, weight_decay=5e-4)
@@ -322,7 +323,7 @@ def test_operations_are_those_of_the_formula():
     network = build("wrn-16-2", 2)
     state, _, _ = task(network.model)
     loss_fn = samfn.supervised(network.model, F.cross_entropy)
-    found = compiled.operations(loss_fn, state, (network.inputs, network.targets))
+    found = operations(loss_fn, state, (network.inputs, network.targets))
     assert found == pytest.approx(2 * 6 * 0.1011e9, rel=0.01)
 
 
@@ -335,7 +336,7 @@ def test_where_arithmetic_rules_only_the_gradient_is_compiled(name, batch, plan)
     state, _, _ = task(network.model)
     loss_fn = samfn.supervised(network.model, F.cross_entropy)
     batch = network.inputs, network.targets
-    assert compiled._choose("auto", loss_fn, samfn.sam(), state, batch) == plan
+    assert choose("auto", loss_fn, samfn.sam(), state, batch) == plan
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_an_estimate_leaves_nothing_in_the_model():
     loss_fn = samfn.supervised(model, F.cross_entropy)
     batch = torch.randn(2, 4), torch.tensor([0, 1])
     random = torch.get_rng_state()
-    assert compiled.operations(loss_fn, state, batch) == 2 * 2 * 2 * 4 * 3
+    assert operations(loss_fn, state, batch) == 2 * 2 * 2 * 4 * 3
     assert model.last is None
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -388,7 +389,7 @@ def test_an_estimate_that_fails_ends_no_run():
     state, _, _ = task(model)
     loss_fn = samfn.supervised(model, F.cross_entropy)
     batch = torch.randn(2, 4), torch.tensor([0, 1])
-    assert compiled._choose("auto", loss_fn, samfn.sam(), state, batch) == "whole"
+    assert choose("auto", loss_fn, samfn.sam(), state, batch) == "whole"
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 import samfn
 from bench.zoo import networks
 from bench.zoo.check import check
-from samfn import loss as gradient
 from samfn import tree
 from samfn.measure import curvature
 from samfn.measure.curvature import (
@@ -98,7 +97,7 @@ def test_a_product_is_the_derivative_of_the_gradient_in_either_precision(name):
 
 @pytest.mark.parametrize("name", ["attention", "hardsigmoid"])
 def test_without_them_pytorch_has_no_second_derivative(name, monkeypatch):
-    monkeypatch.setattr(gradient, "twice_differentiable", contextlib.nullcontext)
+    monkeypatch.setattr(curvature, "twice_differentiable", contextlib.nullcontext)
     loss_fn, params, buffers, batch = given(name, torch.float32)
     with pytest.raises(RuntimeError, match=r"is not implemented"):
         hessian_product(loss_fn, params, buffers, batch, params)
@@ -128,7 +127,7 @@ def test_a_vector_of_zeros_is_normalised_without_a_nan_in_the_curvature(monkeypa
     direction = {"w": torch.randn(4, 4).double()}
     product = objective.product(params, direction)
     assert apart(objective, params, direction, product, 1e-6) < 1e-6
-    monkeypatch.setattr(gradient, "twice_differentiable", contextlib.nullcontext)
+    monkeypatch.setattr(curvature, "twice_differentiable", contextlib.nullcontext)
     assert hessian_product(loss_fn, params, {}, batch, direction)["w"].isnan().any()
 
 

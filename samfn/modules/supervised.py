@@ -1,4 +1,4 @@
-"""The border to torch.nn: the one module that knows nn.Module."""
+"""Supervised losses: a model and a criterion as a pure function of tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from torch.testing import assert_close
 import samfn
 from recipes import landscape as recipe
 from recipes import plots
-from recipes.cifar_wrn import main as train
 from recipes.data.sources import load
 from recipes.settings.config import of_run, parse
 from recipes.study import runs as solutions
@@ -32,14 +32,10 @@ FAST = ["--points", "5", "--images", "40"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Two runs of one network on the digits, of two epochs each."""
-    folder = tmp_path_factory.mktemp("runs")
-    small = ["--data", "digits", "--model", "wrn-10-1", "--batch-size", "256"]
-    small += ["--epochs", "2"]
-    for name, rho in (("sgd", "0"), ("sam", "0.2")):
-        assert train([*small, "--rho", rho, "--output", str(folder / name)]) == 0
-    return folder / "sgd", folder / "sam"
+def runs(trained, tmp_path_factory):
+    """Return copies of the two runs, which no test here changes."""
+    folder = tmp_path_factory.mktemp("landscape")
+    return tuple(shutil.copytree(trained / name, folder / name) for name in ("sgd", "sam"))
 
 
 def test_the_command_leaves_data_and_pictures_beside_the_first_run(runs, capsys):

@@ -34,21 +34,6 @@ FAST += ["--eigenvalues", "2", "--iterations", "3"]
 CHEAP = ["--images", "20", "--steps", "1", "--eigenvalues", "0", "--probes", "0"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Two runs of one network on the digits, of two epochs each."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, rho in (("sgd", "0"), ("sam", "0.2")):
-        assert train([*SMALL, "--rho", rho, "--output", str(folder / name)]) == 0
-    return folder
-
-
-@pytest.fixture
-def runs(trained, tmp_path):
-    """Copies of the runs, to write into."""
-    return [shutil.copytree(trained / name, tmp_path / name) for name in ("sgd", "sam")]
-
-
 def records(run):
     text = (run / "sharpness.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -45,12 +45,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def runs(trained, tmp_path):
-    """Copies of the runs, to write into."""
-    return [shutil.copytree(trained / name, tmp_path / name) for name in ("sgd", "sam")]
-
-
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch):
     """Nobody looks at the pictures."""

@@ -1,4 +1,4 @@
-"""Who may import whom: levels, and one module for each outside thing."""
+"""Who may import whom: an order of packages, and the owners of each outside thing."""
 
 import ast
 from functools import cache

@@ -1,11 +1,12 @@
 """Make every fault happen, many times, and report what came of it.
 
-    python -m bench.faults                       # all rows, with all trials; 25 minutes
+    python -m bench.faults                       # all rows, with all trials; 40 minutes
     python -m bench.faults --only F1 F2          # some
     python -m bench.faults --soak 3600           # anything, for so many seconds
     python -m bench.faults --report bench/results/faults.md
 
-Rows are those of the table in the README. Some are loops of this package, the others tests.
+Rows are those of the table in bench/faults/README.md. Some are loops of this package, the
+others tests.
 """
 
 import shlex
@@ -84,8 +85,8 @@ def report(lines: list[dict[str, str]], command: str) -> str:
     return f"""# Faults, and what samfn did
 
 A failure is a checkpoint damaged or lost, a run that ended in another state than the same
-run without faults, an exit code or message other than the README's, or a trial in which the
-fault did not happen at all.
+run without faults, an exit code or message other than recipes/README.md says, or a trial in
+which the fault did not happen at all.
 
 {measure.table(lines, tuple(lines[0]))}
 

@@ -1,1 +1,1 @@
-"""Networks, by name, and the weights they may start from."""
+"""Networks, by name, and where their published weights are."""

@@ -1,4 +1,4 @@
-"""The configuration of the recipes, their presets, and how they are read and written."""
+"""The settings of the recipes: fields, their rules, and how they are read and written."""
 
 import contextlib
 import dataclasses
@@ -239,7 +239,7 @@ class Config:
     """Go on with settings that differ from the run's; without it they are listed."""
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Loggers beside metrics.jsonl, each into the run's directory, without account or
-    network. Each needs its package: pip install "samfn[wandb]"."""
+    network. Each needs its package: pip install -e ".[wandb]"."""
     export: bool = False
     """At the end, write the best epoch's model as a program for torch.export.load, too."""
     eval_only: bool = False
@@ -395,7 +395,7 @@ def _require_loggers(names: Iterable[str]) -> None:
     """Raise unless the packages of loggers are installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            missing = f'{name} is not installed: pip install "samfn[{name}]"'
+            missing = f'{name} is not installed: pip install -e ".[{name}]"'
             raise ConfigError(f"--log: {missing}")
 
 

@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Foret et al., 2021, arXiv:2010.01412, table 1: WRN-28-10 with basic augmentation.
     # Nesterov, the decay in the loss and the clip are those of their code. They perturb on
-    # each of several devices; this perturbs for the whole batch.
+    # each of several devices, as this does under torchrun; on one, for the batch.
     "foret2021": {
         "model": "wrn-28-10",
         "batch_size": 256,
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # passes, and normalises by 0.2023, 0.1994, 0.2010, which are no standard deviations of
     # CIFAR-10's pixels; here they are measured.
     "sairam": {"model": "wrn-28-10"},
-    # Photographs of one's own; `_side` adds their size. Not tuned on any data.
+    # Photographs of one's own; `_side` in `config` adds their size. Not tuned on any data.
     "finetune": {
         "data": "folder",
         "model": "resnet18",

@@ -1,4 +1,4 @@
-"""Training as the recipe does it: what the engine goes through, and its callbacks.
+"""Training as the recipe does it: what `samfn.training.loop` calls, and its callbacks.
 
 All randomness is a function of the seed and the position, so that a run that stopped
 anywhere goes on exactly as if it had not.
@@ -129,9 +129,9 @@ class Meter:
         """
         if labels.ndim == 2:
             labels = labels.argmax(1)
-        found = metrics.outputs.argmax(1)  # Of a part of the batch, for some methods.
+        outputs = metrics.outputs  # Of a part of the batch, for some methods.
         self._rows = len(labels)
-        accuracy = 100 * (found == labels[: len(found)]).float().mean()
+        accuracy = 100 * loop.right(outputs, labels[: len(outputs)]).float().mean()
         values = (
             metrics.loss,
             accuracy,

@@ -1,4 +1,4 @@
-"""SAM for training loops that exist: an optimizer around another, with state in place."""
+"""SAM for existing training loops: an optimizer around another, with state in place."""
 
 from samfn.imperative.optimizer import SAM
 

@@ -17,6 +17,7 @@ from samfn.batches import length_of, repeatable
 from samfn.loss import LossFn, as_loss, evaluate
 from samfn.measure.objective import Objective
 from samfn.perturb import rate
+from samfn.training import loop
 from samfn.tree import Batch, Params
 
 Coordinates = Sequence[float] | Tensor
@@ -296,9 +297,7 @@ def _count_right(batch: Batch, outputs: Any) -> Tensor | None:
     """Return how often the label has the highest score, or None if there are no scores."""
     match batch:
         case [_, Tensor() as labels] if _are_scores(outputs, labels):
-            score, found = outputs.max(1)
-            right: Tensor = (found == labels) & ~score.isnan()
-            return right.sum()
+            return loop.right(outputs, labels).sum()
     return None
 
 

@@ -1,7 +1,7 @@
 """What a method is: a direction, a metric, the passes of a step, and their combination.
 
-A method is a value, a few pure functions. Those of the literature are in `methods`, and
-what turns methods into others in `combinators`.
+A method is a value, a few pure functions. Those of the literature are in `published`,
+and what turns methods into others is in `combinators`.
 """
 
 from collections.abc import Callable, Hashable, Mapping

@@ -1,4 +1,4 @@
-"""The one package that knows nn.Module: copied out, lent other tensors, left as it was."""
+"""Between nn.Module and dicts of tensors: copied, lent other tensors, left as it was."""
 
 from samfn.modules.lending import ImpureError
 from samfn.modules.parameters import (

@@ -26,7 +26,7 @@ from samfn.tree import Batch, Params
 RECOMPUTES = (
     "this model computes parts of its forward pass again during the backward pass (gradient"
     " checkpointing), and would read its own weights then: take the gradient by a step or a"
-    " measure of samfn, or by samfn.loss.evaluate, which lends it `params` until the"
+    " measure of samfn, or by samfn.evaluate, which lends it `params` until the"
     " backward pass is done"
 )
 

@@ -1,4 +1,4 @@
-"""What a run does beside training: averages, patience, checkpoints. See `engine`.
+"""Callbacks of `samfn.training.loop`: averages, patience, checkpoints.
 
 Each function here returns a callback, and keeps what it must not forget in
 `Training.memory` under its own name.

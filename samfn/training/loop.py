@@ -222,6 +222,17 @@ def _of_each(name: str, values: Any, batch: Batch) -> Tensor:
     return values
 
 
+def right(outputs: Tensor, classes: Tensor) -> Tensor:
+    """Return for each example whether its class has the largest score, and a finite one.
+
+    Args:
+        outputs: scores of the classes, shape (examples, classes).
+        classes: the right ones, shape (examples,).
+    """
+    score, found = outputs.max(1)
+    return (found == classes) & score.isfinite()
+
+
 def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
     """Return for each example 100 where the class is right, else 0; so the mean is in %.
 
@@ -253,9 +264,7 @@ def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
             f"accuracy expects targets of shape ({examples},) or {tuple(outputs.shape)},"
             f" got {tuple(targets.shape)}"
         )
-    score, found = outputs.max(1)
-    right: Tensor = (found == classes) & score.isfinite()
-    return 100.0 * right
+    return 100.0 * right(outputs, classes)
 
 
 def tell(callbacks: Sequence[Callback], event: Event) -> None:

@@ -115,8 +115,9 @@ pytestmark = [
 EPOCHS = ("--epochs", "4")
 
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "samfn" / "distributed" / "README.md").read_text()
 COMMANDS = re.findall(r"^    torchrun (.*-m recipes.*)$", README, re.MULTILINE)
+assert len(COMMANDS) == 3
 
 
 @pytest.mark.parametrize("command", COMMANDS)

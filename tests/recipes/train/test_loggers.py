@@ -350,7 +350,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_done(
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train(tmp_path / "run", "--log", "tensorboard", "wandb") == 2
-    said = 'error --log: wandb is not installed: pip install "samfn[wandb]"\n'
+    said = 'error --log: wandb is not installed: pip install -e ".[wandb]"\n'
     assert capsys.readouterr().err == said
     assert not (tmp_path / "run").exists()
 

@@ -23,6 +23,7 @@ from recipes.train.build import Split, assemble, generator, seed
 from recipes.train.checkpoints import Keeper
 from recipes.train.directory import RunDirectory
 from samfn.compiled import CompiledUpdate
+from samfn.training import loop as library
 from samfn.training.loop import Training
 
 DIGITS = load("digits")
@@ -503,3 +504,20 @@ def test_of_mixed_labels_the_larger_share_is_the_right_one():
     assert meter.read()[0]["accuracy"] == 50
     meter.add(metrics(1.0), torch.tensor([[0.6, 0.4], [0.3, 0.7]]))
     assert meter.read()[0]["accuracy"] == 75
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_are_wrong_wherever_accuracy_is_counted(score):
+    def loss_fn(params, buffers, batch):
+        return params["w"].sum(), samfn.Aux(batch[0], buffers)
+
+    outputs, labels = torch.tensor([[score, score], [0.0, 1.0]]), torch.tensor([0, 1])
+    params, batches = {"w": torch.zeros(1)}, [(outputs, labels)]
+    measures = {"accuracy": library.accuracy}
+    found = library.evaluate(params, {}, batches, loss_fn=loss_fn, measures=measures)
+    meter, one = loop.Meter(torch.device("cpu")), torch.tensor(1.0)
+    step = samfn.Metrics(one, outputs, one, one, one, one, torch.tensor(True), None)
+    meter.add(step, labels)
+    way = samfn.measure.landscape.line(params, {}, batches, params, [0.0], loss_fn=loss_fn)
+    counted = found["accuracy"], meter.read()[0]["accuracy"], float(way.accuracy)
+    assert counted == (50, 50, 50)

@@ -138,7 +138,7 @@ def test_accuracy_is_in_percent_of_all_examples():
     assert found.accuracy.tolist() == [50.0, 75.0, 50.0]
 
 
-def test_scores_that_are_none_are_wrong_and_losses_stay_what_they_are():
+def test_scores_that_are_not_finite_are_wrong_and_losses_stay_what_they_are():
     inputs = torch.tensor([1.0, 1.0])
     way = {"w": torch.tensor(1.0)}
     found = line(
@@ -150,7 +150,7 @@ def test_scores_that_are_none_are_wrong_and_losses_stay_what_they_are():
         loss_fn=scores_are,
     )
     assert found.loss.tolist() == [math.inf]
-    assert found.accuracy.tolist() == [50.0]
+    assert found.accuracy.tolist() == [0.0]
     nan = line(
         {"w": torch.tensor(torch.nan)},
         {},

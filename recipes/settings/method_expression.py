@@ -68,54 +68,16 @@ def parse(text: str, *, steps: int, norm_layers: Sequence[str]) -> samfn.Method:
 def gradients(text: str) -> float | None:
     """Return the gradients of a batch that a step of a method takes, on average.
 
-    A part of the batch counts as that part; a gradient by some parameters as a whole one.
-
     Args:
         text: the expression, one that `parse` takes.
 
     Returns:
-        None where that depends on the data, or a step takes more than gradients.
+        `samfn.Method.gradients`; None, too, where it depends on the steps of the whole run.
     """
-    try:
-        return _gradients(ast.parse(text, mode="eval").body)
-    except ValueError:  # A number is a name, as "steps".
+    names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    if "steps" in names:
         return None
-
-
-def _gradients(node: ast.expr) -> float | None:
-    name, given = _given(node)
-    inner = _gradients(given["method"]) if "method" in given else 2.0
-    match name:
-        case "momentum_sam":
-            return 1.0
-        case "looksam":
-            return 1 + 1 / _number(given["k"])
-        case "multi_step_sam":
-            return 1 + _number(given["ascents"])
-        case "every" if inner is not None:
-            return 1 + (inner - 1) / _number(given["k"])
-        case "sub_batch_ascent" if inner == 2:
-            return 1 + _number(given["share"])
-        case "esam" | "ae_sam" | "sub_batch_ascent":
-            return None
-    return inner
-
-
-def _given(node: ast.expr) -> tuple[str, dict[str, Any]]:
-    """Return what an expression calls, and each argument as it is read or its default."""
-    match node:
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-            named = {str(keyword.arg): keyword.value for keyword in keywords}
-            given = inspect.signature(MAKERS[name]).bind_partial(*args, **named)
-        case _:
-            name = ast.unparse(node)
-            given = inspect.signature(MAKERS[name]).bind_partial()
-    given.apply_defaults()
-    return name, given.arguments
-
-
-def _number(value: Any) -> float:
-    return float(ast.literal_eval(value) if isinstance(value, ast.expr) else value)
+    return parse(text, steps=1, norm_layers=("any",)).gradients
 
 
 def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:

@@ -68,6 +68,9 @@ class Method(NamedTuple):
     """(finite, new memory, old memory) -> what is remembered of a step."""
     traces: bool = True
     """Whether `descent` is made of operations that a graph can hold."""
+    gradients: float | None = None
+    """How many gradients of a batch a step takes, on average; a part of the batch counts as
+    that part, a gradient by some parameters as a whole one. None where data decide."""
 
 
 class Direction(NamedTuple):
@@ -113,7 +116,7 @@ def two_pass(
             seen = seen._replace(grads=grads, beside=beside)
         return seen, memory
 
-    return Method(lambda params, moved: direction.init(moved), descent)
+    return Method(lambda params, moved: direction.init(moved), descent, gradients=2.0)
 
 
 def look(evaluate: Evaluate, point: Point, *, everywhere: bool = False) -> Pass:

@@ -176,7 +176,8 @@ def every(method: Method, k: int) -> Method:
             return plain(evaluate, point), memory
         return method.descent(evaluate, point, memory)
 
-    return method._replace(descent=descent, kind=kind)
+    cost = None if method.gradients is None else 1 + (method.gradients - 1) / k
+    return method._replace(descent=descent, kind=kind, gradients=cost)
 
 
 def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
@@ -200,7 +201,9 @@ def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
         part = point._replace(share=point.share * share)
         return method.descent(evaluate, part, memory)
 
-    return method._replace(descent=descent)
+    # Of others than two passes it is not known how many gradients are of the part.
+    cost = 1 + share if method.gradients == 2 else None
+    return method._replace(descent=descent, gradients=cost)
 
 
 def same_randomness(method: Method) -> Method:

@@ -218,7 +218,9 @@ def momentum_sam(momentum: float = 0.9) -> Method:
         grads = tree.only(seen.grads, point.moved)
         return seen, {"momentum": tree.add_scaled(grads, momentum, velocity)}
 
-    return Method(lambda params, moved: {"momentum": tree.zeros_like(moved)}, descent)
+    return Method(
+        lambda params, moved: {"momentum": tree.zeros_like(moved)}, descent, gradients=1.0
+    )
 
 
 def looksam(k: int = 5, alpha: float = 0.7, *, metric: Perturb = perturb) -> Method:
@@ -261,6 +263,7 @@ def looksam(k: int = 5, alpha: float = 0.7, *, metric: Perturb = perturb) -> Met
         lambda params, moved: {"orthogonal": tree.zeros_like(params)},
         descent,
         kind=lambda step: "go on" if step % k else "look",
+        gradients=1 + 1 / k,
     )
 
 
@@ -295,7 +298,7 @@ def multi_step_sam(ascents: int = 2, *, metric: Perturb = perturb) -> Method:
         worst = evaluate(there, point.buffers, point.batch)
         return Descent(worst.grads, clean, worst.loss, length), memory
 
-    return Method(_nothing, descent)
+    return Method(_nothing, descent, gradients=1.0 + ascents)
 
 
 def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:

@@ -279,7 +279,10 @@ class Checkpoints:
         What was written or verified before, and is the same file since, is not read again.
         """
         found: Scores = {}
-        for path in self.paths():
+        paths = self.paths()
+        # What is gone is forgotten, or a long training would remember all of its steps.
+        self._verified = {p: self._verified[p] for p in paths if p in self._verified}
+        for path in paths:
             try:
                 signature = _signature(path)
                 known, scores = self._verified.get(path, ((), {}))

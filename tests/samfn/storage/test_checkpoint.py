@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy
 import pytest
@@ -705,3 +707,24 @@ def test_a_checkpoint_of_the_users_alone_stays_so(tmp_path):
     path.chmod(0o600)
     samfn.save(path, counted(2))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_memory_does_not_grow_with_the_number_of_saves(tmp_path):
+    optimizer = samfn.sgd()
+    state = samfn.init({"w": torch.zeros(4)}, {}, optimizer=optimizer)
+    checkpoints = samfn.Checkpoints(tmp_path)
+
+    def save(steps):
+        for step in steps:
+            checkpoints.save(state._replace(step=torch.tensor(step)), score=float(step))
+            assert checkpoints.latest(like=state).state.step == step
+
+    save(range(1, 30))
+    tracemalloc.start()
+    save(range(30, 50))
+    before, _ = tracemalloc.get_traced_memory()
+    save(range(50, 150))
+    gc.collect()
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 30_000  # 100 steps that are remembered are 70,000 bytes.

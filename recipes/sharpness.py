@@ -64,7 +64,7 @@ PROGRAM = "python -m recipes.sharpness"
 DATA = "sharpness.json"
 MISSING = "-"
 VERSION = 2  # of what the numbers mean; those of another one are measured anew
-# Settings that decide nothing of a number: the checkpoint is known by its content, and the
+# Settings that change no number: the checkpoint is known by its content, and the
 # device only rounds.
 NOT_MEASURED = {"runs", "last", "device"}
 BATCHES = 4  # fewer would not show how far the variance among them is off

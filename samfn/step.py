@@ -138,7 +138,7 @@ def sam_update(
     """
     rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
     require_state(state, loss_fn=loss_fn, optimizer=optimizer, placement=placement)
-    # A method whose steps are alike spares a GPU the wait for the number of this one.
+    # Reading the step counter synchronises the GPU: only for methods whose steps differ.
     kind = method.kind(int(state.step)) if method.kind else None
     run = partial(evaluate, loss_fn)
     how: Any = {"rho": rho, "lr": lr, "kind": kind, "watch": watch, "placement": placement}

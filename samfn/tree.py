@@ -15,7 +15,7 @@ from torch import Tensor
 Params = Mapping[str, Tensor]  # also gradients: same names, same shapes
 Batch = Any  # whatever the loss function takes
 
-# Where mappings hold a part of each vector: sums a tensor over those who hold the others.
+# All-reduce that completes norms and inner products of sharded parameters; None if whole.
 _total: Callable[[Tensor], Tensor] | None = None
 
 

@@ -96,7 +96,7 @@ class Config:
     """Train the last layer alone. The perturbation, and so what is sharp, is its alone; the
     rest stays, statistics and all, and computes as in evaluation."""
     layout: Literal["standard", "davda54"] = "standard"
-    """How depth is counted. davda54 has one more block in each stage, as his example."""
+    """Counting of depth. davda54 has one more block in each stage, as his example."""
     zero_head: bool = False
     """Start with a classifier of zeros."""
     dropout: float = 0.0
@@ -118,7 +118,7 @@ class Config:
     batch_size: int = 128
     """Examples in a step. A last, smaller batch of an epoch is left out."""
     optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
-    """What descends. adamw has decoupled weight decay. All but sgd want an lr of about
+    """Base optimizer. adamw has decoupled weight decay. All but sgd want an lr of about
     0.001."""
     lr: float = 0.1
     """Peak learning rate."""
@@ -127,7 +127,7 @@ class Config:
     nesterov: bool = False
     """Nesterov momentum."""
     betas: tuple[float, ...] = (0.9, 0.999)
-    """Shares that Adam's averages of gradients and of their squares keep at each step."""
+    """Adam's beta1 and beta2: decay of the running means of the gradient and its square."""
     weight_decay: float = 5e-4
     """Weight decay."""
     decay_norm: bool = True
@@ -151,17 +151,17 @@ class Config:
     """Epochs after which the step schedule multiplies the learning rate. None is 30, 60 and
     80 % of all."""
     step_factor: float = 0.2
-    """What the step schedule multiplies the learning rate with, above 0 to 1."""
+    """Factor of the learning rate in the step schedule, above 0 to 1."""
     restart_epochs: int = 10
     """Epochs of the first cosine of warm-restarts."""
     restart_growth: int = 2
-    """How many times as long as the one before each further cosine is."""
+    """Length of each further cosine, relative to the one before."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises linearly from 0."""
 
     ema_decay: float | None = None
-    """Share that a moving average of the weights keeps at each step, as 0.999; 0 to below
-    1. It is evaluated beside the weights, and is the model that comes out. None is off."""
+    """Decay of the moving average of the weights, for example 0.999. With it, the average is
+    evaluated beside the weights, and exported in the end. None is off."""
     ema_start: float = 0.0
     """Epochs before the average begins."""
     ema_copy: int | None = None
@@ -180,7 +180,7 @@ class Config:
     select_every: int = 5
     """Epochs from one scan of all images to the next."""
     select_with: Literal["weights", "average"] = "weights"
-    """What scans: the weights, or their moving average."""
+    """Weights that scan: those that train, or their moving average."""
     select_share: float = 0.5
     """Share of the images that loss and sharpness draw, above 0 to 1."""
     easy_confidence: float = 0.5
@@ -199,7 +199,7 @@ class Config:
     """Steps in a row that may be skipped because a loss or gradient is not finite; one more
     ends the run."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
     placement: str = "replica"
     """On several devices, which of them share a perturbation: replica, each has its own,
     as in the paper; group:n, n of them; global, all. Of the batch, each has its share."""
@@ -215,7 +215,7 @@ class Config:
     """Take no kernel whose result may differ from call to call, so that a GPU repeats a run
     bit for bit. Slower there; a CPU does so anyway."""
     seed: int = 0
-    """Of initialisation, data order, augmentation and label noise."""
+    """Seed of initialisation, data order, augmentation and label noise."""
 
     monitor: bool = False
     """Measure each layer's gradient, perturbation, update and cosine at every step, into

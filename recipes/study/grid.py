@@ -37,7 +37,7 @@ from samfn.storage import files
 
 DIVERGED = "diverged.txt"  # in the directory of a run that did: why
 LEFT = "the same command goes on"  # when a signal ends a study
-# What leaves a run what it is, but for rounding.
+# Settings that change nothing but rounding.
 FREE = PER_CALL | {"preset", "device", "compile", "save_steps", "on_write_error", "log"}
 # What belongs to one run, and not to all of a study.
 OF_ONE_RUN = {"output", "resume", "resume_override", "eval_only", "dry_run"}

@@ -1,4 +1,4 @@
-"""What runs have learned: found, read, put on images, and told apart by name."""
+"""Load trained runs for analysis, and give them short names that differ."""
 
 import hashlib
 import json

@@ -129,7 +129,8 @@ class Display:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table: names in its first column, numbers in the others.
 
-        One that is too wide for the terminal is turned, or else errors stand below values.
+        A table too wide for the terminal is transposed; if that is no help, each ± goes on
+        its own line.
         """
         lines: list[Sequence[str]] = [
             [self._console.shown(cell) for cell in line] for line in (columns, *rows)

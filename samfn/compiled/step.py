@@ -142,7 +142,10 @@ class CompiledUpdate:
             self._step = int(state.step)
         kind = method_kind(self._step) if method_kind else None
         norms = self._placement.norms() if self._placement else nullcontext()
-        with torch.no_grad(), norms:  # Also a caller's own mode would be another graph.
+        with (
+            torch.no_grad(),
+            norms,
+        ):  # A caller's grad mode would trigger another compilation.
             if kind in self._runs:
                 result = self._take(kind, state, batch, *dials)
             else:

@@ -13,7 +13,7 @@ from samfn.distributed.group import size
 
 
 class _Total(torch.autograd.Function):
-    """The sum over the ranks; what each rank's loss owes to it comes back to all."""
+    """All-reduce whose backward pass is an all-reduce too."""
 
     @staticmethod
     def forward(values: Tensor, group: str) -> Tensor:

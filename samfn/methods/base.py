@@ -67,14 +67,14 @@ class Method(NamedTuple):
     settle: Callable[[Tensor, MethodState, MethodState], MethodState] = tree.select
     """(finite, new memory, old memory) -> what is remembered of a step."""
     traces: bool = True
-    """Whether `descent` is made of operations that a graph can hold."""
+    """Whether torch.compile can trace `descent`."""
     gradients: float | None = None
     """How many gradients of a batch a step takes, on average; a part of the batch counts as
     that part, a gradient by some parameters as a whole one. None where data decide."""
 
 
 class Direction(NamedTuple):
-    """Which way is up, in the light of the steps before."""
+    """The ascent direction, which may depend on earlier steps."""
 
     init: Callable[[Params], MethodState]
     """perturbed parameters -> what is remembered."""

@@ -54,7 +54,7 @@ def ema_of(training: Training) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the averages of parameters and buffers; before a step, those of the state."""
     state = training.state
     average = training.memory.get(EMA) or _together(state)
-    # In the state's order, which sums depend on, and which no checkpoint keeps.
+    # Checkpoints do not keep the order of names, and floating-point sums depend on it.
     params = {name: average[f"params/{name}"] for name in state.params}
     return params, {name: average[f"buffers/{name}"] for name in state.buffers}
 

@@ -160,8 +160,8 @@ class Config:
     """Epochs over which the learning rate rises linearly from 0."""
 
     ema_decay: float | None = None
-    """Decay of the moving average of the weights, for example 0.999. With it, the average is
-    evaluated beside the weights, and exported in the end. None is off."""
+    """Decay of the moving average of the weights, for example 0.999. With it, the average
+    is evaluated beside the weights, and exported in the end. None is off."""
     ema_start: float = 0.0
     """Epochs before the average begins."""
     ema_copy: int | None = None

@@ -132,9 +132,16 @@ MUTANTS = {
     ),
     "the forward pass may write to the batch": (
         "modules/supervised.py",
+        "return (inputs.clone(), targets.clone()), []",
+        "return (inputs, targets), []",
+        "bench/test_zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason",
+    ),
+    "the forward pass may write to a batch of several inputs": (
+        "modules/supervised.py",
         "copies = [x.clone() if isinstance(x, Tensor) else x for x in given]",
         "copies = given",
-        "bench/test_zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason",
+        "samfn/modules/test_supervised::"
+        "test_a_batch_of_several_inputs_stays_what_it_is_where_forward_writes_to_it",
     ),
     "the mean of nothing counts": (
         "methods/combinators.py",

@@ -671,3 +671,19 @@ def test_a_named_tuple_is_one_argument_of_a_model():
             return super().forward(pair.left + pair.right)
 
     stepped(Adding(4, 3), (Pair(torch.ones(2, 4), torch.ones(2, 4)), torch.tensor([0, 1])))
+
+
+def test_a_batch_of_several_inputs_stays_what_it_is_where_forward_writes_to_it():
+    class Sum(nn.Linear):
+        def forward(self, one, other):
+            return super().forward(one.sub_(0.5) + other["x"].mul_(2.0))
+
+    inputs = torch.randn(4, 3), {"x": torch.randn(4, 3)}
+    batch = inputs, torch.randint(2, (4,))
+    before = copy.deepcopy(batch)
+    model = Sum(3, 2)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    found = samfn.evaluate(loss_fn, *samfn.split(model), batch)
+    assert_close(batch, before, atol=0, rtol=0)
+    again = samfn.evaluate(loss_fn, *samfn.split(model), batch)
+    assert found.loss == again.loss

@@ -633,9 +633,12 @@ def test_scores_that_are_not_finite_come_last(tmp_path):
 
 
 TWO = """
-import sys, torch, samfn
+import os, sys, time, torch, samfn
 directory, own = sys.argv[1], int(sys.argv[2])
 state = samfn.init({"w": torch.ones(2**18)}, {}, optimizer=samfn.sgd(0.0))
+open(f"{directory}.{own}", "w").close()
+while not os.path.exists(f"{directory}.{1 - own}"):  # Both begin together.
+    time.sleep(0.001)
 for number in range(60):
     checkpoints = samfn.Checkpoints(directory, warn=lambda text: None)
     try:

@@ -30,6 +30,7 @@ Step = Callable[
 # the whole step is no faster then than one compiled gradient called twice, and takes about
 # twice as long to compile. Measured in bench/results/; between 1e9 and 3e10 both will do.
 ARITHMETIC = 1e10
+
 # On a CPU. Dynamo's guards have checked what these asserts would check again, and waking a
 # second thread takes as long as a loop over ten thousand numbers. Precompiled headers would
 # stay below /tmp, under a name that everyone can guess, whatever the cache's directory.
@@ -39,6 +40,7 @@ LEAN = {
     "cpp.min_chunk_size": 16384,
     "cpp_cache_precompile_headers": False,
 }
+
 # Calls the kernels from C++. On a GPU, a CUDA graph does away with the calls altogether.
 FROM_CPP = {"cpp_wrapper": True}
 

@@ -142,10 +142,8 @@ class CompiledUpdate:
             self._step = int(state.step)
         kind = method_kind(self._step) if method_kind else None
         norms = self._placement.norms() if self._placement else nullcontext()
-        with (
-            torch.no_grad(),
-            norms,
-        ):  # A caller's grad mode would trigger another compilation.
+        # A caller's grad mode would trigger another compilation.
+        with torch.no_grad(), norms:
             if kind in self._runs:
                 result = self._take(kind, state, batch, *dials)
             else:

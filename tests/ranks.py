@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TIMEOUT = 60.0  # seconds that a rank waits for another; far more than any case takes
+TIMEOUT = 120.0  # seconds that a rank waits for another; far more than any case takes
 
 
 def on_ranks(count, function, *arguments, timeout=TIMEOUT):
@@ -56,21 +56,24 @@ def _answer(rank, pipe):
 def _begin(rank, count, store, pipe, timeout, function, arguments):
     os.environ.pop("PYTEST_CURRENT_TEST", None)
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(seconds=timeout),
-    )
     try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=count,
+            timeout=timedelta(seconds=timeout),
+        )
+        # A rank that is done at once would close connections that others still make.
+        dist.all_reduce(torch.zeros(()))
         data = io.BytesIO()
         torch.save(function(*arguments), data)
         pipe.send((None, data.getvalue()))
     except BaseException:
         pipe.send((f"rank {rank}: {traceback.format_exc()}", None))
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Sent(TorchDispatchMode):

@@ -65,6 +65,8 @@ def ranks(
         backend, store=store, rank=own, world_size=count, timeout=patience
     )
     try:
+        # A rank that is done at once would close connections that others still make.
+        dist.all_reduce(torch.zeros(()))
         yield device
     finally:
         dist.destroy_process_group()

@@ -140,10 +140,11 @@ def messages(network: Network, placement: str, ranks: int) -> list[Message]:
     vector = FLOAT * network.parameters
     beside = FLOAT * (network.buffers + 2)
     if placement == "sharded":
+        each = vector / network.tensors
         one_pass = [
-            Message("all-gather", vector, ranks),
+            *[Message("all-gather", each, ranks)] * network.tensors,
             Message("all-reduce", beside, ranks),
-            Message("reduce-scatter", vector, ranks),
+            *[Message("reduce-scatter", each, ranks)] * network.tensors,
         ]
         norms = [Message("all-reduce", FLOAT * network.tensors, ranks)] * NORMS
         return one_pass * network.passes + norms
@@ -203,7 +204,7 @@ def predict(
 
     Args:
         network: what is trained.
-        placement: as `samfn.distributed.placement` takes it.
+        placement: as `bench.scaling` takes it.
         ranks: how many GPUs.
         machine: which ones.
         examples: of each rank.

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import samfn
-from bench import measure
+from bench import measure, scaling
 from bench.candidates import DTYPES, TOLERANCE, Samfn, candidates, compiled, started
 from bench.networks import build
 from bench.peers import RHO
@@ -436,18 +436,22 @@ def one_rank(setup: Setup) -> list[Row]:
     }
     batch = network.inputs, network.targets
 
-    def trained(placement: Any = None) -> tuple[dict[str, Tensor], list[float], float]:
+    def trained(
+        placement: str | None = None,
+    ) -> tuple[dict[str, Tensor], list[float], float]:
         params, buffers = samfn.split(network.model)
-        step = samfn.compile_update(**common, placement=placement, plan="whole")
-        own = placement.shard(params) if placement else params
-        state = samfn.init(own, buffers, optimizer=optimizer)
+        method: samfn.Method = samfn.sam()
+        if placement:
+            method, params = scaling.placed(placement, params)
+        step = samfn.compile_update(**common, method=method, plan="whole")
+        state = samfn.init(params, buffers, optimizer=optimizer)
         losses, begun = [], 0.0
         for _ in range(setup.steps):
             state, seen = step(state, batch, rho=RHO, lr=0.01)
             losses.append(float(seen.loss))
             begun = begun or time.perf_counter()  # After the first one, which compiles.
         seconds = (time.perf_counter() - begun) / (setup.steps - 1)
-        whole = placement.gather(state) if placement else state
+        whole = distributed.gather(state)
         distributed.require_alike(whole)
         return dict(whole.params), losses, seconds
 
@@ -461,7 +465,7 @@ def one_rank(setup: Setup) -> list[Row]:
     rows = []
     with mock.patch.dict(os.environ, alone | {"MASTER_PORT": port}), distributed.ranks():
         for name in names:
-            found = trained(distributed.placement(name, like=start))
+            found = trained(name)
             worst = max(abs(a - b) for a, b in zip(found[1], losses, strict=True))
             rows.append(
                 {

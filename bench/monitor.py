@@ -43,7 +43,8 @@ def stepper(network: Network, watch: bool) -> Callable[[], None]:
     loss_fn = samfn.supervised(network.model, partial(F.cross_entropy, reduction="none"))
     optimizer = samfn.sgd(MOMENTUM, weight_decay=WEIGHT_DECAY)
     state = samfn.init(*samfn.split(network.model), optimizer=optimizer)
-    update = samfn.compile_update(loss_fn=loss_fn, optimizer=optimizer, watch=watch)
+    method = samfn.watched(samfn.sam()) if watch else samfn.sam()
+    update = samfn.compile_update(loss_fn=loss_fn, optimizer=optimizer, method=method)
     meter = LayerMeter(len(state.params), network.inputs.device)
 
     def step() -> None:

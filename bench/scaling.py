@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 import tyro
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -32,6 +33,7 @@ from bench.cost_model import Message
 from bench.networks import Network, build
 from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY
 from samfn import distributed
+from samfn.tree import is_sharded
 
 CASES = ("wrn-16-2:128", "mlp-2048:64")
 PLACEMENTS = ("replica", "global", "sharded")
@@ -134,6 +136,15 @@ def own_part(network: Network) -> Network:
     return network._replace(inputs=inputs, targets=targets)
 
 
+def placed(
+    placement: str, params: dict[str, Tensor]
+) -> tuple[samfn.Method, dict[str, Tensor]]:
+    """Return SAM on several devices, and what this rank keeps of the parameters."""
+    if placement == "sharded":
+        return distributed.placed(samfn.sam(), "global"), distributed.shard(params)
+    return distributed.placed(samfn.sam(), placement), params
+
+
 def stepper(
     network: Network,
     mode: str,
@@ -144,11 +155,9 @@ def stepper(
     loss_fn = samfn.supervised(network.model, F.cross_entropy)
     optimizer = optimizer or samfn.sgd(MOMENTUM, weight_decay=WEIGHT_DECAY)
     params, buffers = samfn.split(network.model)
-    place = distributed.placement(placement, like=params) if placement else None
-    state = samfn.init(
-        place.shard(params) if place else params, buffers, optimizer=optimizer
-    )
-    how: Any = {"loss_fn": loss_fn, "optimizer": optimizer, "placement": place}
+    method, params = placed(placement, params) if placement else (samfn.sam(), params)
+    state = samfn.init(params, buffers, optimizer=optimizer, method=method)
+    how: Any = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
     compiled = mode == "compiled"
     update: Any = (
         samfn.compile_update(**how) if compiled else partial(samfn.sam_update, **how)
@@ -245,15 +254,19 @@ def memory(options: Options) -> list[Row]:
             buffers=sum(b.numel() for b in buffers.values() if b.is_floating_point()),
         )
         del params, buffers
+        kept = [
+            leaf.to_local() if is_sharded(leaf) else leaf
+            for leaf in pytree.tree_leaves(state)
+        ]
         found = {
             "network": options.held,
             "placement": placement,
             "ranks": distributed.size(),
-            "state": float(sum(leaf.nbytes for leaf in pytree.tree_leaves(state))),
+            "state": float(sum(leaf.nbytes for leaf in kept)),
             "resident": float(measure.resident() - before),
         }
         predicted = cost_model.memory(held, placement, distributed.size())
-        del state
+        del state, kept
         step()
         found["step"] = float(measure.resident() - before + measure.peak_memory(step))
         found |= {f"{key}, model": value for key, value in predicted._asdict().items()}

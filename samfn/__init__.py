@@ -42,6 +42,7 @@ from samfn.methods import (
     same_randomness as same_randomness,
     sub_batch_ascent as sub_batch_ascent,
     vasso as vasso,
+    watched as watched,
     wsam as wsam,
 )
 from samfn.descend import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from samfn.tree import Params
+from samfn.tree import Params, is_sharded
 
 
 def require_dial(name: str, value: float | Tensor) -> float | Tensor:
@@ -113,8 +113,13 @@ def require_gradients(
         _refuse(params, grads, names, "devices", lambda leaf: leaf.device)
 
 
-def require_tensors(what: str, mapping: Any) -> None:
+def require_tensors(what: str, mapping: Any, *, sharded: bool = False) -> None:
     """Raise unless `mapping` maps to tensors.
+
+    Args:
+        what: it is, in the error.
+        mapping: what is checked.
+        sharded: whether they may be DTensors.
 
     Raises:
         TypeError: it is no mapping, or holds something else.
@@ -124,10 +129,10 @@ def require_tensors(what: str, mapping: Any) -> None:
     for name, value in mapping.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{what}[{name!r}] must be a tensor, got {type(value)}")
-        if type(value).__name__ == "DTensor":
+        if is_sharded(value) and not sharded:
             raise TypeError(
                 f"{what}[{name!r}] must be a plain tensor, got a DTensor: take its"
-                " full_tensor(); samfn.distributed keeps parts of it on several devices"
+                " full_tensor(), or samfn.distributed.gather"
             )
 
 
@@ -137,7 +142,7 @@ def require_plain(parameters: list[Tensor]) -> None:
     Raises:
         TypeError: one is.
     """
-    if any(type(p).__name__ == "DTensor" for p in parameters):
+    if any(map(is_sharded, parameters)):
         raise TypeError(
             "expected plain tensors, got DTensors, as of fully_shard or"
             " parallelize_module, which samfn.SAM does not spread over devices: use it with"
@@ -176,7 +181,7 @@ def require_trainable(params: Params, buffers: Params) -> None:
             floating point, or is sparse, or without values, or inside of torch.func; the
             tensors are on several devices.
     """
-    require_tensors("params", params)
+    require_tensors("params", params, sharded=True)
     require_tensors("buffers", buffers)
     if not params:
         raise ValueError("params must hold at least one tensor, got none")

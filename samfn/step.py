@@ -1,7 +1,6 @@
 """One training step as a pure function: gradient, perturb, gradient, descend."""
 
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -11,11 +10,10 @@ from torch import Tensor
 from samfn import checks, tree
 from samfn.batches import length_of
 from samfn.descend import Optimizer, OptState, descend
-from samfn.distributed import Placement
 from samfn.loss import Evaluate, LossFn, Pass, as_loss, evaluate
 from samfn.methods import sam
-from samfn.methods.base import Descended, Method, MethodState, Point
-from samfn.methods.watched import Layers, layers
+from samfn.methods.base import Method, MethodState, Point
+from samfn.methods.watched import Layers
 from samfn.tree import Batch, Params
 
 
@@ -51,8 +49,7 @@ class Metrics(NamedTuple):
     finite: Tensor
     """Whether all losses and gradients were finite. If not, the step was skipped."""
     layers: Layers | None = None
-    """Norms of each parameter's gradient, perturbation and update, where they were asked
-    for."""
+    """Norms of each parameter's gradient, perturbation and update, by `watched`."""
 
 
 def init(
@@ -98,8 +95,6 @@ def sam_update(
     rho: float | Tensor = 0.05,
     lr: float | Tensor,
     method: Method = sam(),
-    watch: bool = False,
-    placement: Placement | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one sharpness-aware step.
 
@@ -119,11 +114,8 @@ def sam_update(
             step is the base optimizer's, bit for bit and in one pass.
         lr: learning rate. Both dials are numbers or 0-d tensors; inside of
             `torch.compile`, tensors change without recompiling.
-        method: the one that `state` was made with; `samfn.sam()` by default.
-        watch: measure each parameter too, as `Metrics.layers`.
-        placement: of the perturbation on several devices, as `samfn.distributed.placement`
-            makes it. All ranks take the step then, each on its own batch; the metrics are
-            those of all batches, but `outputs`. None is this process alone.
+        method: the one that `state` was made with; `samfn.sam()` by default. One that
+            `samfn.distributed.placed` made takes the step on all devices.
 
     Returns:
         The new state, which shares no memory that training changes with the old one,
@@ -137,14 +129,12 @@ def sam_update(
         Foret et al., 2021, arXiv:2010.01412, algorithm 1.
     """
     rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
-    require_state(state, loss_fn=loss_fn, optimizer=optimizer, placement=placement)
+    require_state(state, loss_fn=loss_fn, optimizer=optimizer, method=method)
     # Reading the step counter synchronises the GPU: only for methods whose steps differ.
     kind = method.kind(int(state.step)) if method.kind else None
     run = partial(evaluate, loss_fn)
-    how: Any = {"rho": rho, "lr": lr, "kind": kind, "watch": watch, "placement": placement}
-    how["weigh"] = as_loss(loss_fn).weigh
-    with placement.norms() if placement else nullcontext():
-        return take_step(state, batch, run, optimizer, method, **how)
+    how: Any = {"rho": rho, "lr": lr, "kind": kind, "weigh": as_loss(loss_fn).weigh}
+    return take_step(state, batch, run, optimizer, method, **how)
 
 
 class NonFiniteError(ArithmeticError):
@@ -173,7 +163,6 @@ def find_nonfinite(
     loss_fn: LossFn,
     rho: float | Tensor = 0.05,
     method: Method = sam(),
-    placement: Placement | None = None,
 ) -> str | None:
     """Take the passes of a step again, and tell what of them is not finite.
 
@@ -185,23 +174,25 @@ def find_nonfinite(
         batch: that it was given.
         loss_fn: as for `sam_update`.
         rho: as for `sam_update`.
-        method: as for `sam_update`.
-        placement: as for `sam_update`; all ranks have to call this then, and each is told
-            of its own passes.
+        method: as for `sam_update`; on several devices all ranks have to call this, and
+            each is told of its own passes.
 
     Returns:
         As "pass 2: the gradient of conv.weight", or None if all of it is finite, as
         with `loss_scaled`, which has lowered the scale since.
     """
-    passes: list[tuple[Params, Pass]] = []
+    passes: list[Pass] = []
+
+    def noted(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+        passes.append(evaluate(loss_fn, params, buffers, batch, **how))
+        return passes[-1]
+
     params, buffers, _, method_state, step, *_ = state
     kind = method.kind(int(step) - 1) if method.kind else None
     weigh = as_loss(loss_fn).weigh
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
-    method = _placed(_recorded(method, passes), placement)
-    with placement.norms() if placement else nullcontext():
-        method.descent(partial(evaluate, loss_fn), point, method_state)
-    for number, (_, seen) in enumerate(passes, 1):
+    method.descent(noted, point, method_state)
+    for number, seen in enumerate(passes, 1):
         if not seen.loss.isfinite():
             return f"pass {number}: the loss is {seen.loss.item()}"
         for name, leaf in seen.grads.items():
@@ -211,21 +202,21 @@ def find_nonfinite(
 
 
 def require_state(
-    state: TrainState,
-    *,
-    loss_fn: LossFn,
-    optimizer: Optimizer,
-    placement: Placement | None = None,
+    state: TrainState, *, loss_fn: LossFn, optimizer: Optimizer, method: Method
 ) -> None:
-    """Raise unless `state` is one that `loss_fn` and `optimizer` can work with.
+    """Raise unless `state` is one that the others can work with.
 
     Raises:
         TypeError, ValueError: says what was expected and what came.
     """
     checks.require_trainable(state.params, state.buffers)
-    params = placement.whole(state.params) if placement else state.params
-    as_loss(loss_fn).check(params, state.buffers)
+    as_loss(loss_fn).check(state.params, state.buffers)
     optimizer.check(state.opt_state, state.params)
+    if method.outermost != "placed" and any(map(tree.is_sharded, state.params.values())):
+        raise TypeError(
+            "params are DTensors, of which each rank holds a part: expected a method by"
+            ' samfn.distributed.placed(method, "global")'
+        )
 
 
 def take_step(
@@ -239,8 +230,6 @@ def take_step(
     lr: float | Tensor,
     kind: Hashable = None,
     weigh: Callable[[Batch], int | Tensor] = length_of,
-    watch: bool = False,
-    placement: Placement | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take the step of `sam_update`, with arguments that were checked.
 
@@ -254,14 +243,10 @@ def take_step(
         lr: as for `sam_update`.
         kind: which of the method's kinds of step this is.
         weigh: what the loss of a batch is a mean over, as `Loss.weigh`.
-        watch: as for `sam_update`.
-        placement: as for `sam_update`, which sees to its norms.
     """
-    passes: list[tuple[Params, Pass]] = []
-    placed = _placed(_recorded(method, passes) if watch else method, placement)
     params, buffers, opt_state, method_state, step, skipped, in_a_row = state
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
-    seen, new_method_state = placed.descent(evaluate, point, method_state)
+    seen, new_method_state = method.descent(evaluate, point, method_state)
     new_params, new_opt_state = descend(
         params, seen.grads, opt_state, optimizer=optimizer, lr=lr
     )
@@ -271,9 +256,6 @@ def take_step(
     if seen.beside is not None:
         new_params = tree.add_scaled(new_params, -lr, seen.beside)
         looked_at.append(tree.norm(seen.beside))
-    found = layers(params, passes, new_params) if watch else None
-    if found is not None and placement is not None:
-        found = placement.mean(found, batch)
     finite = _all_finite(*looked_at)
     bad = finite.logical_not().to(step.dtype)
     new_state = TrainState(
@@ -293,25 +275,8 @@ def take_step(
         perturbed_loss=seen.perturbed_loss,
         descent_norm=descent_norm,
         finite=finite,
-        layers=found,
+        layers=seen.watched and seen.watched(new_params),
     )
-
-
-def _placed(method: Method, placement: Placement | None) -> Method:
-    return method if placement is None else placement.spread(method)
-
-
-def _recorded(method: Method, passes: list[tuple[Params, Pass]]) -> Method:
-    """Return the method that notes what it evaluates, and where."""
-
-    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
-        def recorded(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
-            passes.append((params, evaluate(params, buffers, batch, **how)))
-            return passes[-1][1]
-
-        return method.descent(recorded, point, memory)
-
-    return method._replace(descent=descent)
 
 
 def _all_finite(*values: Tensor) -> Tensor:

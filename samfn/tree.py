@@ -4,8 +4,7 @@ Every function is pure: it reads mappings and returns new dicts. The `_foreach_`
 operations of PyTorch handle all tensors in one call, without a Python loop.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -14,24 +13,6 @@ from torch import Tensor
 
 Params = Mapping[str, Tensor]  # also gradients: same names, same shapes
 Batch = Any  # whatever the loss function takes
-
-# All-reduce that completes norms and inner products of sharded parameters; None if whole.
-_total: Callable[[Tensor], Tensor] | None = None
-
-
-@contextmanager
-def summed(total: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let norms and inner products be those of vectors that several processes hold.
-
-    Args:
-        total: sums a tensor over all of them, entry by entry.
-    """
-    global _total
-    before, _total = _total, total
-    try:
-        yield
-    finally:
-        _total = before
 
 
 def norm(tree: Params) -> Tensor:
@@ -72,13 +53,15 @@ def norms(tree: Params) -> Tensor:
     """Return the Euclidean norm of each tensor, shape (tensors,), float32 or wider."""
     leaves = list(tree.values())
     dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves), torch.float32)
+    if any(map(is_sharded, leaves)):
+        squares = [_local(leaf).to(dtype).square().sum() for leaf in leaves]
+        return _completed(squares, leaves).sqrt()
     if torch.compiler.is_compiling() and leaves[0].device.type == "cpu":
         # Sums fuse with what makes the leaves; _foreach_norm would be a call from Python
         # for every leaf, a quarter of the step of a small network.
         squares = [leaf.to(dtype).square().sum() for leaf in leaves]
-        return _summed(torch.stack(squares)).sqrt()
-    lengths = torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
-    return lengths if _total is None else _summed(lengths.square()).sqrt()
+        return torch.stack(squares).sqrt()
+    return torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
 
 
 def dot(left: Params, right: Params) -> Tensor:
@@ -94,12 +77,13 @@ def dot(left: Params, right: Params) -> Tensor:
 
 def dots(left: Params, right: Params) -> Tensor:
     """Return the inner product of each pair of tensors, shape (tensors,), as `dot`."""
+    leaves, others = _aligned(left, right)
     parts = [
-        (leaf.to(wide) * other.to(wide)).sum()
-        for leaf, other in zip(*_aligned(left, right), strict=True)
+        (_local(leaf).to(wide) * _local(other).to(wide)).sum()
+        for leaf, other in zip(leaves, others, strict=True)
         for wide in [torch.promote_types(leaf.dtype, torch.float32)]
     ]
-    return _summed(torch.stack(parts))
+    return _completed(parts, leaves)
 
 
 def only(tree: Params, names: Collection[str]) -> dict[str, Tensor]:
@@ -170,8 +154,40 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
     return torch.where(condition, new, old)
 
 
-def _summed(values: Tensor) -> Tensor:
-    return values if _total is None else _total(values)
+def is_sharded(leaf: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which each process holds a part."""
+    return hasattr(leaf, "device_mesh")  # By name: importing DTensor takes a second.
+
+
+def _local(leaf: Any) -> Tensor:
+    found: Tensor = leaf.to_local() if is_sharded(leaf) else leaf
+    return found
+
+
+def _completed(sums: list[Tensor], leaves: list[Any]) -> Tensor:
+    """Add up over the processes sums over the parts of leaves; one message for a mesh."""
+    total = torch.stack(sums)
+    for mesh in dict.fromkeys(leaf.device_mesh for leaf in leaves if is_sharded(leaf)):
+        for place in range(mesh.ndim):
+            own = [
+                is_sharded(leaf)
+                and leaf.device_mesh == mesh
+                and leaf.placements[place].is_shard()
+                for leaf in leaves
+            ]
+            if any(own):
+                total = _all_reduced(total, own, mesh.get_group(place).group_name)
+    return total
+
+
+def _all_reduced(values: Tensor, chosen: list[bool], group: str) -> Tensor:
+    """Return values with the sum over a group in place of those that are chosen."""
+    functional = torch.ops._c10d_functional
+    summed: Tensor = functional.wait_tensor(functional.all_reduce(values, "sum", group))
+    if all(chosen):
+        return summed
+    pairs = zip(chosen, summed.unbind(), values.unbind(), strict=True)
+    return torch.stack([new if one else old for one, new, old in pairs])
 
 
 def _aligned(left: Params, right: Params) -> tuple[list[Tensor], list[Tensor]]:

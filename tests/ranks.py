@@ -85,8 +85,8 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "_c10d_functional" and "wait_tensor" not in str(func):
+        if func.namespace == "_c10d_functional" and len(args) > 1:
             name = func.name().split("::")[1].rstrip("_")  # Some work in place.
-            size = max(args[0].nbytes, result.nbytes)
-            self.found.append((name, size, args[-1]))
+            *_, group = [argument for argument in args if isinstance(argument, str)]
+            self.found.append((name, max(args[0].nbytes, result.nbytes), group))
         return result

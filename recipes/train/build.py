@@ -30,7 +30,6 @@ from recipes.settings.config import DTYPES, Config, choose_device
 from recipes.train.compiling import decide
 from samfn import distributed, schedules
 from samfn.compiled import operations
-from samfn.distributed import Placement
 from samfn.loss import LossFn
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
@@ -64,8 +63,8 @@ class Task(NamedTuple):
     """(state, batch, rho=, lr=) -> (state, metrics), compiled or not."""
     find_nonfinite: Callable[[samfn.TrainState, Any], str | None]
     """(state, batch) of a step that was skipped -> what of it was not finite."""
-    placement: Placement | None
-    """Of the perturbation on several ranks."""
+    sharing: int | None
+    """How many ranks share a perturbation; None where there is one process."""
     compiling: str
     """Whether `update` is compiled, and why."""
     lr: schedules.Schedule
@@ -129,9 +128,12 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     if config.decay_in_loss:
         spared = _spared(config, model)
         loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay, without=spared)
-    placement = _placement(config)
+    sharing = _sharing(config)
+    if config.monitor:
+        method = samfn.watched(method)
+    if sharing is not None:
+        method = distributed.placed(method, config.placement)
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
-    make |= {"watch": config.monitor, "placement": placement}
     some = dataset.train_images[: config.batch_size], dataset.train_labels
     images, labels = distributed.share((some[0], some[1][: config.batch_size]))
     batch = images.to(device).float(), labels.to(device)
@@ -139,8 +141,8 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     rho = _rho(config, lr, steps)
 
     def find_nonfinite(state: samfn.TrainState, batch: Any) -> str | None:
-        common = {name: make[name] for name in ("loss_fn", "method", "placement")}
-        return samfn.find_nonfinite(state, batch, **common, rho=rho(int(state.step) - 1))
+        given: Any = {"loss_fn": loss_fn, "method": method}
+        return samfn.find_nonfinite(state, batch, **given, rho=rho(int(state.step) - 1))
 
     compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
     task = Task(
@@ -161,7 +163,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         if compiles
         else partial(samfn.sam_update, **make),
         find_nonfinite=find_nonfinite,
-        placement=placement,
+        sharing=sharing,
         compiling=why,
         lr=lr,
         rho=rho,
@@ -172,8 +174,8 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     return task, state
 
 
-def _placement(config: Config) -> Placement | None:
-    """Return where the perturbation is the same, if there are several ranks.
+def _sharing(config: Config) -> int | None:
+    """Return how many ranks share a perturbation, if there are several.
 
     Raises:
         ConfigError: there is no such placement, or too little for each rank.
@@ -191,10 +193,8 @@ def _placement(config: Config) -> Placement | None:
             f"--batch-size: expected a multiple of the ranks, {ranks}, with"
             f" --sync-batch-norm, got {config.batch_size}"
         )
-    if config.placement == "sharded":
-        raise ConfigError("--placement: expected replica, group:n or global, got sharded")
     try:
-        return distributed.placement(config.placement)
+        return distributed.sharing(config.placement)
     except ValueError as error:
         raise ConfigError(f"--placement: {error}") from error
 

@@ -68,11 +68,11 @@ class Keeper:
 
 def ranks(task: Task) -> dict[str, Any]:
     """Return how the perturbation was found: on how many images, by which ranks."""
-    placement, batch = task.placement, task.config.batch_size
-    if placement is None:
+    batch, count = task.config.batch_size, distributed.size()
+    if task.sharing is None:
         return {"placement": "one process", "ranks": 1, "m": batch}
-    found = {"placement": placement.name, "ranks": placement.ranks}
-    return found | {"m": placement.m(batch)}
+    found = {"placement": task.config.placement, "ranks": count}
+    return found | {"m": batch * task.sharing / count}
 
 
 def versions(task: Task) -> dict[str, str]:

@@ -302,7 +302,7 @@ class _Watch:
         row["skipped_steps"] = self._steps - steps
         row["seconds"] = seconds
         row["images_per_second"] = self._steps * task.config.batch_size / seconds
-        if task.placement is not None:
+        if task.sharing is not None:
             row["m"] = ranks(task)["m"]
         if task.config.monitor:
             row |= self._layers.row(training.state.params)

@@ -301,7 +301,7 @@ def describe(task: Task) -> dict[str, str]:
         "device": f"{task.device}, {config.precision}, torch {torch.__version__}",
         "compiled": task.compiling,
     }
-    if task.placement is not None:
+    if task.sharing is not None:
         found = ranks(task)
         facts["ranks"] = (
             f"{found['ranks']}, placement {found['placement']}: a perturbation for each"

@@ -18,7 +18,7 @@ from samfn.loss import GradientError, LossFn, evaluate
 from samfn.methods.base import Method
 from samfn.modules.lending import ImpureError
 from samfn.step import Metrics, TrainState
-from samfn.tree import Batch
+from samfn.tree import Batch, is_sharded
 
 Parts = Literal["whole", "gradient", "loss"]
 Plan = Literal["auto", "whole", "gradient", "loss"]
@@ -95,28 +95,29 @@ def operations(loss_fn: LossFn, state: TrainState, batch: Batch) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # takes as long as samfn itself
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    device = state.step.device
 
     def as_fake(leaf: Tensor) -> Tensor:
-        with fake:  # What is spread over ranks is known by its shape alone.
-            missing = leaf.device.type == "meta"
-            return torch.empty_like(leaf, device=device) if missing else leaf
+        if not is_sharded(leaf):
+            return fake.from_tensor(leaf)
+        with fake:  # A pass sees it whole.
+            return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
 
     given = dict(state.params), dict(state.buffers), batch
-    arguments = pytree.tree_map_only(
-        Tensor, lambda leaf: fake.from_tensor(as_fake(leaf)), given
-    )
+    arguments = pytree.tree_map_only(Tensor, as_fake, given)
     with fake, FlopCounterMode(display=False) as counter:
         evaluate(loss_fn, *arguments)
     return int(counter.get_total_flops())
 
 
 def candidates(
-    options: Mapping[str, Any] | None, plan: Plan, device: torch.device
+    options: Mapping[str, Any] | None, plan: Plan, state: TrainState
 ) -> list[Mapping[str, Any]]:
     """Return the options to try, the fastest first."""
     if options is not None:
         return [options]
-    if device.type == "cpu" and plan == "whole":
+    device = state.step.device
+    # DTensors cannot be called from C++, and once that was tried, not from Python either.
+    sharded = any(map(is_sharded, state.params.values()))
+    if device.type == "cpu" and plan == "whole" and not sharded:
         return [LEAN | FROM_CPP, LEAN]  # A few operations cannot be called from C++.
     return [LEAN if device.type == "cpu" else {}]

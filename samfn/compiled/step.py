@@ -28,7 +28,6 @@ from samfn.compiled.plan import (
     missing_compiler,
 )
 from samfn.descend import Optimizer
-from samfn.distributed import Placement
 from samfn.loss import Evaluate, LossFn, as_loss, evaluate
 from samfn.methods import sam
 from samfn.methods.base import Method
@@ -44,8 +43,6 @@ def compile_update(
     loss_fn: LossFn,
     optimizer: Optimizer,
     method: Method = sam(),
-    watch: bool = False,
-    placement: Placement | None = None,
     plan: Plan = "auto",
     cuda_graph: bool | None = None,
     options: Mapping[str, Any] | None = None,
@@ -65,10 +62,8 @@ def compile_update(
     Args:
         loss_fn: (params, buffers, batch) -> loss or (loss, Aux), as `supervised` makes.
         optimizer: the one that the state was made with.
-        method: the one that the state was made with.
-        watch: measure each parameter too, in the same graph, as `Metrics.layers`.
-        placement: of the perturbation on several devices, as for `sam_update`; what the
-            ranks exchange is in the same graph.
+        method: the one that the state was made with. What it watches, and what ranks
+            exchange, is in the same graph.
         plan: what is compiled. "whole": the step as one graph. "gradient": one pass,
             called twice, while the rest of the step runs as it is; half the time to
             compile. "loss": the loss function, whose graph autograd goes back through, as
@@ -91,7 +86,7 @@ def compile_update(
             state, metrics = step(state, batch, rho=0.05, lr=0.1)
     """
     how: Any = {"plan": plan, "cuda_graph": cuda_graph, "options": options}
-    return CompiledUpdate(loss_fn, optimizer, method, watch, placement, **how)
+    return CompiledUpdate(loss_fn, optimizer, method, **how)
 
 
 class CompiledUpdate:
@@ -102,16 +97,13 @@ class CompiledUpdate:
         loss_fn: LossFn,
         optimizer: Optimizer,
         method: Method,
-        watch: bool,
-        placement: Placement | None,
         *,
         plan: Plan,
         cuda_graph: bool | None,
         options: Mapping[str, Any] | None,
     ) -> None:
         self._loss_fn, self._optimizer, self._method = loss_fn, optimizer, method
-        self._watch, self._placement, self._wanted = watch, placement, plan
-        self._cuda_graph, self._options = cuda_graph, options
+        self._wanted, self._cuda_graph, self._options = plan, cuda_graph, options
         self._runs: dict[Hashable, Step] = {}
         self._passes: CompiledPasses | None = None
         self._owned: StaticState | None = None
@@ -134,16 +126,15 @@ class CompiledUpdate:
         rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
         if state is not self._last:
             given: Any = {"loss_fn": self._loss_fn, "optimizer": self._optimizer}
-            require_state(state, **given, placement=self._placement)
+            require_state(state, **given, method=self._method)
         dials = self._dial("rho", rho, state), self._dial("lr", lr, state)
         method_kind = self._method.kind
         # The number is read from a new state, and counted from there: a GPU does not wait.
         if method_kind is not None and state is not self._last:
             self._step = int(state.step)
         kind = method_kind(self._step) if method_kind else None
-        norms = self._placement.norms() if self._placement else nullcontext()
         # A caller's grad mode would trigger another compilation.
-        with torch.no_grad(), norms:
+        with torch.no_grad():
             if kind in self._runs:
                 result = self._take(kind, state, batch, *dials)
             else:
@@ -191,7 +182,7 @@ class CompiledUpdate:
             if device.type == "cpu":
                 _import_quietly()
             random = random_state()
-            for plan, options in self._plans(state, batch, device):
+            for plan, options in self._plans(state, batch):
                 run = self._compile(plan, options, device, kind)
                 found, reason = _attempt(run, plan, state, batch, *dials)
                 if found is not None:
@@ -212,19 +203,17 @@ class CompiledUpdate:
         return result
 
     def _plans(
-        self, state: TrainState, batch: Batch, device: torch.device
+        self, state: TrainState, batch: Batch
     ) -> Iterator[tuple[Parts, Mapping[str, Any]]]:
         """Yield what to try, the fastest first."""
         if self.plan in ("whole", "gradient", "loss"):
             first: Parts = self.plan
         else:
-            whole = self._placement.whole if self._placement else dict
-            known = state._replace(params=whole(state.params))
-            first = choose(self._wanted, self._loss_fn, self._method, known, batch)
+            first = choose(self._wanted, self._loss_fn, self._method, state, batch)
         last = first if self._wanted != "auto" else "loss"
         order: tuple[Parts, ...] = ("whole", "gradient", "loss")
         for plan in order[order.index(first) : order.index(last) + 1]:
-            for options in candidates(self._options, plan, device):
+            for options in candidates(self._options, plan, state):
                 yield plan, options
 
     def _warn(self, message: str) -> None:
@@ -240,8 +229,7 @@ class CompiledUpdate:
     ) -> Step:
         run = passes or partial(evaluate, self._loss_fn)
         optimizer, method = optimizer or self._optimizer, self._method
-        how: Any = {"kind": kind, "watch": self._watch, "placement": self._placement}
-        how["weigh"] = as_loss(self._loss_fn).weigh
+        how: Any = {"kind": kind, "weigh": as_loss(self._loss_fn).weigh}
 
         def step(
             state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor

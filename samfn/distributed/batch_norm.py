@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from samfn.distributed.collectives import all_reduce
-from samfn.distributed.group import size
+from samfn.distributed.group import everyone, size
 
 
 class _Total(torch.autograd.Function):
@@ -35,9 +34,8 @@ def total(values: Tensor) -> Tensor:
     """
     if size() == 1:
         return values
-    assert dist.group.WORLD is not None
     apply: Any = _Total.apply
-    summed: Tensor = apply(values, dist.group.WORLD.group_name)
+    summed: Tensor = apply(values, everyone().group_name)
     return summed
 
 

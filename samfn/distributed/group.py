@@ -84,6 +84,19 @@ def launched() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
+def everyone() -> Any:
+    """Return the process group of all ranks.
+
+    Raises:
+        RuntimeError: no process group was begun.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "no process group: start with torchrun, and enter samfn.distributed.ranks()"
+        )
+    return dist.group.WORLD
+
+
 def rank() -> int:
     """Return which of the ranks this is, or is to become; 0 where there is one alone."""
     if dist.is_initialized():

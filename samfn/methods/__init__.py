@@ -36,6 +36,7 @@ from samfn.methods.published import (
     vasso,
     wsam,
 )
+from samfn.methods.watched import watched
 
 __all__ = [
     "Descended",
@@ -63,5 +64,6 @@ __all__ = [
     "sub_batch_ascent",
     "two_pass",
     "vasso",
+    "watched",
     "wsam",
 ]

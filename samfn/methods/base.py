@@ -5,7 +5,8 @@ and what turns methods into others is in `combinators`.
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class Descent(NamedTuple):
     """A direction that goes past the optimizer: w <- w - lr beside."""
     grad_norm: Tensor | None = None
     """Mean of the clean gradients' norms, where several perturbations were found."""
+    watched: Callable[[Params], Any] | None = None
+    """New parameters -> what `Metrics.layers` tells of the step, if that was asked for."""
 
 
 Descended = tuple[Descent, MethodState]
@@ -71,6 +74,24 @@ class Method(NamedTuple):
     gradients: float | None = None
     """How many gradients of a batch a step takes, on average; a part of the batch counts as
     that part, a gradient by some parameters as a whole one. None where data decide."""
+    outermost: str | None = None
+    """Name of the combinator that made it, if no other one may be put around it."""
+
+
+P = ParamSpec("P")
+Combinator = Callable[Concatenate[Method, P], Method]
+
+
+def combinator(make: Combinator[P]) -> Combinator[P]:
+    """Let a function from a method to another one refuse what has to stay outermost."""
+
+    @wraps(make)
+    def checked(method: Method, *args: P.args, **options: P.kwargs) -> Method:
+        if method.outermost:
+            raise ValueError(f"{make.__name__} goes inside of {method.outermost}")
+        return make(method, *args, **options)
+
+    return cast(Combinator[P], checked)
 
 
 class Direction(NamedTuple):

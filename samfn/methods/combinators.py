@@ -13,7 +13,15 @@ from torch.utils import _pytree as pytree
 from samfn import checks, tree
 from samfn.batches import cut
 from samfn.loss import Evaluate, Pass
-from samfn.methods.base import Descended, Descent, Method, MethodState, Point, plain
+from samfn.methods.base import (
+    Descended,
+    Descent,
+    Method,
+    MethodState,
+    Point,
+    combinator,
+    plain,
+)
 from samfn.perturb import Adapts
 from samfn.tree import Batch, Params
 
@@ -23,6 +31,7 @@ SCALE, GOOD = "loss_scale", "loss_scale_finite_steps"  # in the memory of `loss_
 SMALLEST = 2.0**-24  # scale; at 0 it would never grow again
 
 
+@combinator
 def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn") -> Method:
     """Evaluate in micro-batches of `size` examples, with one perturbation for them all.
 
@@ -57,6 +66,7 @@ def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn"
     return method._replace(descent=descent)
 
 
+@combinator
 def per_micro_batch(
     method: Method, size: int, *, statistics: Statistics = "in turn"
 ) -> Method:
@@ -105,6 +115,7 @@ def per_micro_batch(
     return method._replace(descent=descent)
 
 
+@combinator
 def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Method:
     """Perturb some of the parameters only; all of them descend.
 
@@ -150,6 +161,7 @@ def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Meth
     return method._replace(init=init, descent=descent)
 
 
+@combinator
 def every(method: Method, k: int) -> Method:
     """Take the method's step every k steps, and the base optimizer's in between.
 
@@ -180,6 +192,7 @@ def every(method: Method, k: int) -> Method:
     return method._replace(descent=descent, kind=kind, gradients=cost)
 
 
+@combinator
 def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
     """Find the perturbation on a part of the batch, and descend on all of it.
 
@@ -206,6 +219,7 @@ def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
     return method._replace(descent=descent, gradients=cost)
 
 
+@combinator
 def same_randomness(method: Method) -> Method:
     """Draw the same random numbers, as for dropout, in every pass of a step.
 
@@ -229,6 +243,7 @@ def same_randomness(method: Method) -> Method:
     return method._replace(descent=descent, traces=False)
 
 
+@combinator
 def loss_scaled(
     method: Method,
     initial: float = 2.0**16,

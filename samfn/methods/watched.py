@@ -1,13 +1,15 @@
 """What each layer does in a step: norms of gradient, perturbation and update."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from samfn import tree
-from samfn.loss import Pass
-from samfn.tree import Params
+from samfn.loss import Evaluate, Pass
+from samfn.methods.base import Descended, Method, MethodState, Point, combinator
+from samfn.tree import Batch, Params
 
 
 class Layers(NamedTuple):
@@ -28,6 +30,30 @@ class Layers(NamedTuple):
     """Of the angle between the gradients of the first and the last pass, -1 to 1."""
     overall_cosine: Tensor
     """The same of all parameters as one vector, shape ()."""
+
+
+@combinator
+def watched(method: Method) -> Method:
+    """Measure each parameter in every step, as `Metrics.layers`.
+
+    Put it around other combinators, and inside of `samfn.distributed.placed`, by which
+    the norms are those of what the ranks share.
+
+    Args:
+        method: any method; the steps stay what they are.
+    """
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        passes: list[tuple[Params, Pass]] = []
+
+        def noted(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+            passes.append((params, evaluate(params, buffers, batch, **how)))
+            return passes[-1][1]
+
+        seen, memory = method.descent(noted, point, memory)
+        return seen._replace(watched=partial(layers, point.params, passes)), memory
+
+    return method._replace(descent=descent, outermost="watched")
 
 
 def layers(params: Params, passes: list[tuple[Params, Pass]], new_params: Params) -> Layers:

@@ -75,6 +75,13 @@ def own(batch):
     return tuple(part.tensor_split(size)[rank] for part in batch)
 
 
+def placed(method, placement, params):
+    """Return the method and the parameters on all ranks."""
+    if placement == "sharded":
+        return distributed.placed(method, "global"), distributed.shard(params)
+    return distributed.placed(method, placement), params
+
+
 def train(method, *, batch_norm=True, placement=None, rows=ROWS, steps=STEPS, **how):
     """Train a small network; return what came of it, the same on every rank."""
     model = how.pop("model", None) or network(batch_norm)
@@ -85,25 +92,23 @@ def train(method, *, batch_norm=True, placement=None, rows=ROWS, steps=STEPS, **
         "optimizer": optimizer,
         "method": method,
     }
-    place = None
     if placement:
-        place = distributed.placement(placement, like=params)
-        params = place.shard(params)
+        given["method"], params = placed(method, placement, params)
     state = samfn.init(params, buffers, optimizer=optimizer, method=method)
-    update = functools.partial(samfn.sam_update, **given, placement=place)
+    update = functools.partial(samfn.sam_update, **given)
     if how.pop("compiled", False):
-        update = samfn.compile_update(**given, placement=place, plan="whole")
+        update = samfn.compile_update(**given, plan="whole")
     seen = []
     for step in range(steps):
         batch = batch_of(step, rows)
-        state, metrics = update(state, own(batch) if place else batch, rho=0.05, lr=0.1)
+        state, metrics = update(state, own(batch) if placement else batch, rho=0.05, lr=0.1)
         seen.append(metrics._replace(outputs=None, layers=None))
         if placement:
             distributed.require_alike(metrics._replace(outputs=None, layers=None))
         if placement and placement != "sharded":
             distributed.require_alike(state)
-    if place:
-        state = place.gather(state)
+    if placement:
+        state = distributed.gather(state)
         distributed.require_alike(state)
     return state, seen, getattr(update, "plan", None)
 
@@ -176,9 +181,9 @@ def kept_memory(placement):
     """On a rank: bytes of the storages that a state and its metrics keep alive."""
     model = network(True)
     params, buffers = samfn.split(model)
-    place = distributed.placement(placement, like=params)
-    method, optimizer = samfn.vasso(), samfn.sgd()
-    state = samfn.init(place.shard(params), buffers, optimizer=optimizer, method=method)
+    method, params = placed(samfn.vasso(), placement, params)
+    optimizer = samfn.sgd()
+    state = samfn.init(params, buffers, optimizer=optimizer, method=method)
     state, metrics = samfn.sam_update(
         state,
         own(batch_of(0)),
@@ -186,7 +191,6 @@ def kept_memory(placement):
         optimizer=optimizer,
         method=method,
         lr=0.1,
-        placement=place,
     )
     longer = [
         leaf.untyped_storage().nbytes() - leaf.nbytes
@@ -205,17 +209,18 @@ def one_step(placement, rows=slice(None)):
     """Take a watched step, on a rank or, without a placement, on some rows alone."""
     model = network(False)
     params, buffers = samfn.split(model)
-    place = placement and distributed.placement(placement, like=params)
+    method = samfn.watched(samfn.sam())
+    if placement:
+        method, params = placed(method, placement, params)
     images, labels = own(batch_of(0)) if placement else batch_of(0)
     optimizer = samfn.sgd()
     _, metrics = samfn.sam_update(
-        samfn.init(place.shard(params) if place else params, buffers, optimizer=optimizer),
+        samfn.init(params, buffers, optimizer=optimizer),
         (images[rows], labels[rows]),
         loss_fn=samfn.supervised(model, criterion),
         optimizer=optimizer,
         lr=0.1,
-        watch=True,
-        placement=place,
+        method=method,
     )
     return metrics
 
@@ -315,12 +320,10 @@ def counted_operations():
     """On a rank: the operations of a gradient, of a whole state and of a sharded one."""
     model = network(True)
     params, buffers = samfn.split(model)
-    place = distributed.placement("sharded", like=params)
     loss_fn = samfn.supervised(model, criterion)
     whole = samfn.init(params, buffers, optimizer=samfn.sgd())
-    parts = samfn.init(place.shard(params), buffers, optimizer=samfn.sgd())
-    known = parts._replace(params=place.whole(parts.params))
-    return [operations(loss_fn, state, batch_of(0)) for state in (whole, known)]
+    parts = samfn.init(distributed.shard(params), buffers, optimizer=samfn.sgd())
+    return [operations(loss_fn, state, batch_of(0)) for state in (whole, parts)]
 
 
 def test_the_plan_of_a_sharded_step_is_chosen_by_its_whole_parameters():
@@ -332,18 +335,18 @@ def poisoned(placement):
     """On a rank: one step, whose batch has a NaN on the last rank alone."""
     model = network(True)
     params, buffers = samfn.split(model)
-    place = distributed.placement(placement, like=params)
+    method, params = placed(samfn.sam(), placement, params)
     optimizer = samfn.sgd()
-    given = {"loss_fn": samfn.supervised(model, nn.CrossEntropyLoss())}
-    state = samfn.init(place.shard(params), buffers, optimizer=optimizer)
+    loss_fn = samfn.supervised(model, nn.CrossEntropyLoss())
+    given = {"loss_fn": loss_fn, "method": method}
+    state = samfn.init(params, buffers, optimizer=optimizer)
     images, labels = own(batch_of(0))
     if distributed.rank() == distributed.size() - 1:
         images = images.index_fill(0, torch.tensor([0]), math.nan)
     batch = images, labels
-    new, metrics = samfn.sam_update(
-        state, batch, **given, optimizer=optimizer, lr=0.1, placement=place
-    )
-    told = samfn.find_nonfinite(new, batch, **given, placement=place)
+    new, metrics = samfn.sam_update(state, batch, **given, optimizer=optimizer, lr=0.1)
+    told = samfn.find_nonfinite(new, batch, **given)
+    state, new = distributed.gather(state), distributed.gather(new)
     return state, new, bool(metrics.finite), told
 
 
@@ -363,10 +366,10 @@ def counted(placement):
     """On a rank: count the collectives of a step, and what it does on its own."""
     model = network(True)
     params, buffers = samfn.split(model)
-    place = distributed.placement(placement, like=params)
+    method, params = placed(samfn.sam(), placement, params)
     optimizer = samfn.sgd()
     loss_fn = samfn.supervised(model, nn.CrossEntropyLoss())
-    state = samfn.init(place.shard(params), buffers, optimizer=optimizer)
+    state = samfn.init(params, buffers, optimizer=optimizer)
     with Sent() as sent:
         samfn.sam_update(
             state,
@@ -374,37 +377,44 @@ def counted(placement):
             loss_fn=loss_fn,
             optimizer=optimizer,
             lr=0.1,
-            placement=place,
+            method=method,
         )
-    return dict(Counter(name for name, *_ in sent.found)), place.m(ROWS)
+    return Counter(name for name, *_ in sent.found), len(params)
 
 
 @pytest.mark.parametrize(
-    ("placement", "expected", "m"),
+    ("placement", "expected"),
     [
-        ("replica", {"all_reduce": 1}, ROWS / 4),
-        ("group:2", {"all_reduce": 3}, ROWS / 2),
-        ("global", {"all_reduce": 2}, ROWS),
+        ("replica", {"all_reduce": 1}),
+        ("group:2", {"all_reduce": 3}),
+        ("global", {"all_reduce": 2}),
     ],
 )
-def test_a_step_communicates_as_often_as_is_said(placement, expected, m):
-    for found in on_ranks(4, counted, placement):
-        assert found == (expected, m)
+def test_a_step_communicates_as_often_as_is_said(placement, expected):
+    for found, _ in on_ranks(4, counted, placement):
+        assert found == expected
 
 
-def test_a_sharded_step_gathers_and_scatters_twice():
-    for found, _ in on_ranks(2, counted, "sharded"):
-        assert found["all_gather_into_tensor"] == 2
-        assert found["reduce_scatter_tensor"] == 2
+def test_a_sharded_step_gathers_and_scatters_each_parameter_twice():
+    for found, parameters in on_ranks(2, counted, "sharded"):
+        assert found["all_gather_into_tensor"] == 2 * parameters
+        assert found["reduce_scatter_tensor"] == 2 * parameters
+
+
+def shared_by():
+    return [distributed.sharing(name) for name in ("replica", "group:2", "global")]
+
+
+def test_a_perturbation_is_shared_by_as_many_ranks_as_is_said():
+    assert on_ranks(4, shared_by) == [[1, 2, 4]] * 4
 
 
 def gathered_by_the_first(placement):
     """On a rank: gather a state for a checkpoint."""
     params, buffers = samfn.split(network(True))
-    place = distributed.placement(placement, like=params)
-    optimizer = samfn.adam()
-    state = samfn.init(place.shard(params), buffers, optimizer=optimizer)
-    whole = place.gather(state, "meta" if distributed.rank() else "cpu")
+    _, params = placed(samfn.sam(), placement, params)
+    state = samfn.init(params, buffers, optimizer=samfn.adam())
+    whole = distributed.gather(state, "meta" if distributed.rank() else "cpu")
     devices = {leaf.device.type for leaf in pytree.tree_leaves(whole)}
     return devices, {name: tuple(w.shape) for name, w in whole.params.items()}
 
@@ -417,14 +427,14 @@ def test_a_state_can_be_gathered_where_it_is_written_alone(placement):
     assert shapes == same == expected
 
 
-def resharded(data):
+def resharded(state):
     """On a rank: shard a state, and put it together again."""
-    state, like = data
-    place = distributed.placement("sharded", like=like)
-    part = place.shard(state)
-    sizes = [leaf.numel() for leaf in part.params.values()]
-    memory = sum(leaf.numel() for leaf in part.opt_state["exp_avgs"].values())
-    return place.gather(part), sum(sizes), memory
+    part = distributed.shard(state)
+    sizes = [
+        sum(leaf.to_local().numel() for leaf in tree.values())
+        for tree in (part.params, part.opt_state["exp_avgs"])
+    ]
+    return distributed.gather(part), *sizes
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -433,12 +443,14 @@ def test_a_state_is_sharded_evenly_and_comes_back_bit_for_bit(count):
     params, buffers = samfn.split(model)
     state = samfn.init(params, buffers, optimizer=samfn.adam(), method=samfn.looksam())
     whole = sum(leaf.numel() for leaf in params.values())
-    for back, kept, memory in on_ranks(count, resharded, (state, params)):
-        assert kept == memory <= whole / count + len(params)
+    rows = sum(-(-len(leaf) // count) * leaf[0].numel() for leaf in params.values())
+    found = on_ranks(count, resharded, state)
+    assert sum(kept for _, kept, _ in found) == whole
+    for back, kept, memory in found:
+        assert kept == memory <= rows
         assert back.opt_state.keys() == state.opt_state.keys()
         for name, leaf in state.params.items():
             assert torch.equal(back.params[name], leaf)
-            assert back.params[name].stride() == leaf.stride()
 
 
 def synchronised():
@@ -508,21 +520,21 @@ def train_odd(placement, *of):
     torch.manual_seed(2)
     model = Odd(*of)
     params, buffers = samfn.split(model)
-    place = placement and distributed.placement(placement, like=params)
     given = {"optimizer": samfn.nadam(), "method": samfn.gsam()}
-    state = samfn.init(place.shard(params) if place else params, buffers, **given)
+    if placement:
+        given["method"], params = placed(given["method"], placement, params)
+    state = samfn.init(params, buffers, **given)
     for step in range(STEPS):
         tokens = torch.arange(12).add(step) % 7
         batch = tokens, (3 * tokens) % 7
         state, _ = samfn.sam_update(
             state,
-            own(batch) if place else batch,
+            own(batch) if placement else batch,
             loss_fn=samfn.supervised(model, criterion),
             lr=0.01,
-            placement=place,
             **given,
         )
-    return place.gather(state) if place else state
+    return distributed.gather(state)
 
 
 @pytest.mark.parametrize("of", [(torch.float64, (1,)), (torch.float32, ())])
@@ -540,13 +552,11 @@ def go_on(path, placement, steps):
     """On a rank: train, from a checkpoint if there is one, and write the next."""
     model = network(False)
     params, buffers = samfn.split(model)
-    place = distributed.placement(placement, like=params)
-    optimizer = samfn.adam()
-    given = {"optimizer": optimizer, "method": samfn.gsam()}
+    given = {"optimizer": samfn.adam(), "method": samfn.gsam()}
     state = samfn.init(params, buffers, **given)
     if path.exists():
         state, _ = samfn.restore(path, like=state)
-    state = place.shard(state)
+    given["method"], state = placed(given["method"], placement, state)
     for _ in range(steps):
         batch = own(batch_of(int(state.step)))
         state, _ = samfn.sam_update(
@@ -554,10 +564,9 @@ def go_on(path, placement, steps):
             batch,
             loss_fn=samfn.supervised(model, nn.CrossEntropyLoss()),
             lr=0.01,
-            placement=place,
             **given,
         )
-    whole = place.gather(state)
+    whole = distributed.gather(state)
     if distributed.rank() == distributed.FIRST:
         samfn.save(path, whole)
     return whole
@@ -650,7 +659,7 @@ def test_one_process_needs_no_group():
 
 def test_a_placement_needs_a_process_group():
     with pytest.raises(RuntimeError, match="torchrun"):
-        distributed.placement()
+        distributed.placed(samfn.sam())
 
 
 def wrapped():
@@ -658,11 +667,13 @@ def wrapped():
     model, messages = network(False), []
     sharded = fully_shard(nn.Linear(3, 3), mesh=init_device_mesh("cpu", (1,)))
     parts = {"w": distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))}
+    given = {"loss_fn": lambda params, buffers, batch: 0, "optimizer": samfn.sgd()}
+    state = samfn.init(parts, {}, optimizer=given["optimizer"])
     for attempt in (
         lambda: samfn.split(nn.parallel.DistributedDataParallel(model)),
         lambda: samfn.supervised(nn.Sequential(nn.DataParallel(model)), criterion),
         lambda: samfn.split(sharded),
-        lambda: samfn.init(parts, {}, optimizer=samfn.sgd()),
+        lambda: samfn.sam_update(state, None, **given, lr=0.1),
     ):
         try:
             attempt()
@@ -683,11 +694,43 @@ def test_wrappers_are_refused_with_the_right_way():
         assert "samfn.distributed" in message
 
 
+def misplaced():
+    """On a rank: what samfn says to methods and states that do not fit together."""
+    everywhere, messages = distributed.placed(samfn.sam()), []
+    model = network(False)
+    params, buffers = samfn.split(model)
+    given = {"optimizer": samfn.sgd(), "method": everywhere}
+    state = samfn.init(distributed.shard(params), buffers, **given)
+    given |= {"loss_fn": samfn.supervised(model, criterion), "lr": 0.1}
+    for attempt in (
+        lambda: distributed.placed(everywhere),
+        lambda: samfn.every(everywhere, 2),
+        lambda: samfn.watched(everywhere),
+        lambda: samfn.sam_update(state, own(batch_of(0)), **given),
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_placement_goes_around_everything_and_a_sharded_state_is_global():
+    for messages in on_ranks(2, misplaced):
+        assert messages == [
+            "the method is placed already",
+            "every goes inside of placed",
+            "watched goes inside of placed",
+            "a sharded state has one perturbation for all ranks: expected the placement"
+            " \"global\", got 'replica'",
+        ]
+
+
 def refused():
     messages = []
     for name in ("global:2", "group:0", "group:3", "group:x", "sharded", "replicas"):
         try:
-            distributed.placement(name)
+            distributed.placed(samfn.sam(), name)
         except ValueError as error:
             messages.append(str(error))
     return messages
@@ -697,7 +740,7 @@ def test_a_placement_that_there_is_not_is_refused():
     messages = on_ranks(4, refused)[0]
     assert len(messages) == 6
     assert "3 does not divide the number of ranks, 4" in messages[2]
-    assert "like=" in messages[4]
+    assert "got 'sharded'" in messages[4]
 
 
 def stopped():
@@ -735,12 +778,9 @@ def train_with_ignored(placement):
     given = {"loss_fn": loss_fn, "optimizer": optimizer, "rho": 0.1, "lr": 0.1}
     state = samfn.init(*samfn.split(model), optimizer=optimizer)
     if placement:
-        place = distributed.placement(placement, like=state.params)
-        given["placement"], state = place, place.shard(state)
+        given["method"], state = placed(samfn.sam(), placement, state)
     state, metrics = samfn.sam_update(state, batch, **given)
-    if placement:
-        state = place.gather(state)
-    return dict(state.params), metrics.loss
+    return distributed.gather(dict(state.params)), metrics.loss
 
 
 @pytest.mark.parametrize("placement", ["global", "sharded"])

@@ -31,7 +31,9 @@ def both_gradients(state, batch, how, rho):
 
 def test_layers_are_measured_one_by_one():
     state, batch, how = problem()
-    new, metrics = samfn.sam_update(state, batch, rho=0.1, lr=0.1, watch=True, **how)
+    new, metrics = samfn.sam_update(
+        state, batch, rho=0.1, lr=0.1, method=samfn.watched(samfn.sam()), **how
+    )
     clean, there, worst = both_gradients(state, batch, how, 0.1)
     for place, (name, w) in enumerate(state.params.items()):
         expected = {
@@ -50,7 +52,9 @@ def test_layers_are_measured_one_by_one():
 
 def test_all_layers_together_are_the_global_norms():
     state, batch, how = problem()
-    _, metrics = samfn.sam_update(state, batch, rho=0.1, lr=0.1, watch=True, **how)
+    _, metrics = samfn.sam_update(
+        state, batch, rho=0.1, lr=0.1, method=samfn.watched(samfn.sam()), **how
+    )
     together = torch.linalg.vector_norm
     torch.testing.assert_close(together(metrics.layers.gradient), metrics.grad_norm)
     torch.testing.assert_close(
@@ -66,7 +70,8 @@ def test_watching_changes_nothing():
         )
         how |= {"method": method, "rho": 0.1, "lr": 0.1}
         one, seen = samfn.sam_update(start, batch, **how)
-        other, watched = samfn.sam_update(start, batch, watch=True, **how)
+        how |= {"method": samfn.watched(method)}
+        other, watched = samfn.sam_update(start, batch, **how)
         assert seen.layers is None
         assert watched.layers.gradient.shape == (len(state.params),)
         for name, w in one.params.items():
@@ -75,7 +80,9 @@ def test_watching_changes_nothing():
 
 def test_without_a_perturbation_both_gradients_are_one():
     state, batch, how = problem()
-    _, metrics = samfn.sam_update(state, batch, rho=0, lr=0.1, watch=True, **how)
+    _, metrics = samfn.sam_update(
+        state, batch, rho=0, lr=0.1, method=samfn.watched(samfn.sam()), **how
+    )
     assert metrics.layers.perturbation.tolist() == [0] * len(state.params)
     # A bias before BatchNorm has a gradient of rounding errors, and an angle with itself.
     torch.testing.assert_close(
@@ -87,7 +94,9 @@ def test_a_layer_that_the_loss_does_not_use_has_cosine_zero():
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double()
     model.register_parameter("unused", nn.Parameter(torch.ones(2).double()))
     state, batch, how = problem(model)
-    _, metrics = samfn.sam_update(state, batch, rho=0.1, lr=0.1, watch=True, **how)
+    _, metrics = samfn.sam_update(
+        state, batch, rho=0.1, lr=0.1, method=samfn.watched(samfn.sam()), **how
+    )
     place = [*state.params].index("unused")
     found = [float(values[place]) for values in metrics.layers[:-1]]
     assert found == pytest.approx([0, 0, 0, 2**0.5, 0])
@@ -97,7 +106,7 @@ def test_what_is_not_perturbed_has_no_perturbation():
     state, batch, how = problem()
     method = samfn.on_parameters(samfn.sam(), ["0.weight"])
     _, metrics = samfn.sam_update(
-        state, batch, rho=0.1, lr=0.1, watch=True, method=method, **how
+        state, batch, rho=0.1, lr=0.1, method=samfn.watched(method), **how
     )
     place = [*state.params].index("0.weight")
     moved = metrics.layers.perturbation.nonzero().flatten().tolist()
@@ -107,8 +116,10 @@ def test_what_is_not_perturbed_has_no_perturbation():
 @pytest.mark.parametrize("plan", ["whole", "gradient"])
 def test_a_compiled_step_measures_the_same(plan):
     state, batch, how = problem()
-    _, eager = samfn.sam_update(state, batch, rho=0.1, lr=0.1, watch=True, **how)
-    step = samfn.compile_update(watch=True, plan=plan, **how)
+    _, eager = samfn.sam_update(
+        state, batch, rho=0.1, lr=0.1, method=samfn.watched(samfn.sam()), **how
+    )
+    step = samfn.compile_update(method=samfn.watched(samfn.sam()), plan=plan, **how)
     _, metrics = step(state, batch, rho=0.1, lr=0.1)
     # A bias before BatchNorm has a gradient of rounding errors, of any angle.
     known = eager.layers.gradient > 1e-9
@@ -122,9 +133,32 @@ def test_a_compiled_step_measures_the_same(plan):
 
 def test_the_cosine_of_all_layers_is_that_of_one_vector():
     state, batch, how = problem()
-    _, metrics = samfn.sam_update(state, batch, rho=0.5, lr=0.1, watch=True, **how)
+    _, metrics = samfn.sam_update(
+        state, batch, rho=0.5, lr=0.1, method=samfn.watched(samfn.sam()), **how
+    )
     clean, _, worst = both_gradients(state, batch, how, 0.5)
     flat = [torch.cat([g.flatten() for g in found.values()]) for found in (clean, worst)]
     expected = F.cosine_similarity(*flat, dim=0)
     torch.testing.assert_close(metrics.layers.overall_cosine, expected)
     assert not torch.isclose(expected, metrics.layers.cosine.mean())
+
+
+def test_nothing_goes_around_what_watches():
+    watched = samfn.watched(samfn.sam())
+    for around in (
+        lambda: samfn.every(watched, 2),
+        lambda: samfn.accumulated(watched, 2),
+        lambda: samfn.watched(watched),
+    ):
+        with pytest.raises(ValueError, match="goes inside of watched"):
+            around()
+
+
+def test_steps_in_between_are_watched_too():
+    state, batch, how = problem()
+    method = samfn.watched(samfn.every(samfn.sam(), 2))
+    for perturbed in (True, False):
+        state, metrics = samfn.sam_update(
+            state, batch, rho=0.1, lr=0.1, method=method, **how
+        )
+        assert bool(metrics.layers.perturbation.any()) == perturbed

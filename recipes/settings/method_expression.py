@@ -19,7 +19,7 @@ MAKERS: Makers = {
     name: function
     for name in methods.__all__
     if inspect.isfunction(function := getattr(methods, name))
-    and name != "two_pass"
+    and name not in ("two_pass", "watched")  # --monitor watches.
     and inspect.signature(function).return_annotation is samfn.Method
 }
 # Arguments that are functions themselves.

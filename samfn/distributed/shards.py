@@ -91,8 +91,8 @@ class Parts:
         """Return the function that takes and gives parts, and evaluates on all batches."""
 
         def on_parts(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
-            rows = weigh(batch)
             seen = evaluate(self._gather(params), buffers, batch, **how)
+            rows = weigh(batch)
             shared = {"loss": seen.loss, "buffers": changed(seen.buffers, buffers)}
             found, examples = mean(shared, rows, self._group, {})
             return seen._replace(

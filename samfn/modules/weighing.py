@@ -87,7 +87,7 @@ def _rows_of_whole(batch: Batch) -> int | Tensor:
     whole = [
         (leaf != IGNORED).all()
         for leaf in pytree.tree_leaves(batch)
-        if isinstance(leaf, Tensor) and not leaf.is_floating_point()
+        if isinstance(leaf, Tensor) and leaf.dtype is torch.int64  # as ignored targets are
     ]
     length = length_of(batch)
     if not whole:
@@ -118,7 +118,7 @@ def of_classes(options: Callable[[], dict[str, Any]]) -> Weighing:
 
     def kept(targets: Tensor) -> Tensor:
         ignored: int = options().get("ignore_index", IGNORED)
-        return targets != ignored
+        return targets.long() != ignored  # Of bytes, -100 would be 156.
 
     def counts(batch: Batch) -> Tensor | None:
         _, targets = pair_of(batch)

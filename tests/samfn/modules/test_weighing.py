@@ -147,6 +147,20 @@ def test_an_example_that_is_left_out_counts_in_no_accuracy_and_is_easy(criterion
     assert per_example.easy(*given, loss_fn=loss_fn)[6:].all()
 
 
+def test_bytes_are_never_taken_for_the_number_that_is_ignored():
+    images, classes = torch.full((4, 2), 156, dtype=torch.uint8), torch.arange(4) % 2
+
+    class Opening(nn.Linear):
+        def forward(self, x):
+            return super().forward(x / 255)
+
+    criterion = lambda out, y: F.cross_entropy(out, y.clone())  # noqa: E731
+    method = samfn.accumulated(samfn.sam(), 2)
+    stepped(Opening(2, 2), (images, classes), criterion, method)
+    loss_fn = samfn.supervised(nn.Linear(2, 200), F.cross_entropy)
+    assert loss_fn.weigh((torch.ones(4, 2), images[:, 0])) == 4
+
+
 def test_a_compiled_step_weighs_alike():
     method = samfn.accumulated(samfn.sam(), 3)
     model, batch = problem()

@@ -95,7 +95,7 @@ def _held(value: Any, seen: dict[int, Any]) -> Iterator[Held]:
     elif isinstance(value, list | set | deque | MutableMapping) and hasattr(value, "copy"):
         yield value.copy, partial(_refilled, value)
         within = [*(value.values() if isinstance(value, MutableMapping) else value)]
-    if hasattr(value, "users"):  # Of samfn's own objects, what users gave them.
+    if _package(value) == "samfn" and hasattr(value, "users"):  # What users gave to it.
         within.append(value.users)
     elif hasattr(value, "__dict__") and not isinstance(value, FunctionType):
         yield vars(value).copy, partial(_refilled, vars(value))

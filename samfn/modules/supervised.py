@@ -174,20 +174,22 @@ class _Supervised:
             return loss.mean(), aux._replace(losses=loss)
         return loss, aux
 
-    @contextmanager
-    def _reading(self, params: Params, buffers: Params, targets: Any) -> Iterator[None]:
+    def _reading(
+        self, params: Params, buffers: Params, targets: Any
+    ) -> AbstractContextManager[None]:
         """Watch the first pass in each mode as it goes; others are looked at after."""
-        mode = self._model.training
-        if mode in self._seen:
-            yield
-            return
+        known = self._model.training in self._seen
+        return nullcontext() if known else self._watching(params, buffers, targets)
+
+    @contextmanager
+    def _watching(self, params: Params, buffers: Params, targets: Any) -> Iterator[None]:
         criterion = self._criterion
         kept = dict(criterion.named_buffers()) if isinstance(criterion, nn.Module) else {}
         mine = {f"the criterion's {name}": buffer for name, buffer in kept.items()}
         own = {name: w for name, w in self._params.items() if name in params}
         with ReadOnly({**mine, **buffers, **params}, own) as watch:
             yield
-        self._seen[mode] = weighing.seen(watch.means, targets)
+        self._seen[self._model.training] = weighing.seen(watch.means, targets)
 
     def _lent(self, params: Params, buffers: Params, *, leaves: bool) -> dict[str, Tensor]:
         """Return the parameters as the model knows its own: with attributes and hooks."""

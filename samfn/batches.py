@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from samfn import checks
 from samfn.tree import Batch
 
 
@@ -25,6 +26,33 @@ def length_of(batch: Batch) -> int:
             f" {', '.join(map(str, found))}"
         )
     return int(length[0])
+
+
+def pair_of(batch: Any) -> tuple[Any, Any]:
+    """Return the inputs and the targets of a batch.
+
+    Raises:
+        ValueError: it is no pair, or has no examples.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        if isinstance(batch, Mapping):
+            came = f"a mapping of {checks.some([*map(str, batch)])}"
+        elif isinstance(batch, tuple | list):
+            came = f"{len(batch)} of them"
+        else:
+            came = type(batch).__name__
+        raise ValueError(
+            f"expected a batch of two, (inputs, targets), got {came}: several inputs are a"
+            " tuple, ((a, b), targets); for batches of another form write a loss function"
+            " (params, buffers, batch) -> loss"
+        )
+    inputs, targets = batch
+    if isinstance(targets, Tensor) and targets.numel() == 0:
+        raise ValueError(
+            "expected a batch of at least one example, got targets of shape"
+            f" {tuple(targets.shape)}"
+        )
+    return inputs, targets
 
 
 def first_rows(batch: Batch, share: float) -> Batch:

@@ -8,6 +8,7 @@ will do; a `Loss` is one of which more is known.
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from samfn import checks, tree
 from samfn.batches import length_of
+from samfn.nested import mapped
 from samfn.tree import Batch, Params
 
 
@@ -49,7 +51,9 @@ class Loss:
     two of them, with `twice`. None where it is not known whether the function is pure."""
     weigh: Callable[[Batch], "int | Tensor"] = length_of
     """batch -> what its loss is a mean over, shape (): the number of examples, or of those
-    that count, or the sum of their weights."""
+    that count, or the sum of their weights. It may have to see a pass before it knows."""
+    counts: Callable[[Batch], "Tensor | None"] = lambda batch: None
+    """batch -> which examples have a target that counts, shape (examples,); None is all."""
 
     def __call__(
         self, params: Params, buffers: Params, batch: Batch
@@ -133,6 +137,8 @@ def evaluate(
     if not names:
         with torch.no_grad():
             loss, aux = loss_and_aux(loss_fn.function(*given), buffers)
+            # A forward pass may have switched gradients on again, for those by its inputs.
+            loss, aux = mapped(_detached, (loss, aux))
             grads: dict[str, Tensor] = {}
     # torch.func refuses a function that changes what it captured, such as a module's own
     # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
@@ -191,7 +197,7 @@ def _by_autograd(
         outputs, losses = _detached(aux.outputs), _detached(aux.losses)
         buffers = {name: _detached(buffer) for name, buffer in aux.buffers.items()}
         return loss.detach(), Aux(outputs, buffers, losses), grads
-    return loss.detach(), pytree.tree_map(_detached, aux), grads
+    return loss.detach(), mapped(_detached, aux), grads
 
 
 def graph(loss: Tensor) -> set[Any]:
@@ -265,12 +271,14 @@ def _by_func(
     def objective(leaves: Params) -> tuple[Tensor, list[Tensor]]:
         returned = function({**params, **leaves}, buffers, batch)
         loss, aux = loss_and_aux(returned, buffers)
-        flat, structure = pytree.tree_flatten((loss, aux))
         # torch.func lets tensors through and nothing else; the rest goes around it.
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        flat, structure = pytree.tree_flatten((loss, aux))
         is_tensor = [isinstance(leaf, Tensor) for leaf in flat]
-        around[:] = others, is_tensor, structure, loss.requires_grad
         tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in flat]
+        if not torch.compiler.is_compiling():  # A graph has no objects that hold tensors.
+            others = mapped(partial(_put_aside, tensors), others)
+        around[:] = others, is_tensor, structure, loss.requires_grad
         return loss if scale is None else loss * scale, tensors
 
     with explained():
@@ -279,12 +287,21 @@ def _by_func(
         )
     others, is_tensor, structure, reached = around
     through = iter(tensors)
+    flat = [next(through) if through_it else None for through_it in is_tensor]
+    if not torch.compiler.is_compiling():
+        others = mapped(lambda _: next(through), others)
     flat = [
-        next(through) if through_it else other
-        for other, through_it in zip(others, is_tensor, strict=True)
+        leaf if through_it else other
+        for leaf, other, through_it in zip(flat, others, is_tensor, strict=True)
     ]
     loss, aux = pytree.tree_unflatten(flat, structure)
     return loss, aux, grads if reached else {}
+
+
+def _put_aside(tensors: list[Tensor], leaf: Tensor) -> Tensor:
+    """Append a tensor to a list, and return another in its place."""
+    tensors.append(leaf)
+    return torch.empty(0)
 
 
 @contextmanager

@@ -145,12 +145,12 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
     Both are tensors, or mappings nested alike. Selecting never computes with the side
     that is dropped, so a NaN there is harmless.
     """
-    if new is old:  # As frozen weights, and sparse buffers, which torch.where refuses.
-        return old
     if condition.device.type == "cpu" and not torch.compiler.is_compiling():
         return new if condition else old  # Reading it is free there.
     if isinstance(old, Mapping):
         return {key: select(condition, new[key], old[key]) for key in old}
+    if new is old:  # As frozen weights, and sparse buffers, which torch.where refuses.
+        return old
     return torch.where(condition, new, old)
 
 

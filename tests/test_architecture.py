@@ -10,7 +10,7 @@ from tests import ROOT
 
 # Files and packages, each with those below it that it may import before it.
 ORDER = {
-    "samfn": "tree schedules checks batches loss perturb methods descend modules"
+    "samfn": "tree nested schedules checks batches loss perturb methods descend modules"
     " distributed step imperative storage training measure compiled",
     "recipes": "errors terminal plots data models settings train study cifar_wrn finetune"
     " sweep label_noise sharpness landscape compare",
@@ -31,6 +31,7 @@ OWNERS = {
     "torch.func": {"samfn/loss.py", "samfn/measure/curvature.py", "recipes/models"},
     "torch.nn": {
         "samfn/loss.py",
+        "samfn/nested.py",
         "samfn/modules",
         "samfn/distributed",
         "samfn/measure/curvature.py",

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from samfn.loss import GradientError, LossFn, evaluate
+from samfn.loss import GradientError, LossFn, as_loss, evaluate
 from samfn.methods.base import Method
 from samfn.modules.lending import ImpureError
+from samfn.nested import as_it_was
 from samfn.step import Metrics, TrainState
 from samfn.tree import Batch, is_sharded
 
@@ -71,14 +72,14 @@ def choose(
     """
     if wanted == "whole" and not method.traces:
         raise ValueError('this method does not trace: expected plan "gradient" or "auto"')
-    if wanted != "auto":
-        return wanted
-    try:
+    try:  # It tells the loss, too, what it is a mean over.
         count = operations(loss_fn, state, batch)
     except (GradientError, ImpureError):
         raise
     except Exception:  # Whatever a model does that needs real values.
         count = 0
+    if wanted != "auto":
+        return wanted
     if not method.traces:
         return "gradient"
     # On a GPU, one graph reads and writes every weight least often.
@@ -104,7 +105,9 @@ def operations(loss_fn: LossFn, state: TrainState, batch: Batch) -> int:
 
     given = dict(state.params), dict(state.buffers), batch
     arguments = pytree.tree_map_only(Tensor, as_fake, given)
-    with fake, FlopCounterMode(display=False) as counter:
+    # A dry run leaves nothing in the lists of a criterion, as those that keep losses.
+    dry = as_it_was(as_loss(loss_fn).function)
+    with dry, fake, FlopCounterMode(display=False) as counter:
         evaluate(loss_fn, *arguments)
     return int(counter.get_total_flops())
 

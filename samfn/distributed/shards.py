@@ -85,8 +85,8 @@ def on_parts(
     """Return the function that takes and gives parts, and evaluates on all batches."""
 
     def evaluate_parts(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
-        rows = weigh(batch)
         seen = evaluate(gather(dict(params)), buffers, batch, **how)
+        rows = weigh(batch)  # After a pass, which may have told.
         shared = {"loss": seen.loss, "buffers": changed(seen.buffers, buffers)}
         found, examples = mean(shared, rows, group, {})
         grads = {

@@ -11,6 +11,8 @@ from torch.func import grad, vjp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from samfn import checks, tree
 from samfn.loss import (
@@ -27,6 +29,14 @@ from samfn.tree import Batch, Params
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 # As PyTorch says that there is no second derivative.
 LACKING = re.compile(r"derivative for \S+ is not implemented")
+# Other versions than 2.11 and 2.14 may call it otherwise; those raise by themselves.
+KEEPING: Any = getattr(checkpoint, "_CachingTorchDispatchMode", ())
+SELECTIVE = (
+    "expected a loss that PyTorch can differentiate twice, got selective gradient"
+    " checkpointing, which gives what it kept to the first backward pass alone: call"
+    " torch.utils.checkpoint.checkpoint without context_fn, or leave it out, to measure"
+    " curvature"
+)
 
 
 class NotTwiceDifferentiableError(RuntimeError):
@@ -41,7 +51,8 @@ def twice_differentiable() -> Iterator[None]:
     attention is computed by its matrices, recurrent layers step by step, hardsigmoid by its
     formula. That of `normalize` is NaN at a vector of zeros, as padded windows have them,
     and that of `weight_norm` is wrong by the direction (torch 2.14, on a CPU); by
-    formulas they are right. The values differ by rounding.
+    formulas they are right. The values differ by rounding. Selective gradient checkpointing
+    is refused: PyTorch 2.11 computes a wrong product with it.
 
     A function of one's own whose backward pass is marked `once_differentiable` is not found
     out: PyTorch takes that pass for a constant.
@@ -49,15 +60,20 @@ def twice_differentiable() -> Iterator[None]:
     Raises:
         NotTwiceDifferentiableError: there is none; it names the kernel.
     """
+    calls = _Replacing()
     try:
-        with sdpa_kernel(SDPBackend.MATH), _Replacing():
+        with sdpa_kernel(SDPBackend.MATH), calls:
             yield
     except RuntimeError as error:
+        if calls.met_selective:
+            raise NotTwiceDifferentiableError(SELECTIVE) from error
         if (found := LACKING.search(str(error))) is None:
             raise
         raise NotTwiceDifferentiableError(
             f"expected a loss that PyTorch can differentiate twice, got: {found[0]}"
         ) from error
+    if calls.met_selective:
+        raise NotTwiceDifferentiableError(SELECTIVE)
 
 
 def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
@@ -88,9 +104,18 @@ FORMULAS: dict[Any, Callable[..., Tensor]] = {
 class _Replacing(TorchFunctionMode):
     """Calls of functions that have no second derivative go to those that have one."""
 
+    met_selective = False
+    """Whether one came from within a selective checkpoint."""
+
+    met_selective = False
+    """Whether one came from what is checkpointed selectively."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        # Raised here, PyTorch 2.11 would leave that mode switched on.
+        modes = _get_current_dispatch_mode_stack()
+        self.met_selective |= any(isinstance(mode, KEEPING) for mode in modes)
         if getattr(func, "__name__", "") in RECURRENT:
             with torch.backends.cudnn.flags(enabled=False), _without_mkldnn():
                 return func(*args, **(kwargs or {}))

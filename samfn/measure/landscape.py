@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from samfn import checks, tree
-from samfn.batches import length_of, repeatable
+from samfn.batches import repeatable
 from samfn.loss import LossFn, as_loss, evaluate
 from samfn.measure.objective import Objective
 from samfn.perturb import rate
@@ -277,27 +277,38 @@ def _means(
     params: Params, buffers: Params, batches: Iterable[Batch], loss_fn: LossFn
 ) -> tuple[float, float | None]:
     """Return the mean loss of all examples, and the accuracy in percent."""
-    lengths, losses, right = [], [], []
+    weights, losses, right = [], [], []
+    known = as_loss(loss_fn)
     for batch in batches:
         seen = evaluate(loss_fn, params, buffers, batch, wrt=())
-        lengths.append(length_of(batch))
+        whole = torch.ones_like(seen.loss, dtype=torch.float64)
+        weights.append(whole * known.weigh(batch))
         losses.append(seen.loss)
-        right.append(_count_right(batch, seen.outputs))
-    _require_some(total := sum(lengths))
+        right.append(_count_right(batch, seen.outputs, known.counts(batch)))
+    _require_some(len(losses))
     # Read together, so that a GPU waits once a point and not at every batch.
-    means = torch.stack(losses).tolist()
-    loss = sum(mean * n for mean, n in zip(means, lengths, strict=True)) / total
-    counts = [count for count in right if count is not None]
-    if len(counts) < len(right):
+    means, counts = torch.stack(losses).tolist(), torch.stack(weights).tolist()
+    pairs = [(mean, n) for mean, n in zip(means, counts, strict=True) if n]
+    _require_some(len(pairs))
+    loss = sum(mean * n for mean, n in pairs) / sum(counts)
+    found = [pair for pair in right if pair is not None]
+    if len(found) < len(right):
         return loss, None
-    return loss, 100 * sum(torch.stack(counts).tolist()) / total
+    number, examples = torch.stack(found).sum(0).tolist()
+    return loss, 100 * number / examples
 
 
-def _count_right(batch: Batch, outputs: Any) -> Tensor | None:
-    """Return how often the label has the highest score, or None if there are no scores."""
+def _count_right(batch: Batch, outputs: Any, counts: Tensor | None) -> Tensor | None:
+    """Return how often the label has the highest score, and of how many that count.
+
+    None if there are no scores.
+    """
     match batch:
         case [_, Tensor() as labels] if _are_scores(outputs, labels):
-            return loop.right(outputs, labels).sum()
+            all_of_them = torch.ones_like(labels, dtype=torch.bool)
+            counts = all_of_them if counts is None else counts
+            right = loop.right(outputs, labels) & counts
+            return torch.stack([right.sum(), counts.sum()])
     return None
 
 

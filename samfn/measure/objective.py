@@ -100,11 +100,11 @@ class Objective:
         batches = 0
         for batch in self._batches:
             batches += 1
+            value, leaves = of_batch(batch)
             # A number, as everything here waits for the values of each batch anyway.
             length = float(as_loss(self._loss_fn).weigh(batch))
-            if not length:
+            if not length:  # The mean over nothing is NaN.
                 continue
-            value, leaves = of_batch(batch)
             total = total.to(value.device) + length * value.double()
             scaled = tree.scale(leaves, length) if leaves else {}
             sums = tree.add(sums, scaled) if sums else scaled

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from samfn.batches import length_of, together
-from samfn.loss import LossFn, Pass, evaluate
+from samfn.loss import LossFn, Pass, as_loss, evaluate
 from samfn.training import sampling
 from samfn.tree import Batch, Params
 
@@ -68,7 +68,8 @@ def easy(
         confidence: as for `samfn.training.sampling.is_easy`.
 
     Returns:
-        Shape (examples,), bool.
+        Shape (examples,), bool. An example that the criterion leaves out, as by
+        `ignore_index`, has nothing left to be learnt, and is easy.
 
     Raises:
         TypeError: outputs that are no logits.
@@ -77,7 +78,9 @@ def easy(
 
     def of_batch(seen: Pass, batch: Batch) -> Tensor:
         _, targets = batch
-        return sampling.is_easy(seen.outputs, targets, confidence)
+        found = sampling.is_easy(seen.outputs, targets, confidence)
+        counts = as_loss(loss_fn).counts(batch)
+        return found if counts is None else found | ~counts
 
     return _gathered(params, buffers, batches, loss_fn, of_batch)
 

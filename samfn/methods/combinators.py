@@ -50,10 +50,11 @@ def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn"
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         def evaluate_all(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
             total: Pass | None = None
-            seen = []
-            for micro_batch, rows, weight in _parts(batch, size, point.weigh):
+            seen, parts, weights = [], cut(batch, size), None
+            for index, (micro_batch, rows) in enumerate(parts):
                 part = evaluate(params, buffers, micro_batch, **how)
-                total = _add_pass(total, part, weight)
+                weights = weights or _weights(parts, point.weigh)
+                total = _add_pass(total, part, weights[index])
                 seen.append((part.buffers, rows))
                 if statistics == "in turn":
                     buffers = part.buffers
@@ -97,11 +98,13 @@ def per_micro_batch(
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         total: Descent | None = None
         buffers, seen, memories = point.buffers, [], []
-        for micro_batch, rows, weight in _parts(point.batch, size, point.weigh):
+        parts, weights = cut(point.batch, size), None
+        for index, (micro_batch, rows) in enumerate(parts):
             part, new = method.descent(
                 evaluate, point._replace(batch=micro_batch, buffers=buffers), memory
             )
-            total = _add_descent(total, part, weight)
+            weights = weights or _weights(parts, point.weigh)
+            total = _add_descent(total, part, weights[index])
             seen.append((part.clean.buffers, rows))
             memories.append((new, rows))
             if statistics == "in turn":
@@ -330,19 +333,15 @@ def _require_statistics(statistics: Statistics) -> None:
         raise ValueError(f'statistics must be "in turn" or "averaged", got {statistics!r}')
 
 
-def _parts(
-    batch: Batch, size: int, weigh: Callable[[Batch], int | Tensor]
-) -> list[tuple[Batch, float, float | Tensor]]:
-    """Return the micro-batches, each with its share of the rows and of what counts."""
-    parts = cut(batch, size)
+def _weights(
+    parts: list[tuple[Batch, float]], weigh: Callable[[Batch], int | Tensor]
+) -> list[float | Tensor]:
+    """Return each part's share of what counts; asked after a pass, which may have told."""
     weights = [weigh(part) for part, _ in parts]
     if not any(isinstance(weight, Tensor) for weight in weights):
-        return [(part, share, share) for part, share in parts]
+        return [share for _, share in parts]
     total = sum(weights)
-    return [
-        (part, share, weight / total)
-        for (part, share), weight in zip(parts, weights, strict=True)
-    ]
+    return [weight / total for weight in weights]
 
 
 def _averaged(parts: list[tuple[Any, float]]) -> Any:

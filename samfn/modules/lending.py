@@ -6,6 +6,7 @@ is the same afterwards, to the bit and to the object.
 """
 
 import operator
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from samfn.modules.memory import address, is_watchable, sharing
+from samfn.modules.weighing import Mean, mean_of
 from samfn.tree import Params
 
 KINDS = "_parameters", "_buffers", "_modules"
@@ -111,7 +113,8 @@ class Lender:
         """Return the hooks that parameters have for their gradients.
 
         Raises:
-            ValueError: one waits for the gradient to stand in `.grad`, where none will be.
+            ValueError: one waits for the gradient to stand in `.grad`, where none will be,
+                or for the gradients of the model's own tensors.
         """
         found: dict[str, list[Any]] = {}
         for name, parameter in self.parameters.items():
@@ -123,6 +126,12 @@ class Lender:
                 )
             if own._backward_hooks and own.requires_grad:
                 found[name] = [*own._backward_hooks.values()]
+                if any(map(_waits_for_others, found[name])):
+                    raise ValueError(
+                        f"the parameter {name} has a hook of register_multi_grad_hook that"
+                        " waits for the gradients of several tensors, which those that are"
+                        " lent to the model are not: remove it, or register it in forward"
+                    )
         return found
 
     @contextmanager
@@ -317,6 +326,11 @@ def _missing(held: dict[str, Any]) -> list[bool]:
     return [value is None for value in held.values()]
 
 
+def _waits_for_others(hook: Any) -> bool:
+    # That of the mode "any", which is called at the first gradient, waits for none.
+    return getattr(hook, "__qualname__", "").startswith("register_multi_grad_hook.")
+
+
 def _require_no_cache() -> None:
     if nn.utils.parametrize._cache_enabled:
         raise RuntimeError(
@@ -345,12 +359,23 @@ class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names.pop(None, None)
         self._others = {address(tensor): name for name, tensor in others.items()}
         self._others.pop(None, None)
+        self.means: list[Mean] = []
+        """Means of losses of classes that were taken."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """End the watch, and what a forward pass that failed has left switched on."""
+        # So does PyTorch 2.11 inside of selective checkpoints, as long as frames are kept.
+        if trace is not None and _get_current_dispatch_mode() is not self:
+            traceback.clear_frames(trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, unless it would write."""
         kwargs = kwargs or {}
+        if mean := mean_of(operation, args):
+            self.means.append(mean)
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and (taken := self._others.get(address(leaf))):
                 raise ImpureError(BY_ANOTHER_NAME.format(taken))

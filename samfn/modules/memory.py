@@ -1,8 +1,7 @@
 """Which tensors share memory, and which show when they are written to."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,18 +64,3 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     )
     begin, size = tensor.storage_offset(), tensor.element_size()
     return int(begin * size), int((begin + sum(steps) + 1) * size)
-
-
-def inside(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Yield the tensors that an object keeps, in its attributes and what they hold."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and not isinstance(value, str | bytes | type):
-        if isinstance(value, Mapping):
-            held: Any = value.values()
-        elif isinstance(value, list | tuple | set):
-            held = value
-        else:
-            held = getattr(value, "__dict__", {}).values()
-        for each in held:
-            yield from inside(each, depth - 1)

@@ -1,8 +1,7 @@
 """Supervised losses: a model and a criterion as a pure function of tensors."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,15 +11,17 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from samfn import checks
-from samfn.batches import length_of
+from samfn.batches import pair_of
 from samfn.loss import Aux, Loss, graph, is_reentrant
+from samfn.modules import weighing
 from samfn.modules.lending import (
     Lender,
     ReadOnly,
     changes_gradients,
 )
-from samfn.modules.memory import inside, is_watchable
+from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
+from samfn.nested import inside
 from samfn.tree import Batch, Params
 
 RECOMPUTES = (
@@ -42,10 +43,12 @@ class _Supervised:
     ) -> None:
         require_plain(model)
         self._model, self._criterion, self._dtype = model, criterion, dtype
+        self.users = criterion
         self._params, self._buffers = references(model)
         self._lender = Lender(model)
         self._hooks = self._lender.hooks()
-        self._modes: set[bool] = set()  # in which a forward pass was watched
+        # By the modes in which a forward pass was watched.
+        self._seen: dict[bool, weighing.Weighing] = {}
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         """Return the loss and, beside it, the model's outputs and new buffers."""
@@ -107,6 +110,17 @@ class _Supervised:
                         " samfn.split(model) makes"
                     )
 
+    def weigh(self, batch: Batch) -> int | Tensor:
+        """Return what the loss was seen to be a mean over: after a pass, it is known."""
+        return self._known().weigh(batch)
+
+    def counts(self, batch: Batch) -> Tensor | None:
+        """Return which examples were seen to count; None is all."""
+        return self._known().counts(batch)
+
+    def _known(self) -> weighing.Weighing:
+        return self._seen.get(self._model.training, weighing.Weighing())
+
     def _look_again(self) -> None:
         """Take note of the layers and hooks that the model has now."""
         if not self._lender.stands():
@@ -135,7 +149,7 @@ class _Supervised:
         elif self._hooks:
             raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
         fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
-        pair, others = _apart(_pair(batch))
+        pair, others = _apart(pair_of(batch))
         with self._lender.holding({**params, **buffers, **lent, **fresh}):
             # Inside of torch.func there is no memory to be watched.
             if compiling or any(map(is_functorch_wrapped_tensor, lent.values())):
@@ -144,9 +158,9 @@ class _Supervised:
                 hidden = {
                     type(x).__name__: [*filter(is_watchable, inside(x))] for x in others
                 }
-                with self._reading(params, buffers), self._lender.reading(lent, hidden):
+                given = params, buffers, pair[1]
+                with self._reading(*given), self._lender.reading(lent, hidden):
                     found = self._run(buffers, pair)
-                self._modes.add(self._model.training)
             yield found
 
     def _run(self, buffers: Params, pair: tuple[Any, Any]) -> tuple[Tensor, Aux]:
@@ -160,15 +174,22 @@ class _Supervised:
             return loss.mean(), aux._replace(losses=loss)
         return loss, aux
 
-    def _reading(self, params: Params, buffers: Params) -> AbstractContextManager[Any]:
+    def _reading(
+        self, params: Params, buffers: Params, targets: Any
+    ) -> AbstractContextManager[None]:
         """Watch the first pass in each mode as it goes; others are looked at after."""
-        if self._model.training in self._modes:
-            return nullcontext()
+        known = self._model.training in self._seen
+        return nullcontext() if known else self._watching(params, buffers, targets)
+
+    @contextmanager
+    def _watching(self, params: Params, buffers: Params, targets: Any) -> Iterator[None]:
         criterion = self._criterion
         kept = dict(criterion.named_buffers()) if isinstance(criterion, nn.Module) else {}
         mine = {f"the criterion's {name}": buffer for name, buffer in kept.items()}
         own = {name: w for name, w in self._params.items() if name in params}
-        return ReadOnly({**mine, **buffers, **params}, own)
+        with ReadOnly({**mine, **buffers, **params}, own) as watch:
+            yield
+        self._seen[self._model.training] = weighing.seen(watch.means, targets)
 
     def _lent(self, params: Params, buffers: Params, *, leaves: bool) -> dict[str, Tensor]:
         """Return the parameters as the model knows its own: with attributes and hooks."""
@@ -208,6 +229,7 @@ def supervised(
     criterion: Callable[[Any, Any], Tensor],
     *,
     dtype: torch.dtype | None = None,
+    weigh: Callable[[Batch], int | Tensor] | None = None,
 ) -> Loss:
     """Turn a model and a criterion into a pure loss function.
 
@@ -228,6 +250,12 @@ def supervised(
         dtype: compute in this dtype where PyTorch's autocast deems it safe, as
             `torch.bfloat16`; parameters, gradients and buffers keep theirs. None computes
             in the dtype of the parameters.
+        weigh: batch -> what its loss is a mean over, a number or shape (), by which parts
+            of a batch, ranks and evaluations are averaged. None is known of the losses of
+            classes, whose `ignore_index` and weights count: of PyTorch's own by what they
+            are, and of those in a function by what its first pass computes; where that
+            cannot be told from a batch, to average is an error. Of any other loss it is
+            the number of examples, so say it of one that has a mask of its own.
 
     Raises:
         TypeError: `model` is wrapped for several devices, or a script.
@@ -246,65 +274,10 @@ def supervised(
                 " step would train: put them into the model, or let them not require grad"
             )
     made = _Supervised(model, criterion, dtype)
-    weigh = _weighing(criterion) or length_of
-    return Loss(made.function, made.check, made.differentiating, weigh)
-
-
-def _weighing(criterion: Any) -> Callable[[Batch], int | Tensor] | None:
-    """Return what a criterion of PyTorch is a mean over, if that is not all examples.
-
-    sum of weight[target] over the targets that are not ignored
-    """
-    given: dict[str, Any] = {}
-    while isinstance(criterion, partial) and not criterion.args:
-        given, criterion = {**criterion.keywords, **given}, criterion.func
-    is_module = type(criterion) in (nn.CrossEntropyLoss, nn.NLLLoss)
-    if not is_module and criterion not in (
-        nn.functional.cross_entropy,
-        nn.functional.nll_loss,
-    ):
-        return None
-
-    def weigh(batch: Batch) -> int | Tensor:
-        said = given
-        if is_module:  # Its attributes may be set anew.
-            said = {**vars(criterion), "weight": criterion.weight}
-        reduction = said.get("reduction", "mean")
-        if reduction == "sum":
-            raise ValueError("expected a mean of the examples' losses, got their sum")
-        _, targets = _pair(batch)
-        # Of probabilities of the classes, none is ignored.
-        if reduction != "mean" or targets.is_floating_point():
-            return length_of(batch)
-        counts = targets != said.get("ignore_index", -100)
-        if (weights := said.get("weight")) is None:
-            number: Tensor = counts.sum()
-            return number
-        return torch.where(counts, weights[torch.where(counts, targets, 0)], 0).sum()
-
-    return weigh
-
-
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        if isinstance(batch, Mapping):
-            came = f"a mapping of {checks.some([*map(str, batch)])}"
-        elif isinstance(batch, tuple | list):
-            came = f"{len(batch)} of them"
-        else:
-            came = type(batch).__name__
-        raise ValueError(
-            f"expected a batch of two, (inputs, targets), got {came}: several inputs are a"
-            " tuple, ((a, b), targets); for batches of another form write a loss function"
-            " (params, buffers, batch) -> loss"
-        )
-    inputs, targets = batch
-    if isinstance(targets, Tensor) and targets.numel() == 0:
-        raise ValueError(
-            "expected a batch of at least one example, got targets of shape"
-            f" {tuple(targets.shape)}"
-        )
-    return inputs, targets
+    known = weighing.of_criterion(criterion) or made
+    return Loss(
+        made.function, made.check, made.differentiating, weigh or known.weigh, known.counts
+    )
 
 
 def _apart(pair: tuple[Any, Any]) -> tuple[tuple[Any, Any], list[Any]]:

@@ -179,7 +179,8 @@ def evaluate(
     """Return the mean loss over all examples, as "loss", and the mean of each measure.
 
     The sums stay on the device until the end. Where the criterion leaves examples out or
-    weighs them, as by `ignore_index`, the mean loss is that of all batches as one.
+    weighs them, as by `ignore_index`, the mean loss is that of all batches as one, and an
+    example that it leaves out counts in no measure.
 
     Args:
         params: where.
@@ -195,20 +196,24 @@ def evaluate(
             example.
     """
     sums: dict[str, Tensor] = {}
-    counted, weight = 0, torch.zeros((), dtype=torch.float64)
+    over: dict[str, Tensor] = {}
     known = as_loss(loss_fn)
     for batch in batches:
         returned = known.function(params, buffers, batch)
         loss, aux = returned if isinstance(returned, tuple) else (returned, Aux(None, {}))
         part = torch.as_tensor(known.weigh(batch), dtype=torch.float64, device=loss.device)
         found = {"loss": torch.where(part > 0, part * loss.double(), 0.0)}
+        counted = {"loss": part}
+        counts = known.counts(batch) if measures else None
         for name, measure in (measures or {}).items():
-            found[name] = _of_each(name, measure(aux.outputs, batch), batch).double().sum()
+            values = _of_each(name, measure(aux.outputs, batch), batch).double()
+            mask = torch.ones_like(values) if counts is None else counts.to(values)
+            found[name] = torch.where(mask > 0, values, 0.0).sum()
+            counted[name] = mask.sum()
         sums = {name: sums.get(name, 0) + value for name, value in found.items()}
-        counted, weight = counted + length_of(batch), weight.to(loss.device) + part
-    if not counted:
+        over = {name: over.get(name, 0) + value for name, value in counted.items()}
+    if not sums:
         raise ValueError("expected at least one batch, got none")
-    over = {name: weight if name == "loss" else counted for name in sums}
     return {name: float(total / over[name]) for name, total in sums.items()}
 
 

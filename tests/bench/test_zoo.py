@@ -15,7 +15,7 @@ NAMES = {case.name: case for case in CASES}
 FLAT = {
     "checkpoint, reentrant": "use_reentrant=True",
     "checkpoint of dropout, reentrant": None,  # Nothing is recomputed in evaluation mode.
-    "checkpoint, selective": "only allowed to backward once",
+    "checkpoint, selective": "selective gradient checkpointing",
     "hooks backward": "has a hook that may change gradients",
     "hook on a parameter": "has a hook that may change gradients",
 }

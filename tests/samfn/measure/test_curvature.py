@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 import samfn
-from bench.zoo import networks
+from bench.zoo import habits, networks
 from bench.zoo.check import check
 from samfn import tree
 from samfn.measure import curvature
@@ -168,3 +169,20 @@ FAST = ["mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"]
 def test_networks_have_the_curvature_that_differences_show(name):
     (case,) = (c for c in networks.of_torchvision() if c.name == f"torchvision {name}")
     assert check(case, only="Hessian")["Hessian"] == "exact"
+
+
+def test_what_selective_checkpointing_keeps_has_no_second_derivative_and_is_refused():
+    torch.manual_seed(0)
+    model = habits.Around(habits.selectively).double().eval()
+    plain = habits.Around(habits.plainly).double().eval()
+    plain.load_state_dict(model.state_dict())
+    params, buffers = samfn.split(model)
+    batch = habits.vectors(), habits.classes()
+    found = [
+        samfn.evaluate(samfn.supervised(network, F.cross_entropy), params, buffers, batch)
+        for network in (model, plain)
+    ]
+    assert_close(found[0].grads, found[1].grads)
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    with pytest.raises(NotTwiceDifferentiableError, match="selective gradient checkp"):
+        hessian_product(loss_fn, params, buffers, batch, params)

@@ -6,10 +6,12 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import samfn
 from bench.zoo import habits
@@ -687,3 +689,38 @@ def test_a_batch_of_several_inputs_stays_what_it_is_where_forward_writes_to_it()
     assert_close(batch, before, atol=0, rtol=0)
     again = samfn.evaluate(loss_fn, *samfn.split(model), batch)
     assert found.loss == again.loss
+
+
+def test_hooks_that_wait_for_several_gradients_run_or_are_refused():
+    batch, seen = (torch.randn(2, 4), torch.tensor([0, 1])), []
+    for mode in ("any", "all"):
+        model = nn.Linear(4, 3)
+        register_multi_grad_hook([*model.parameters()], seen.append, mode=mode)
+        if mode == "any":
+            stepped(model, batch)
+            assert len(seen) == 2  # once in each pass
+        else:
+            with pytest.raises(ValueError, match="a hook of register_multi_grad_hook that"):
+                stepped(model, batch)
+
+
+def test_hooks_that_are_registered_later_are_refused_too():
+    model, batch = nn.Linear(4, 3), (torch.randn(2, 4), torch.tensor([0, 1]))
+    optimizer, loss_fn = samfn.sgd(), samfn.supervised(model, F.cross_entropy)
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    given = {"loss_fn": loss_fn, "optimizer": optimizer, "lr": 0.1}
+    state, _ = samfn.sam_update(state, batch, **given)
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match=r"a hook that waits for its gradient in \.grad"):
+        samfn.sam_update(state, batch, **given)
+
+
+def test_a_forward_pass_that_fails_in_a_selective_checkpoint_leaves_nothing_behind():
+    def fails(inner, x):
+        return habits.selectively(lambda x: inner(x) + x.new_ones(7), x)
+
+    model = Around(fails).double()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        taken(model)
+    assert not _get_current_dispatch_mode_stack()
+    model.first.weight.detach().clone()

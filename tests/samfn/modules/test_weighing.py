@@ -1,0 +1,175 @@
+"""What a loss is a mean over is known, told, or an error; it is never guessed wrong."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import samfn
+from samfn.measure import landscape, per_example
+from samfn.training import loop
+
+PAD = 1
+
+
+def problem(ignored=PAD, examples=9):
+    """Return a model, and a batch of which the last third is ignored."""
+    torch.manual_seed(0)
+    targets = torch.tensor([0, 2, 2, 0, 2, 0, ignored, ignored, ignored])[:examples]
+    return nn.Linear(4, 3).double(), (torch.randn(examples, 4).double(), targets)
+
+
+def shifted(ignored, outputs, targets):
+    """Return a loss of all examples but the first, as of the next token."""
+    return F.cross_entropy(outputs[:-1], targets[1:].clone(), ignore_index=ignored)
+
+
+def masked(outputs, targets):
+    """Return a loss that leaves out what it should by arithmetic of its own."""
+    kept = (targets != PAD).double()
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    return (losses * kept).sum() / kept.sum()
+
+
+def stepped(model, batch, criterion, method=None, **options):
+    method = method or samfn.sam()
+    loss_fn = samfn.supervised(model, criterion, **options)
+    optimizer = samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    given = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    return samfn.sam_update(state, batch, **given, lr=0.1)
+
+
+CRITERIA = {
+    "lambda": lambda out, y: F.cross_entropy(out, y, ignore_index=PAD),
+    "other shape": lambda out, y: F.nll_loss(
+        out.log_softmax(1), y.view(-1, 1).squeeze(1), ignore_index=PAD
+    ),
+    "with a penalty": lambda out, y: (
+        F.cross_entropy(out, y, ignore_index=PAD, label_smoothing=0.1) + 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_loss_of_classes_in_a_function_is_weighed_by_what_counts(name):
+    criterion = CRITERIA[name]
+    model, batch = problem()
+    whole, seen = stepped(model, batch, criterion)
+    parts, mean = stepped(model, batch, criterion, samfn.accumulated(samfn.sam(), 2))
+    assert_close(dict(parts.params), dict(whole.params))
+    assert_close(mean.loss, seen.loss)
+    apart = samfn.per_micro_batch(samfn.sam(), 2)
+    assert_close(stepped(model, batch, criterion, apart)[1].loss, seen.loss)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_mean_over_batches_is_that_of_all_batches_as_one(name):
+    model, batch = problem()
+    loss_fn = samfn.supervised(model.eval(), CRITERIA[name])
+    params, buffers = samfn.split(model)
+    whole = samfn.evaluate(loss_fn, params, buffers, batch)
+    parts = [*zip(*(part.split(2) for part in batch), strict=True)]
+    for batches in (parts, parts[::-1]):
+        fresh = samfn.supervised(model, CRITERIA[name])
+        found = loop.evaluate(params, buffers, batches, loss_fn=fresh)
+        assert found["loss"] == pytest.approx(whole.loss.item())
+        fresh = samfn.supervised(model, CRITERIA[name])
+        loss, grads = samfn.Objective(fresh, buffers, batches).gradient(params)
+        assert loss.item() == pytest.approx(whole.loss.item())
+        assert_close(grads, whole.grads)
+        fresh = samfn.supervised(model, CRITERIA[name])
+        line = landscape.line(params, buffers, batches, params, [0.0], loss_fn=fresh)
+        assert line.loss.item() == pytest.approx(whole.loss.item())
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        partial(shifted, PAD),
+        lambda out, y: F.cross_entropy(out, y, weight=torch.ones(3).double()),
+    ],
+)
+def test_what_cannot_be_counted_from_a_batch_is_an_error_where_it_matters(criterion):
+    model, batch = problem()
+    stepped(model, batch, criterion)
+    with pytest.raises(ValueError, match=r"weigh=lambda batch: "):
+        stepped(model, batch, criterion, samfn.accumulated(samfn.sam(), 3))
+    loss_fn = samfn.supervised(model, criterion)
+    with pytest.raises(ValueError, match=r"weigh=lambda batch: "):
+        loop.evaluate(*samfn.split(model), [batch], loss_fn=loss_fn)
+
+
+def test_targets_that_were_changed_are_counted_until_some_may_be_ignored():
+    method = samfn.accumulated(samfn.sam(), 3)
+    criterion = partial(shifted, -100)
+    stepped(*problem(ignored=0), criterion, method)
+    with pytest.raises(ValueError, match="a mean over some of its targets"):
+        stepped(*problem(ignored=-100), criterion, method)
+
+
+@pytest.mark.parametrize("criterion", [masked, partial(shifted, PAD)])
+def test_it_can_be_told(criterion):
+    model, batch = problem()
+    skipped = 0 if criterion is masked else 1
+
+    def weigh(batch):
+        return (batch[1][skipped:] != PAD).sum()
+
+    loss_fn = samfn.supervised(model, criterion, weigh=weigh)
+    assert loss_fn.weigh(batch) == 6 - skipped
+    if criterion is masked:
+        whole, _ = stepped(model, batch, criterion)
+        method = samfn.accumulated(samfn.sam(), 2)
+        parts, _ = stepped(model, batch, criterion, method, weigh=weigh)
+        assert_close(dict(parts.params), dict(whole.params))
+
+
+@pytest.mark.parametrize(
+    "criterion", [nn.CrossEntropyLoss(ignore_index=PAD), CRITERIA["lambda"]]
+)
+def test_an_example_that_is_left_out_counts_in_no_accuracy_and_is_easy(criterion):
+    model, (inputs, targets) = problem()
+    params, buffers = samfn.split(model)
+    loss_fn = samfn.supervised(model.eval(), criterion)
+    with torch.no_grad():
+        right = (model(inputs).argmax(1) == targets)[:6].double().mean().item()
+    batches = [*zip(inputs.split(4), targets.split(4), strict=True)]
+    measures = {"right": loop.accuracy}
+    given = params, buffers, batches
+    found = loop.evaluate(*given, loss_fn=loss_fn, measures=measures)
+    assert found["right"] == pytest.approx(100 * right)
+    line = landscape.line(*given, params, [0.0], loss_fn=loss_fn)
+    assert line.accuracy.item() == pytest.approx(100 * right)
+    assert per_example.easy(*given, loss_fn=loss_fn)[6:].all()
+
+
+def test_bytes_are_never_taken_for_the_number_that_is_ignored():
+    images, classes = torch.full((4, 2), 156, dtype=torch.uint8), torch.arange(4) % 2
+
+    class Opening(nn.Linear):
+        def forward(self, x):
+            return super().forward(x / 255)
+
+    criterion = lambda out, y: F.cross_entropy(out, y.clone())  # noqa: E731
+    method = samfn.accumulated(samfn.sam(), 2)
+    stepped(Opening(2, 2), (images, classes), criterion, method)
+    loss_fn = samfn.supervised(nn.Linear(2, 200), F.cross_entropy)
+    assert loss_fn.weigh((torch.ones(4, 2), images[:, 0])) == 4
+
+
+def test_a_compiled_step_weighs_alike():
+    method = samfn.accumulated(samfn.sam(), 3)
+    model, batch = problem()
+    whole, _ = stepped(model, batch, CRITERIA["lambda"])
+    loss_fn, optimizer = samfn.supervised(model, CRITERIA["lambda"]), samfn.sgd()
+    step = samfn.compile_update(
+        loss_fn=loss_fn, optimizer=optimizer, method=method, plan="whole"
+    )
+    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    found, _ = step(state, batch, rho=0.05, lr=0.1)
+    assert step.plan == "whole"
+    assert_close(dict(found.params), dict(whole.params))

@@ -20,7 +20,7 @@ from bench.faults.trial import (
     wrap,
 )
 from recipes.settings.config import CONFIG_FILE
-from recipes.train import build, loop
+from recipes.train import build, loop, running
 from samfn.storage import tensorfile
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -99,7 +99,7 @@ class During:
                 compiling.clear()
                 timer.cancel()
 
-        wrap(loop, "prepare", prepare)
+        wrap(running, "prepare", prepare)
 
 
 def in_every_phase(trials: int, root: Path) -> Outcome:

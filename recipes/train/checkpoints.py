@@ -1,7 +1,7 @@
 """What a run keeps, so that it can go on: its checkpoints, written and read."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,31 +33,18 @@ class Keeper:
         self.missing: samfn.CheckpointWriteError | None = None
         self._task, self._checkpoints, self._warn = task, checkpoints, warn
 
-    def save(self, training: Training, score: Mapping[str, float] | None = None) -> None:
-        """Write a checkpoint, if a step was taken; of several ranks, the first writes.
-
-        Raises:
-            CheckpointWriteError: it cannot be written, and the run is to end then.
-            NonFiniteError: the weights are not finite.
-            RanksDifferError: the ranks have not the same state.
-        """
-        if not training.step:
-            return
-        distributed.require_alike(training.state)
-        if distributed.rank() != distributed.FIRST:
-            return
+    def save(self, state: samfn.TrainState, **about: Any) -> None:
+        """Write a checkpoint, with what it needs to say of its run; warn, or raise."""
         task = self._task
+        about |= {
+            "config": plain_values(task.config),
+            "normalisation": {"mean": task.mean.tolist(), "std": task.std.tolist()},
+            "data": task.fingerprint,
+            "versions": versions(task),
+            "ranks": ranks(task),
+        }
         try:
-            self._checkpoints.save(
-                training.state,
-                score=score,
-                **callbacks.to_metadata(training),
-                config=plain_values(task.config),
-                normalisation={"mean": task.mean.tolist(), "std": task.std.tolist()},
-                data=task.fingerprint,
-                versions=versions(task),
-                ranks=ranks(task),
-            )
+            self._checkpoints.save(state, **about)
             self.missing = None
         except samfn.CheckpointWriteError as error:
             if task.config.on_write_error == "stop":
@@ -71,8 +58,8 @@ def ranks(task: Task) -> dict[str, Any]:
     batch, count = task.config.batch_size, distributed.size()
     if task.sharing is None:
         return {"placement": "one process", "ranks": 1, "m": batch}
-    found = {"placement": task.config.placement, "ranks": count}
-    return found | {"m": batch * task.sharing / count}
+    m = batch * task.sharing / count
+    return {"placement": task.config.placement, "ranks": count, "m": m}
 
 
 def versions(task: Task) -> dict[str, str]:
@@ -108,7 +95,7 @@ def resume(
     """
     checkpoints = run.checkpoints(display.warn)
     try:
-        found = _named(path, like) or _agreed(checkpoints.latest, like)
+        found = _named(path, like) or callbacks.agreed(checkpoints.latest, like)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--resume: {error}") from error
     if found is None:
@@ -154,7 +141,7 @@ def restore_best(
             other data.
     """
     best = partial(run.checkpoints(display.warn).best_whole, by=best_by(task.config))
-    agreed = best if alone else partial(_agreed, best)
+    agreed = best if alone else partial(callbacks.agreed, best)
     return _read(task, path, like, agreed)
 
 
@@ -231,18 +218,6 @@ def mean_of_best(
     )
     buffers = samfn.reestimated(task.model, params, buffers, augmented(task, 0, whole=True))
     return like._replace(params=params, buffers=buffers), epochs
-
-
-def _agreed(
-    find: Callable[[samfn.TrainState], samfn.Found | None], like: samfn.TrainState
-) -> samfn.Found | None:
-    """Read what the first rank finds, which sets damaged checkpoints aside."""
-    first = distributed.rank() == distributed.FIRST
-    found = find(like) if first else None
-    path = distributed.from_first(found and str(found.path))
-    if first or path is None:
-        return found
-    return samfn.Found(Path(path), *samfn.restore(path, like))
 
 
 def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:

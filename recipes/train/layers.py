@@ -9,6 +9,8 @@ import samfn
 from samfn.tree import Params
 
 WHAT = ("gradient", "perturbation", "update", "weight", "cosine")
+VANISHING = 1e-6  # beyond the spread of layers that train, seen up to 1e-3
+EXPLODING = 100.0
 
 
 class LayerMeter:
@@ -17,15 +19,11 @@ class LayerMeter:
     Args:
         parameters: how many the model has.
         device: where the steps are taken.
-        sums: those of the part of the epoch before it was interrupted.
     """
 
-    def __init__(
-        self, parameters: int, device: torch.device, sums: Tensor | None = None
-    ) -> None:
+    def __init__(self, parameters: int, device: torch.device) -> None:
         # The last row is of all layers together; the last column counts.
-        shape = (parameters + 1, len(WHAT) + 1)
-        self.sums = torch.zeros(shape, device=device) if sums is None else sums
+        self.sums = torch.zeros((parameters + 1, len(WHAT) + 1), device=device)
 
     def add(self, metrics: samfn.Metrics) -> None:
         """Add one step; one that was skipped counts for nothing."""
@@ -81,26 +79,17 @@ class Alarm(NamedTuple):
         return f"{self.name}: {self.kind} gradient, norm {gradient}, {compared} {expected}"
 
 
-def alarms(
-    params: Params,
-    gradient: Tensor,
-    before: Tensor | None = None,
-    *,
-    vanishing: float = 1e-6,
-    exploding: float = 100.0,
-) -> list[Alarm]:
+def alarms(params: Params, gradient: Tensor, before: Tensor | None = None) -> list[Alarm]:
     """Name the layers whose gradients vanish or explode. It waits for a GPU.
 
-    vanishing: ||g_i|| / sqrt(n_i) <= vanishing * median over j of ||g_j|| / sqrt(n_j)
-    exploding: ||g_i|| not finite, or > exploding * what it was before
+    vanishing: ||g_i|| / sqrt(n_i) <= VANISHING * median over j of ||g_j|| / sqrt(n_j)
+    exploding: ||g_i|| not finite, or > EXPLODING * what it was before
 
     Args:
         params: their names and sizes n.
         gradient: ||g|| of each, shape (parameters,), as in `Layers`; or means of several
             steps, which one unusual batch does not move.
         before: the same some steps or an epoch ago; None asks for no growth.
-        vanishing: 1e-6 is beyond the spread of layers that train, seen up to 1e-3.
-        exploding: factor above 1.
 
     Returns:
         One for each such layer, in the order of `params`.
@@ -118,8 +107,8 @@ def alarms(
     now = gradient.double().cpu()
     usual = (now / roots).nanmedian() * roots
     old = torch.full_like(now, torch.inf) if before is None else before.double().cpu()
-    small = now <= vanishing * usual
-    large = ~now.isfinite() | ((now > exploding * old) & (old > 0))
+    small = now <= VANISHING * usual
+    large = ~now.isfinite() | ((now > EXPLODING * old) & (old > 0))
     return [
         Alarm(name, "exploding" if large[i] else "vanishing", *pair)
         for i, name in enumerate(params)

@@ -22,6 +22,7 @@ from recipes.terminal.signals import Signals
 from recipes.train import recorded, selection
 from recipes.train.batches import augmented
 from recipes.train.build import Read, Task, assemble, read_data
+from recipes.train.callbacks import Asked, around
 from recipes.train.checkpoints import (
     Keeper,
     mean_of_best,
@@ -32,13 +33,7 @@ from recipes.train.checkpoints import (
 )
 from recipes.train.directory import Row, RunDirectory, Unwritten
 from recipes.train.loggers import logged
-from recipes.train.loop import (
-    chosen,
-    evaluate,
-    prepare,
-    step,
-    train,
-)
+from recipes.train.loop import evaluate, fit, prepare, step
 from recipes.train.pretrained import begin
 from samfn import distributed
 from samfn.training.loop import Training
@@ -140,10 +135,12 @@ def train_and_report(
         count = task.config.average_best or 1
         checkpoints = directory.checkpoints(display.warn, keep_best=count)
         keeper = Keeper(task, checkpoints, display.warn)
-        with _logged(directory, task.config, display):
+        first = distributed.rank() == distributed.FIRST
+        log = logged(directory, task.config, display.warn)
+        with log if first else contextlib.nullcontext():
             finished = train(task, training, directory, keeper, display, signals)
         seconds = time.perf_counter() - started
-        if distributed.rank() != distributed.FIRST:
+        if not first:
             return 0 if finished else 128 + (signals.stop or signal.SIGINT)
         where = quoted(directory.path)
         _draw(task, directory, display)
@@ -160,12 +157,35 @@ def train_and_report(
     return 0
 
 
-def _logged(
-    directory: RunDirectory, config: Config, display: Display
-) -> contextlib.AbstractContextManager[None]:
-    if distributed.rank() != distributed.FIRST:
-        return contextlib.nullcontext()
-    return logged(directory, config, display.warn)
+def train(
+    task: Task,
+    training: Training,
+    run: RunDirectory,
+    keeper: Keeper,
+    display: Display,
+    signals: Signals,
+) -> bool:
+    """Train to the last epoch, and record each in the run directory.
+
+    Returns:
+        Whether training reached its end, or lost its patience; if not, a signal stopped
+        it, and the last checkpoint holds the step after which it did.
+
+    Raises:
+        CheckpointWriteError, DivergedError, NonFiniteError: a checkpoint cannot be written,
+            steps are not finite, or weights. The last checkpoint is older, and whole.
+    """
+    epochs, asked = task.config.epochs, Asked(signals)
+    prepare(task, training, display)
+    with (
+        signals.deferred(),
+        display.training(epochs, task.steps_per_epoch, training.step) as live,
+    ):
+        fit(task, training, around(task, training, run, keeper, display, live, asked))
+        stopped = asked.to_stop()
+    if training.stop and not stopped:
+        display.say(training.stop)
+    return training.epoch >= epochs or not stopped
 
 
 @contextlib.contextmanager
@@ -325,7 +345,8 @@ def summarise(
     rows, config = directory.rows() or [best], task.config
     if not rows[-1]:  # And someone took the log away.
         return {"files": str(directory.path), "model": str(directory.weights)}
-    best = best or max(rows, key=lambda row: row[chosen(task)])
+    by = recorded.column(config, recorded.chosen_by(config))
+    best = best or max(rows, key=lambda row: row[by])
     of = "" if config.ema_decay is None else " of the average"
     test = recorded.column(config, "test")
     plain = f"plain {BASES[config.optimizer]}"

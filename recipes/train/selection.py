@@ -25,12 +25,13 @@ from samfn.training.sampling import Report
 COUNTS, SCORES = "easy_counts", "scores"  # tensors in `Training.memory`
 
 
-def chosen(task: Task, training: Training) -> Tensor | None:
-    """Return the indices of the images that an epoch trains on, ascending; None is all.
+def chosen(task: Task, training: Training) -> Tensor:
+    """Return the indices of the images that an epoch trains on, ascending.
 
-    All before the first scan, and where fewer would be left than make a batch.
+    All are it before the first scan, and where fewer would be left than make a batch.
     """
     config, memory = task.config, training.memory
+    everyone = torch.arange(len(task.train_labels))
     source = generator(config.seed, "selection", training.epoch)
     # A run may be resumed with another selection than it had.
     if config.select == "easy-skipped" and COUNTS in memory:
@@ -40,8 +41,8 @@ def chosen(task: Task, training: Training) -> Tensor | None:
         share = config.select_share
         found = sampling.draw(memory[SCORES].cpu(), share, source).sort().values
     else:
-        return None
-    return found if len(found) >= config.batch_size else None
+        return everyone
+    return found if len(found) >= config.batch_size else everyone
 
 
 def is_due(config: Config, epoch: int) -> bool:

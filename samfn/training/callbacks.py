@@ -4,16 +4,18 @@ Each function here returns a callback, and keeps what it must not forget in
 `Training.memory` under its own name.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from samfn import checks
+from samfn import checks, distributed
 from samfn.step import TrainState, require_finite
-from samfn.storage.checkpoint import Checkpoints
+from samfn.storage.checkpoint import SCORE, Checkpoints, Found, restore
 from samfn.training.averaging import moving_average
-from samfn.training.loop import Callback, Epoch, Event, Step, Training
+from samfn.training.loop import Callback, Epoch, Evaluation, Event, Start, Step, Training
 from samfn.tree import Params
 
 EMA = "ema"
@@ -102,51 +104,74 @@ def early_stopping(metric: str, patience: int, *, higher: bool = True) -> Callba
 
 
 def finite(in_a_row: int = 50, *, every: int = 16) -> Callback:
-    """Raise `NonFiniteError` where so many steps in a row were skipped.
+    """Raise `NonFiniteError` where so many steps in a row were skipped, also between looks.
 
     Args:
         in_a_row: steps, at least 1.
-        every: steps between two looks, each of which makes a GPU wait.
+        every: steps of an epoch between two looks, each of which makes a GPU wait. The
+            last step is looked at too.
     """
     checks.require_count("in_a_row", in_a_row)
     checks.require_count("every", every)
+    worst: Tensor | None = None  # since the last look
 
     def callback(event: Event) -> None:
-        training = event.training
-        if isinstance(event, Epoch) or training.step % every == 0:
-            require_finite(training.state, in_a_row=in_a_row)
+        nonlocal worst
+        training, now = event.training, event.training.state.skipped_in_a_row
+        worst = now.clone() if worst is None else torch.maximum(worst, now)
+        due = training.batch % every == 0 or training.batch == training.batches
+        if isinstance(event, Evaluation) or (isinstance(event, Step) and due):
+            state = training.state._replace(skipped_in_a_row=worst)
+            worst = None
+            require_finite(state, in_a_row=in_a_row)
 
     return callback
 
 
+class Store(Protocol):
+    """Where checkpoints go: `Checkpoints`, or what writes with them."""
+
+    def save(self, state: TrainState, **about: Any) -> Any:
+        """As `Checkpoints.save`."""
+
+
 def saving(
-    checkpoints: Checkpoints,
+    checkpoints: Store,
     *,
-    score: str | None = None,
+    score: str | Mapping[str, str] | None = None,
     every: int | None = None,
     **metadata: Any,
 ) -> Callback:
     """Write a checkpoint after every epoch, with all that `resume` needs.
 
-    Callbacks that change `training.memory` come before this one, so that what they did in
-    the same event is saved.
+    In the middle of an epoch, one is written where `training.save` or `training.stop` asks
+    for it. Callbacks that set these or change `training.memory` come before this one, so
+    that what they did in the same event is saved. Of several ranks, whose states must be
+    the same, the first writes.
 
     Args:
         checkpoints: where to, and how many stay.
-        score: name in `training.row` of what the best are chosen by, higher is better.
+        score: name in `training.row` of what the best are chosen by, higher is better; or
+            several, by the names that `Checkpoints.best` knows them by.
         every: steps after which one is written besides, in the middle of an epoch.
         metadata: goes along, as in `samfn.save`.
     """
+    columns = {SCORE: score} if isinstance(score, str) else score or {}
 
     def callback(event: Event) -> None:
-        training = event.training
-        if isinstance(event, Epoch):
-            found = None if score is None else float(training.row[score])
-            checkpoints.save(
-                training.state, score=found, **to_metadata(training), **metadata
-            )
-        elif isinstance(event, Step) and every and training.step % every == 0:
-            checkpoints.save(training.state, **to_metadata(training), **metadata)
+        training, ended = event.training, isinstance(event, Epoch)
+        last = training.batch == training.batches  # Then that of the epoch comes soon.
+        regular = every is not None and training.step % every == 0 and not last
+        asked = isinstance(event, Step) and (training.save or regular)
+        if isinstance(event, Start) or not (ended or asked or training.stop):
+            return
+        training.save = False
+        kept = to_metadata(training)
+        distributed.require_alike(training.state)
+        if distributed.rank() == distributed.FIRST:
+            named = columns.items() if ended else ()
+            scores = {name: float(training.row[column]) for name, column in named}
+            checkpoints.save(training.state, score=scores or None, **kept, **metadata)
 
     return callback
 
@@ -161,16 +186,32 @@ def resume(checkpoints: Checkpoints, training: Training) -> bool:
     Returns:
         Whether there was one.
     """
-    found = checkpoints.latest(training.state)
+    found = agreed(checkpoints.latest, training.state)
     if found is not None:
         vars(training).update(vars(from_metadata(found.state, found.metadata)))
     return found is not None
 
 
+def agreed(find: Callable[[TrainState], Found | None], like: TrainState) -> Found | None:
+    """Read the same checkpoint on all ranks: the one that `find` gives on the first.
+
+    Only there may it set damaged ones aside, as `Checkpoints.latest` does.
+    """
+    first = distributed.rank() == distributed.FIRST
+    found = find(like) if first else None
+    path = distributed.from_first(found and str(found.path))
+    if first or path is None:
+        return found
+    return Found(Path(path), *restore(path, like))
+
+
 def to_metadata(training: Training) -> dict[str, Any]:
     """Return what a checkpoint must hold of a run beside its state."""
     place = {name: getattr(training, name) for name in ("step", "epoch", "batch")}
-    kept = {f"{MEMORY}{name}": value for name, value in training.memory.items()}
+    kept = {
+        f"{MEMORY}{name}": value() if callable(value) else value
+        for name, value in training.memory.items()
+    }
     return {"progress": place, "row": training.row, **kept}
 
 

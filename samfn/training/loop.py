@@ -1,13 +1,13 @@
 """A training engine that stays small: epochs, evaluation, and callbacks that decide.
 
-`run` goes through epochs, `train_epoch` and `evaluate` do one each, and any of them can
-be used alone. What happens beside, from a log to an average of the weights, is a callback:
-a function of an event, told in turn. What callbacks must not forget they keep in
+`run` goes through epochs and batches; who writes these two loops out tells the callbacks as
+it does. What happens beside, from a log to an average of the weights, is a callback: a
+function of an event, told in turn. What callbacks must not forget they keep in
 `Training.memory`, which a checkpoint takes along, so that a run that goes on from there
 is the run that never stopped.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -36,16 +36,25 @@ class Training:
     """Epochs that are finished, with their evaluation."""
     batch: int = 0
     """Batches of the next epoch that are finished."""
+    batches: int = 0
+    """Batches of that epoch in all; 0 where that is not known."""
     memory: dict[str, Any] = field(default_factory=dict)
-    """What callbacks keep: JSON values, tensors, and mappings of names to tensors."""
+    """What callbacks keep: JSON values, tensors, and mappings of names to tensors; or a
+    function that returns one of these when a checkpoint is written."""
     row: dict[str, Any] = field(default_factory=dict)
     """What is known of the epoch that was finished last."""
+    save: bool = False
+    """Set it to have a checkpoint written after this step."""
     stop: str | None = None
     """Set it to end the run before its budget is spent: why."""
 
+    def count(self, state: TrainState) -> None:
+        """Count a step that led to `state`; the callbacks are to be told."""
+        self.state, self.step, self.batch = state, self.step + 1, self.batch + 1
+
 
 class Start(NamedTuple):
-    """A run begins, or goes on."""
+    """An epoch begins, or goes on where the run was stopped."""
 
     training: Training
 
@@ -58,13 +67,21 @@ class Step(NamedTuple):
     metrics: Metrics
 
 
+class Evaluation(NamedTuple):
+    """All batches of an epoch are taken; callbacks add what they find to its row."""
+
+    training: Training
+    row: dict[str, Any]
+    """Becomes `training.row`, unless a callback sets `training.stop` before."""
+
+
 class Epoch(NamedTuple):
     """An epoch is finished and evaluated; `training.row` is complete."""
 
     training: Training
 
 
-Event = Start | Step | Epoch
+Event = Start | Step | Evaluation | Epoch
 Callback = Callable[[Event], None]
 Dial = float | Callable[[Training], float]
 """A number, or what it is at a point of the run, as lambda t: schedule(t.step)."""
@@ -85,13 +102,13 @@ def run(
     """Train until the budget is spent, or a callback asks to stop.
 
     An epoch: update on every batch; evaluate; tell the callbacks. An epoch that ends early,
-    since the steps are spent, is evaluated too; one that a callback stops is not.
+    since the steps are spent, is evaluated too; one that a callback stops is not counted.
 
     Args:
         training: where the run starts or goes on; changed.
         batches: -> what is left of the epoch that `training` is in. The same order every
             time it is asked at one point, or runs that go on differ from those that did
-            not stop.
+            not stop. With a length, callbacks know which step is the last.
         update: takes a step.
         rho: radius of the perturbation. None leaves it to `update`, and so does lr.
         lr: learning rate.
@@ -108,63 +125,44 @@ def run(
     """
     if epochs is None and steps is None:
         raise ValueError("expected a budget of epochs, steps or both, got none")
-    tell(callbacks, Start(training))
+    both = {"rho": rho, "lr": lr}
+    given = {name: dial for name, dial in both.items() if dial is not None}
     while not training.stop and not _spent(training, epochs, steps):
-        train_epoch(
-            training,
-            batches(training),
-            update=update,
-            rho=rho,
-            lr=lr,
-            steps=steps,
-            callbacks=callbacks,
-        )
+        left = batches(training)
+        training.batches = training.batch + len(left) if isinstance(left, Sized) else 0
+        tell(callbacks, Start(training))
+        for batch in () if training.stop else left:
+            dials = {
+                n: dial(training) if callable(dial) else dial for n, dial in given.items()
+            }
+            state, metrics = update(training.state, batch, **dials)
+            training.count(state)
+            tell(callbacks, Step(training, batch, metrics))
+            if training.stop or _spent(training, None, steps):
+                break
         if training.stop:
             break
         if not training.batch:
             raise ValueError(f"epoch {training.epoch + 1} has no batches")
-        training.row = {"epoch": training.epoch + 1, "step": training.step}
-        training.row |= evaluate(training)
-        training.epoch, training.batch = training.epoch + 1, 0
-        tell(callbacks, Epoch(training))
+        end_epoch(training, callbacks, evaluate(training))
     return training
 
 
-def train_epoch(
+def end_epoch(
     training: Training,
-    batches: Iterable[Batch],
-    *,
-    update: Update,
-    rho: Dial | None = None,
-    lr: Dial | None = None,
-    steps: int | None = None,
-    callbacks: Sequence[Callback] = (),
-) -> Training:
-    """Update on every batch, until a callback asks to stop or the steps are spent.
+    callbacks: Sequence[Callback],
+    found: Mapping[str, Any] | None = None,
+) -> None:
+    """Have an epoch evaluated, whose batches are all taken, and count it.
 
-    Args:
-        training: where the run stands; changed.
-        batches: of the epoch, those that are left of it.
-        update: takes a step.
-        rho: radius of the perturbation. None leaves it to `update`, and so does lr.
-        lr: learning rate.
-        steps: budget in updates, counted from the start of the run.
-        callbacks: are told of every step, in their order.
-
-    Returns:
-        `training`.
+    The callbacks are told `Evaluation`, with a row that begins with what is `found`; and
+    `Epoch`, unless one of them stopped the run.
     """
-    both = {"rho": rho, "lr": lr}
-    given = {name: dial for name, dial in both.items() if dial is not None}
-    for batch in batches:
-        dials = {name: _at(dial, training) for name, dial in given.items()}
-        training.state, metrics = update(training.state, batch, **dials)
-        training.step += 1
-        training.batch += 1
-        tell(callbacks, Step(training, batch, metrics))
-        if training.stop or (steps is not None and training.step >= steps):
-            break
-    return training
+    row = {"epoch": training.epoch + 1, "step": training.step, **(found or {})}
+    tell(callbacks, Evaluation(training, row))
+    if not training.stop:
+        training.epoch, training.batch, training.row = training.epoch + 1, 0, row
+        tell(callbacks, Epoch(training))
 
 
 @torch.no_grad()
@@ -276,10 +274,6 @@ def tell(callbacks: Sequence[Callback], event: Event) -> None:
     """Call every callback, in their order."""
     for callback in callbacks:
         callback(event)
-
-
-def _at(dial: Dial, training: Training) -> float:
-    return dial(training) if callable(dial) else dial
 
 
 def _spent(training: Training, epochs: int | None, steps: int | None) -> bool:

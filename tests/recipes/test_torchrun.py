@@ -19,6 +19,7 @@ from recipes import cifar_wrn
 from recipes.errors import ConfigError
 from recipes.settings.config import parse
 from recipes.train.build import assemble, read_data
+from recipes.train.callbacks import Meter
 from tests import ROOT
 from tests.ranks import on_ranks
 
@@ -203,6 +204,21 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path):
     again = ("-m", "recipes.cifar_wrn", "--resume", str(output))
     finish(torchrun("--nproc-per-node=2", *again))
     assert same(whole[0], output)
+
+
+def sums_that_go_on():
+    config = parse(DIGITS)
+    task, _ = assemble(config, read_data(config, lambda items, *_: items, print))
+    meter = Meter(task)
+    meter.begin({"sums": SUMS, "seconds": 2.0})
+    return meter.kept()["sums"]
+
+
+SUMS = [11.0, 550.0, 3.0, 2.0, 1.0, 11.0]
+
+
+def test_an_epoch_that_stopped_after_its_last_step_has_the_sums_of_before():
+    assert on_ranks(2, sums_that_go_on) == [SUMS, SUMS]
 
 
 def test_another_number_of_ranks_and_another_m_are_told(whole, capsys):

@@ -185,13 +185,13 @@ def test_a_study_that_was_stopped_goes_on_bit_for_bit(
 def test_a_signal_as_a_run_finishes_ends_the_study_after_it(
     tmp_path, monkeypatch, capsys, runs
 ):
-    real = loop._append
+    real = RunDirectory.append
 
     def append(*args):
         os.kill(os.getpid(), signal.SIGINT)
         real(*args)
 
-    monkeypatch.setattr(loop, "_append", append)
+    monkeypatch.setattr(RunDirectory, "append", append)
     arms = {label: replace(config, epochs=1) for label, config in ARMS.items()}
     assert coded(arms, tmp_path) == 130
     assert runs == ["sgd-seed0"]

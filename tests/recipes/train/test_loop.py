@@ -17,9 +17,10 @@ from recipes.settings import method_expression
 from recipes.settings.config import parse
 from recipes.terminal.console import Display
 from recipes.terminal.signals import watched
-from recipes.train import loop
+from recipes.train import loop, running
 from recipes.train.batches import augmented, order
 from recipes.train.build import Split, assemble, generator, seed
+from recipes.train.callbacks import Meter
 from recipes.train.checkpoints import Keeper
 from recipes.train.directory import RunDirectory
 from samfn.compiled import CompiledUpdate
@@ -436,7 +437,8 @@ def metrics(loss, finite=True):
 
 
 def test_a_meter_averages_the_steps_that_were_taken():
-    meter, labels = loop.Meter(torch.device("cpu")), torch.tensor([0, 0])
+    (task, _), labels = task_of(), torch.tensor([0, 0])
+    meter, again = Meter(task), Meter(task)
     meter.add(metrics(1.0), labels)
     meter.add(metrics(float("nan"), finite=False), labels)
     meter.add(metrics(4.0), labels)
@@ -446,7 +448,7 @@ def test_a_meter_averages_the_steps_that_were_taken():
     assert means["accuracy"] == 50
     assert means["sharpness"] == 1
     kept = meter.kept()
-    again = loop.Meter(torch.device("cpu"), kept)
+    again.begin(kept)
     assert_close(again.sums, meter.sums)
     assert again.seconds > kept["seconds"] > 0
 
@@ -456,7 +458,7 @@ def train(task, state, path):
     with RunDirectory.create(path, task.config) as run, watched() as signals:
         display, start = Display(), Training(state)
         keeper = Keeper(task, run.checkpoints(), display.warn)
-        assert loop.train(task, start, run, keeper, display, signals)
+        assert running.train(task, start, run, keeper, display, signals)
         return run.rows()
 
 
@@ -499,7 +501,7 @@ def test_skipped_steps_are_counted_in_the_row(tmp_path):
 
 
 def test_of_mixed_labels_the_larger_share_is_the_right_one():
-    meter = loop.Meter(torch.device("cpu"))
+    meter = Meter(task_of()[0])
     meter.add(metrics(1.0), torch.tensor([[0.4, 0.6], [0.3, 0.7]]))
     assert meter.read()[0]["accuracy"] == 50
     meter.add(metrics(1.0), torch.tensor([[0.6, 0.4], [0.3, 0.7]]))
@@ -515,7 +517,7 @@ def test_scores_that_are_not_finite_are_wrong_wherever_accuracy_is_counted(score
     params, batches = {"w": torch.zeros(1)}, [(outputs, labels)]
     measures = {"accuracy": library.accuracy}
     found = library.evaluate(params, {}, batches, loss_fn=loss_fn, measures=measures)
-    meter, one = loop.Meter(torch.device("cpu")), torch.tensor(1.0)
+    meter, one = Meter(task_of()[0]), torch.tensor(1.0)
     step = samfn.Metrics(one, outputs, one, one, one, one, torch.tensor(True), None)
     meter.add(step, labels)
     way = samfn.measure.landscape.line(params, {}, batches, params, [0.0], loss_fn=loss_fn)

@@ -404,15 +404,15 @@ def conduct(arms, output):
 def stopped_after(epochs, arms, output, monkeypatch):
     """Leave a study whose only run stopped after so many epochs."""
     (cell,) = grid.plan(arms, 1, output)
-    real = loop._append
+    real = RunDirectory.append
 
-    def append(run, row, display):
-        real(run, row, display)
+    def append(run, row):
+        real(run, row)
         if row["epoch"] == epochs:
             os.kill(os.getpid(), 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_append", append)
+        patch.setattr(RunDirectory, "append", append)
         with pytest.raises(grid.Stopped):
             conduct(arms, output)
     return cell

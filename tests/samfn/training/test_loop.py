@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import samfn
 from samfn.training import callbacks, loop
-from samfn.training.loop import Epoch, Start, Step, Training
+from samfn.training.loop import Epoch, Evaluation, Start, Step, Training
 from tests.reference import small_network
 
 BATCHES = 5
@@ -78,14 +78,21 @@ def test_callbacks_are_told_of_everything_in_order():
                 seen.append(("step", training.epoch, training.batch))
                 assert len(batch[1]) == 6
                 assert metrics.loss.ndim == 0
+            case Evaluation(training, row):
+                seen.append(("evaluation", training.epoch, training.batch))
+                assert row["loss"] > 0
+                row["more"] = training.step
             case Epoch(training):
                 seen.append(("epoch", training.epoch, training.batch))
-                assert training.row["loss"] > 0
+                assert training.row["more"] == training.step
 
     training, options = problem()
     loop.run(training, **options, epochs=2, callbacks=[first, lambda e: seen.append(0)])
-    steps = [("step", epoch, batch) for epoch in range(2) for batch in range(1, 6)]
-    expected = [("start", 0, 0), *steps[:5], ("epoch", 1, 0), *steps[5:], ("epoch", 2, 0)]
+    expected = []
+    for epoch in range(2):
+        expected.append(("start", epoch, 0))
+        expected += [("step", epoch, batch) for batch in range(1, 6)]
+        expected += [("evaluation", epoch, 5), ("epoch", epoch + 1, 0)]
     assert seen == [item for event in expected for item in (event, 0)]
 
 
@@ -198,6 +205,86 @@ def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(tmp_path, stop):
     assert again.memory["early_stopping"] == whole.memory["early_stopping"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "stop"), [(Step, 1), (Step, 5), (Step, 8), (Evaluation, 10)]
+)
+def test_a_run_that_is_asked_to_stop_is_saved_there_and_goes_on(tmp_path, kind, stop):
+    whole, options = problem()
+    loop.run(whole, **options, epochs=3, callbacks=features(samfn.Checkpoints(tmp_path)))
+
+    def stops(event):
+        if isinstance(event, kind) and event.training.step == stop:
+            event.training.stop = "enough"
+
+    first, options = problem()
+    kept = samfn.Checkpoints(tmp_path / "parts")
+    loop.run(first, **options, epochs=3, callbacks=[stops, *features(kept)])
+    assert (first.epoch * BATCHES + first.batch, first.stop) == (stop, "enough")
+    again, options = problem(seed=5)
+    assert callbacks.resume(kept, again)
+    assert (again.step, again.epoch, again.batch) == (stop, first.epoch, first.batch)
+    assert again.row == first.row  # Nothing is in it of an epoch that is not counted.
+    assert first.row.get("epoch", 0) == first.epoch
+    loop.run(again, **options, epochs=3, callbacks=features(kept))
+    assert same(again, whole)
+    assert again.row == whole.row
+
+
+def test_a_checkpoint_that_is_asked_for_is_written_once(tmp_path):
+    def asks(event):
+        if isinstance(event, Step) and event.training.step == 3:
+            event.training.save = True
+
+    training, options = problem()
+    kept, found = samfn.Checkpoints(tmp_path, keep_last=9), []
+    parts = [asks, callbacks.saving(kept), lambda e: found.append(len(kept.paths()))]
+    loop.run(training, **options, epochs=1, callbacks=parts)
+    assert found == [0, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_where_batches_have_a_length_the_last_step_is_known(tmp_path):
+    training, options = problem()
+    batches, seen = options["batches"], []
+    options["batches"] = lambda t: [*batches(t)]
+    training.batch = 2  # as in a run that goes on
+    parts = [lambda event: seen.append(event.training.batches)]
+    kept = samfn.Checkpoints(tmp_path, keep_last=9)
+    parts.append(callbacks.saving(kept, every=1))
+    parts.append(lambda event: seen.append(len(kept.paths())))
+    loop.run(training, **options, epochs=1, callbacks=parts)
+    # After the last step the one of the epoch comes, and no other.
+    assert seen == [5, 0, 5, 1, 5, 2, 5, 2, 5, 2, 5, 3]
+    training, options = problem()
+    loop.run(training, **options, epochs=1)
+    assert training.batches == 0
+
+
+def test_what_a_callback_keeps_may_be_asked_for_when_a_checkpoint_is_written(tmp_path):
+    asked = []
+
+    def sums(event):
+        if isinstance(event, Start):
+            event.training.memory["sums"] = lambda: asked.append(0) or {"steps": 7}
+
+    training, options = problem()
+    kept = samfn.Checkpoints(tmp_path)
+    loop.run(training, **options, epochs=2, callbacks=[sums, callbacks.saving(kept)])
+    assert asked == [0, 0]
+    again, _ = problem()
+    assert callbacks.resume(kept, again)
+    assert again.memory["sums"] == {"steps": 7}
+
+
+def test_several_scores_choose_their_own_best(tmp_path):
+    training, options = problem()
+    options["evaluate"] = lambda t: {"up": float(t.epoch), "down": -float(t.epoch)}
+    kept = samfn.Checkpoints(tmp_path)
+    both = {"rising": "up", "falling": "down"}
+    loop.run(training, **options, epochs=4, callbacks=[callbacks.saving(kept, score=both)])
+    found = [int(kept.best(by)[0].stem[5:]) // BATCHES for by in both]
+    assert found == [4, 1]
+
+
 def test_the_average_follows_every_step_after_its_start():
     training, options = problem()
     states = []
@@ -273,6 +360,23 @@ def test_steps_that_are_not_finite_end_the_run():
     options |= {"batches": poisoned}
     with pytest.raises(samfn.NonFiniteError, match="the last 3 of 10 steps"):
         loop.run(training, **options, epochs=9, callbacks=[callbacks.finite(3, every=1)])
+
+
+@pytest.mark.parametrize(("allowed", "raises"), [(2, True), (3, False)])
+def test_steps_that_are_not_finite_count_between_two_looks(allowed, raises):
+    training, options = problem()
+
+    def poisoned(t):
+        for index, (inputs, labels) in enumerate(problem()[1]["batches"](t), 1):
+            yield inputs * float("nan") if index in (2, 3) else inputs, labels
+
+    options |= {"batches": poisoned}
+    parts = [callbacks.finite(allowed, every=4)]
+    if raises:
+        with pytest.raises(samfn.NonFiniteError, match="the last 2 of 4 steps"):
+            loop.run(training, **options, epochs=1, callbacks=parts)
+    else:
+        loop.run(training, **options, epochs=2, callbacks=parts)
 
 
 def test_evaluation_is_the_mean_over_what_counts_in_all_batches():

@@ -14,8 +14,8 @@ ORDER = {
     " distributed step imperative storage training measure compiled",
     "recipes": "errors terminal plots data models settings train study cifar_wrn finetune"
     " sweep label_noise arms sharpness landscape compare",
-    "bench": "measure networks peers candidates cost_model step_time methods compile_time"
-    " memory monitor scaling checkpoints gpu faults zoo",
+    "bench": "measure networks peers candidates cost_model cost scaling"
+    " checkpoints gpu faults zoo",
 }
 # Outside thing -> the files and folders that may know it.
 OWNERS = {

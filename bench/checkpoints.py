@@ -11,8 +11,6 @@ later ones take memory that is warm, or not, by the allocator's mood. The epoch 
 
 import multiprocessing
 import os
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -146,48 +144,31 @@ def main(options: Options) -> None:
     hashing = 1000 * hash_time(state)
     seconds = epoch(model, state, options.batch)
     bare = {"samfn.save": "save_file, fsync", "samfn.restore": LOADS[1]}
-    rows = []
-    for name, times in seen.items():
-        quantiles = measure.quantiles(times)
-        peer = bare.get(name)
-        rows.append(
-            {
-                "what": name,
-                "ms": 1000 * quantiles["median"],
-                "q20": 1000 * quantiles["q20"],
-                "q80": 1000 * quantiles["q80"],
-                "of bare": _ratio(times, seen[peer]) if peer else "",
-                "of an epoch": f"{quantiles['median'] / seconds:.5%}",
-            }
-        )
-    table = measure.table(rows, tuple(rows[0]))
-    about = measure.environment()
-    text = f"""# What saving and restoring cost: WRN-{options.model}, {size / 1e6:,.0f} MB
-
-In turns, {options.rounds} rounds, each load the first of a process. "of bare" is the median
-of the ratios in a round: to save_file of contiguous tensors with an fsync, and to load_file
-reading (pread), with a copy into new tensors of the state's strides; mapping the file is
-cheaper, and a file that shrinks under it kills the process. Restoring also hashes:
+    rows = [
+        {
+            "what": name,
+            **measure.milliseconds(times),
+            "of bare": measure.ratios(times, seen[bare[name]])["median"]
+            if name in bare
+            else "",
+            "of an epoch": f"{measure.quantiles(times)['median'] / seconds:.5%}",
+        }
+        for name, times in seen.items()
+    ]
+    about = f"""In turns, {options.rounds} rounds, each load the first of a process. "of
+bare" is the median of the ratios in a round: to save_file of contiguous tensors with an
+fsync, and to load_file reading (pread), with a copy into new tensors of the state's
+strides; mapping the file is cheaper, and a file that shrinks under it kills the process.
+Restoring also hashes:
 SHA-256 alone takes {hashing:.0f} ms in {tensorfile.THREADS} threads.
 An epoch of SAM takes {seconds:,.0f} s here, reckoned from a step of
-{options.batch} images.
-
-{table}
-
-{about["date"]}, {about["device"]}, torch {about["torch"]}, Python {about["python"]}.
-
-```
-{shlex.join(["python", "-m", "bench.checkpoints", *sys.argv[1:]])}
-```
-"""
+{options.batch} images."""
+    title = f"What saving and restoring cost: WRN-{options.model}, {size / 1e6:,.0f} MB"
+    parts = [about, measure.table(rows, tuple(rows[0]))]
+    text = measure.page(title, parts, "bench.checkpoints")
     print(text)
     if options.report is not None:
         options.report.write_text(text, encoding="utf-8")
-
-
-def _ratio(times: list[float], peers: list[float]) -> float:
-    ratios = [a / b for a, b in zip(times, peers, strict=True)]
-    return measure.quantiles(ratios)["median"]
 
 
 if __name__ == "__main__":

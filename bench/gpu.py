@@ -247,8 +247,8 @@ def speed(name: str, wanted: tuple[str, ...]) -> Callable[[Setup], list[Row]]:
         for c in found:
             seen = measure.quantiles(times[c.name])
             done = flops * (3 if "SGD" in c.name else 6) / seen["median"]
-            row = {"candidate": c.name, "ms": 1e3 * seen["median"], "TFLOP/s": done / 1e12}
-            row |= {"q20": 1e3 * seen["q20"], "q80": 1e3 * seen["q80"]}
+            row = {"candidate": c.name, "TFLOP/s": done / 1e12}
+            row |= measure.milliseconds(times[c.name])
             row |= {"images/s": setup.batch / seen["median"], "apart": c.apart}
             row |= {"agrees": c.apart < TOLERANCE[setup.precision]}
             row |= {"host ms": 1e3 * host_seconds(c.runner.step)}

@@ -2,7 +2,9 @@
 
 import json
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,6 +66,20 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Return the median, and the 20 % and 80 % quantiles."""
     low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
     return {"median": statistics.median(values), "q20": low, "q80": high}
+
+
+def milliseconds(values: Sequence[float]) -> dict[str, float]:
+    """Return the quantiles of seconds as columns of a table, in milliseconds."""
+    names = {"median": "ms", "q20": "q20", "q80": "q80"}
+    return {names[name]: 1e3 * value for name, value in quantiles(values).items()}
+
+
+def ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Return the quantiles of ratios, round by round.
+
+    What slows the machine for a while slows both.
+    """
+    return quantiles([a / b for a, b in zip(values, others, strict=True)])
 
 
 def peak_flops(dtype: torch.dtype, device: str, seconds: float = 10.0) -> float:
@@ -170,6 +186,23 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def page(title: str, parts: Sequence[str], module: str) -> str:
+    """Return a report as Markdown, with hardware, versions and the command.
+
+    Args:
+        title: of the report.
+        parts: texts and tables.
+        module: that was called with the arguments of this process.
+    """
+    about = environment()
+    made = (
+        f"{about['date']}, {about['device']}, torch {about['torch']},"
+        f" Python {about['python']}."
+    )
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return "\n\n".join([f"# {title}", *parts, made, f"```\n{command}\n```"]) + "\n"
 
 
 def emit(row: dict[str, Any], path: Path | None) -> None:

@@ -196,10 +196,9 @@ def steps(options: Options) -> list[Row]:
     }
     rows = []
     for (mode, step), values in seen.items():
-        # Round by round, so that what slows the machine for a while slows both.
-        ratios = [a / b for a, b in zip(values, seen[mode, WHOLE], strict=True)]
         row = {"mode": mode, "step": step, "seconds": measure.quantiles(values)}
-        rows.append(about | row | {"of one process": measure.quantiles(ratios)})
+        ratios = measure.ratios(values, seen[mode, WHOLE])
+        rows.append(about | row | {"of one process": ratios})
     return rows
 
 
@@ -303,7 +302,7 @@ def started(worker: str, ranks: int, options: Options, *more: str) -> list[Row]:
         for flag, values in (("--placement", options.placement), ("--mode", options.mode)):
             command += [text for value in values for text in (flag, value)]
         variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if worker == "memory":  # See bench/memory.py; it makes steps slow.
+        if worker == "memory":  # See `memory` in bench/cost.py; it makes steps slow.
             variables["MALLOC_MMAP_THRESHOLD_"] = "65536"
         subprocess.run(command, env=os.environ | variables, check=True)
         return [json.loads(line) for line in lines.read_text().splitlines()]

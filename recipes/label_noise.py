@@ -3,7 +3,7 @@
     python -m recipes.label_noise -- --data digits
     python -m recipes.label_noise --noise 0 0.4 --methods sgd "every(sam, 5) 1"
 
-What follows a lone -- are flags of recipes.cifar_wrn, for all runs. The same command goes
+What follows the lone -- are flags of recipes.cifar_wrn, for all runs. The same command goes
 on where it was ended, and one with more noise, methods or seeds adds these. The defaults
 are for the digits; for other data, `recipes.sweep -- --label-noise 0.4` finds good rhos.
 
@@ -16,28 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-
-import tyro
 
 from recipes import plots
 from recipes.errors import ConfigError
-from recipes.settings import method_expression
-from recipes.settings.config import Config
-from recipes.study import grid, reports
-from recipes.study.grid import Result
-from recipes.study.reports import Table, by_label, number, series_of, summary
-from recipes.terminal import cli
-from recipes.terminal.console import Display
-from recipes.terminal.signals import Signals
+from recipes.study import grid
+from recipes.study.grid import Arm, Common
+from recipes.study.groups import Group, arranged, best, last, number, series_of, summary
+from recipes.study.report import Page, Table, about, task
 
-PROGRAM = "python -m recipes.label_noise"
-REPORT, PICTURE = "label_noise.md", "label_noise.png"
 SGD = "sgd"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(grid.Settings):
     """Train with wrong labels. What follows a lone -- are flags of recipes.cifar_wrn."""
 
     noise: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
@@ -45,66 +36,40 @@ class Settings:
     # As tuned on the digits; bench/results/methods_digits_2026-11-21.md has more of them.
     methods: tuple[str, ...] = ("sgd", "sam 0.2", "asam 2", "momentum_sam 3")
     """sgd, or a method as --method of the recipe has it, a space, and its rho."""
-    seeds: int = 3
-    """Runs of each, with seeds from the recipe's --seed on."""
     output: Path = Path("runs/label-noise")
-    """Directory of all runs, tables and pictures. What it holds of this study is not run
-    again."""
-
-
-class Trained(NamedTuple):
-    """A method and its rho."""
-
-    label: str
-    method: str
-    rho: float
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run what is missing, and report; return the exit code."""
-    given = sys.argv[1:] if args is None else args
-    own, flags = grid.split(given)
-
-    def body(display: Display, signals: Signals) -> int:
-        settings = tyro.cli(Settings, prog=PROGRAM, args=own, description=__doc__)
-        validate(settings)
-        config = grid.common(flags, {"rho", "method", "label_noise"}, display.say)
-        cells = grid.plan(arms(settings, config), settings.seeds, settings.output)
-        write = partial(report, settings, reports.called(PROGRAM, given))
-        results = grid.run(cells, settings.output, display, signals, write)
-        display.table(*table(settings, results))
-        display.facts("label noise", reports.files_in(settings.output, REPORT, PICTURE))
-        return 0
-
-    return cli.run(body, grid.LEFT)
+    varied = {"rho", "method", "label_noise"}
+    study = grid.Study("label_noise", Settings, varied, arms, page)
+    return grid.conduct(study, __doc__, args)
 
 
-def validate(settings: Settings) -> None:
-    """Raise unless every value is in its range.
-
-    Raises:
-        ConfigError: names the flag, what was expected and what came.
-    """
-    for share in settings.noise:
-        if not 0 <= share <= 1:
-            raise ConfigError(f"--noise: expected shares from 0 to 1, got {share}")
-    labels = [read(text).label for text in settings.methods]
-    for name, values in (("noise", settings.noise), ("methods", labels)):
-        if len({*values}) < len(values) or not values:
-            raise ConfigError(f"--{name}: expected different ones, got {[*values]}")
+def arms(settings: Settings, common: Common) -> list[Arm]:
+    """Return all arms, by noise and method."""
+    methods, config = [read(text) for text in settings.methods], common()
+    return [
+        (
+            f"{label(method, rho)}, noise {number(share)}",
+            replace(config, method=method, rho=rho, label_noise=share),
+        )
+        for share in settings.noise
+        for method, rho in methods
+    ]
 
 
-def read(text: str) -> Trained:
-    """Return what "sgd", or a method and its rho, means.
+def read(text: str) -> tuple[str, float]:
+    """Return the method and the rho that "sgd", or a method and its rho, means.
 
     Raises:
         ConfigError: it means nothing.
     """
     if text.strip() == SGD:
-        return Trained("SGD", "sam", 0.0)
-    method, _, last = text.strip().rpartition(" ")
+        return "sam", 0.0
+    method, _, last_word = text.strip().rpartition(" ")
     try:
-        rho = float(last)
+        rho = float(last_word)
     except ValueError:
         rho = 0.0
     if not 0 < rho < float("inf"):
@@ -112,63 +77,44 @@ def read(text: str) -> Trained:
             f'--methods: expected sgd, or a method and a rho above 0 as "sam 0.2",'
             f" got {text!r}"
         )
-    try:
-        method_expression.parse(method, steps=1, norm_layers=())
-    except ValueError as error:
-        raise ConfigError(f"--methods: {error}") from error
-    return Trained(f"{method.strip()}, rho {number(rho)}", method.strip(), rho)
+    return method.strip(), rho
 
 
-def arms(settings: Settings, config: Config) -> dict[str, Config]:
-    """Return the settings of all arms by label."""
-    return {
-        label(one, share): replace(
-            config, method=one.method, rho=one.rho, label_noise=share
-        )
-        for share in settings.noise
-        for one in map(read, settings.methods)
-    }
+def label(method: str, rho: float) -> str:
+    """Return what a method is called."""
+    return f"{method}, rho {number(rho)}" if rho else "SGD"
 
 
-def label(one: Trained, share: float) -> str:
-    """Return what an arm is called."""
-    return f"{one.label}, noise {number(share)}"
+def by_method(groups: Sequence[Group]) -> dict[str, dict[float, Group]]:
+    """Return the arms by method and noise."""
+    return arranged(groups, lambda c: label(c.method, c.rho), lambda c: c.label_noise)
 
 
-def report(settings: Settings, command: str, results: Sequence[Result]) -> None:
-    """Write data, picture and table of what has ended."""
-    config = results[0].cell.config
-    title = f"Wrong labels: {reports.task(replace(config, label_noise=0.0))}"
-    text = (
-        f"{reports.about(results)} Columns are the share of training labels that are wrong."
-    )
-    reports.write_data(settings.output, results, command)
-    draw(settings, results, title)
-    found = table(settings, results)
-    page = reports.document(title, PICTURE, text, found, config.device, command)
-    reports.write(settings.output / REPORT, page)
+def page(settings: Settings, groups: Sequence[Group]) -> Page:
+    """Return what is reported."""
+    title = f"Wrong labels: {task(replace(groups[0].config, label_noise=0.0))}"
+    text = f"{about(groups)} Columns are the share of training labels that are wrong."
+    parts = {"accuracy": (text, table(groups))}
+    return Page(title, groups, parts, partial(draw, groups, title))
 
 
-def table(settings: Settings, results: Sequence[Result]) -> Table:
+def table(groups: Sequence[Group]) -> Table:
     """Return two rows for each method, last and best epoch, with a cell for each noise."""
-    runs, shares = by_label(results), sorted(settings.noise)
-    columns = ["method", "epoch", *(f"{number(100 * share)} %" for share in shares)]
+    found = by_method(groups)
+    shares = sorted({share for arms in found.values() for share in arms})
     rows = [
-        [one.label, name, *(summary(runs[label(one, share)], value) for share in shares)]
-        for one in map(read, settings.methods)
-        for name, value in (("last", Result.last), ("best", Result.best))
+        [method, epoch, *(summary(arms[share], value) for share in shares)]
+        for method, arms in found.items()
+        for epoch, value in (("last", last), ("best", best))
     ]
-    return columns, rows
+    return ["method", "epoch", *(f"{number(100 * share)} %" for share in shares)], rows
 
 
-def draw(settings: Settings, results: Sequence[Result], title: str) -> None:
+def draw(groups: Sequence[Group], title: str, path: Path) -> bool:
     """Draw accuracy against noise."""
-    runs = by_label(results)
-    series = {
-        one.label: series_of({share: runs[label(one, share)] for share in settings.noise})
-        for one in map(read, settings.methods)
-    }
-    plots.label_noise(series, settings.output / PICTURE, title)
+    series = {method: series_of(arms) for method, arms in by_method(groups).items()}
+    plots.label_noise(series, path, title)
+    return True
 
 
 if __name__ == "__main__":

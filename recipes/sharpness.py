@@ -36,6 +36,7 @@ from recipes.settings.config import (
     plain_values,
     run_of,
 )
+from recipes.study.groups import MISSING, quantity
 from recipes.study.runs import (
     Selection,
     Solution,
@@ -62,7 +63,7 @@ from samfn.tree import Params
 
 PROGRAM = "python -m recipes.sharpness"
 DATA = "sharpness.json"
-MISSING = "-"
+
 VERSION = 2  # of what the numbers mean; those of another one are measured anew
 # Settings that change no number: the checkpoint is known by its content, and the
 # device only rounds.
@@ -608,17 +609,6 @@ def table(settings: Measuring, records: Mapping[str, Record]) -> list[list[str]]
         cells = [quantity(n["value"], n["error"]) if n else MISSING for n in found]
         rows.append([name, *cells])
     return rows
-
-
-def quantity(value: float | str, error: float | str | None = None) -> str:
-    """Return a number, to the digits that its error leaves, as text."""
-    value, error = float(value), float("nan" if error is None else error)
-    if not (math.isfinite(value) and math.isfinite(error) and error > 0):
-        return f"{value:,.0f}" if 1e3 <= abs(value) < 1e6 else f"{value:.3g}"
-    digits = 1 - math.floor(math.log10(error))  # two digits of the error
-    if not -3 < digits < 6:
-        return f"{value:.3g} ± {error:.1g}"
-    return f"{value:,.{max(digits, 0)}f} ± {error:,.{max(digits, 0)}f}"
 
 
 def legend(settings: Measuring) -> dict[str, str]:

@@ -13,9 +13,9 @@ ORDER = {
     "samfn": "tree nested schedules checks batches loss perturb methods descend modules"
     " distributed step imperative storage training measure compiled",
     "recipes": "errors terminal plots data models settings train study cifar_wrn finetune"
-    " sweep label_noise sharpness landscape compare",
-    "bench": "measure networks peers candidates cost_model step_time methods compile_time"
-    " memory monitor scaling checkpoints compare gpu faults zoo",
+    " sweep label_noise arms sharpness landscape compare",
+    "bench": "measure networks peers candidates cost_model cost scaling"
+    " checkpoints gpu faults zoo",
 }
 # Outside thing -> the files and folders that may know it.
 OWNERS = {

@@ -49,6 +49,7 @@ FLOWING = " ".join(README.split())
 STUDIES = {
     "recipes.sweep": ["--rhos", "0", "0.1", "--seeds", "1"],
     "recipes.label_noise": ["--noise", "0.4", "--seeds", "1"],
+    "recipes.arms": ["--seeds", "1"],
 }
 SHORT = ["--epochs", "1", "--batch-size", "256"]
 COMMAND = re.compile(r"python -m recipes\.\w+[^`#\n]*")

@@ -9,7 +9,6 @@ Rows are those of the table in bench/faults/README.md. Some are loops of this pa
 others tests.
 """
 
-import shlex
 import sys
 import tempfile
 import time
@@ -74,28 +73,17 @@ def main(options: Options) -> int:
         for problem in problems[:20]:
             print(f"    {problem}", flush=True)
     if options.report is not None:
-        command = shlex.join(["python", "-m", "bench.faults", *sys.argv[1:]])
-        options.report.write_text(report(lines, command), encoding="utf-8")
+        options.report.write_text(report(lines), encoding="utf-8")
     return int(failed)
 
 
-def report(lines: list[dict[str, str]], command: str) -> str:
+def report(lines: list[dict[str, str]]) -> str:
     """Return the report as Markdown."""
-    about = measure.environment()
-    return f"""# Faults, and what samfn did
-
-A failure is a checkpoint damaged or lost, a run that ended in another state than the same
-run without faults, an exit code or message other than recipes/README.md says, or a trial in
-which the fault did not happen at all.
-
-{measure.table(lines, tuple(lines[0]))}
-
-{about["date"]}, {about["device"]}, torch {about["torch"]}, Python {about["python"]}.
-
-```
-{command}
-```
-"""
+    about = """A failure is a checkpoint damaged or lost, a run that ended in another state
+than the same run without faults, an exit code or message other than
+recipes/README.md says, or a trial in which the fault did not happen at all."""
+    parts = [about, measure.table(lines, tuple(lines[0]))]
+    return measure.page("Faults, and what samfn did", parts, "bench.faults")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ matplotlib.use("agg")  # Draw into files, also where there is no screen.
 
 from matplotlib import pyplot as plt
 
-from recipes.plots.comparisons import Series, comparison, label_noise, ranking, sweep
+from recipes.plots.comparisons import Series, label_noise, ranking, sweep
 from recipes.plots.epochs import Curve, curves, layers, side_by_side
 from recipes.plots.landscapes import Scale, lines, surfaces
 from recipes.plots.style import COLOURS, STYLES
@@ -17,7 +17,6 @@ __all__ = [
     "Curve",
     "Scale",
     "Series",
-    "comparison",
     "curves",
     "label_noise",
     "layers",

@@ -8,33 +8,8 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from recipes.plots.style import BLUE, COLOURS, GREY, STYLES, Style, shortened
-
-
-def comparison(
-    series: Mapping[str, Sequence[Sequence[float]]], path: Path, title: str
-) -> None:
-    """Draw test accuracy over the epochs: one colour a label, one thin line a seed."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for colour, (label, runs) in zip(cycle(COLOURS), series.items(), strict=False):
-        epochs = range(1, len(runs[0]) + 1)
-        mean = [sum(values) / len(values) for values in zip(*runs, strict=True)]
-        for values in runs:
-            axes.plot(epochs, values, color=colour, linewidth=0.8, alpha=0.35)
-        axes.plot(
-            epochs, mean, color=colour, linewidth=2, label=f"{label}: {mean[-1]:.1f} %"
-        )
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, title="last epoch, mean")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+from recipes.plots.style import BLUE, GREY, STYLES, Style, shortened
 
 
 def ranking(

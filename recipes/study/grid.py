@@ -9,11 +9,15 @@ one with more arms or seeds adds these.
 import hashlib
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import tyro
 
 import samfn
 from recipes import errors
@@ -26,16 +30,19 @@ from recipes.settings.config import (
     of_run,
     parse,
     plain_values,
+    validate,
 )
+from recipes.study.groups import DIVERGED, Group, best, diverged, group_of, last, seconds
+from recipes.study.report import Page, called, show, write
+from recipes.terminal import cli
 from recipes.terminal.console import Display
 from recipes.terminal.signals import Signals, Stopped
 from recipes.train import recorded, running
 from recipes.train.build import Read, read_data
-from recipes.train.directory import Row, RunDirectory
-from recipes.train.recorded import chosen_by, column
+from recipes.train.directory import RunDirectory
+from recipes.train.recorded import Recorded
 from samfn.storage import files
 
-DIVERGED = "diverged.txt"  # in the directory of a run that did: why
 LEFT = "the same command goes on"  # when a signal ends a study
 # Settings that change nothing but rounding.
 FREE = PER_CALL | {"preset", "device", "compile", "save_steps", "on_write_error", "log"}
@@ -54,44 +61,63 @@ class Cell(NamedTuple):
     path: Path
 
 
-class Result(NamedTuple):
-    """What came of a run that ended."""
-
-    cell: Cell
-    rows: list[Row]
-    diverged: str | None
-    """Why it did; None where it finished."""
-
-    def last(self) -> float:
-        """Return the test accuracy of the last epoch, in percent."""
-        return self.tested(self.rows[-1])
-
-    def best(self) -> float:
-        """Return the test accuracy of the best epoch, in percent."""
-        return self.tested(self.best_row())
-
-    def chosen(self) -> float:
-        """Return the accuracy that the best epoch was chosen by, in percent."""
-        return self._scored(self.best_row())
-
-    def best_row(self) -> Row:
-        """Return the best epoch, by the split that chooses it: the one that is kept."""
-        return max(self.rows, key=self._scored)
-
-    def tested(self, row: Row) -> float:
-        """Return the test accuracy of an epoch: that of the average, if there is one."""
-        return float(row[column(self.cell.config, "test")])
-
-    def _scored(self, row: Row) -> float:
-        return float(row[column(self.cell.config, chosen_by(self.cell.config))])
-
-    def seconds(self) -> float:
-        """Return the time of all epochs, without evaluation."""
-        return float(sum(row.get("seconds", 0.0) for row in self.rows))
+Arm = tuple[str, Config]
+"""Label and settings."""
+Common = Callable[..., Config]
+"""Flags of an arm -> settings of the recipe, with those flags that all arms have."""
+Report = Callable[[Sequence[Group]], None]
+"""Writes what is known of the arms so far."""
 
 
-Report = Callable[[Sequence[Result]], None]
-"""Writes what is known of a study so far."""
+@dataclass(frozen=True)
+class Settings:
+    """What every study has."""
+
+    seeds: int = 3
+    """Runs of each arm, with seeds from the recipe's --seed on."""
+    output: Path = Path("runs/study")
+    """Directory of all runs, tables and pictures. What it holds of this study is not run
+    again."""
+
+
+class Study(NamedTuple):
+    """What makes arms, and says what they are about."""
+
+    name: str
+    """Of the module of recipes, and of the report's files."""
+    settings: type[Settings]
+    varied: Collection[str]
+    """Settings of the recipe that differ from arm to arm."""
+    arms: Callable[[Any, Common], Sequence[Arm]]
+    """Settings of the study, and what makes those of the recipe -> arms."""
+    page: Callable[[Any, Sequence[Group]], Page]
+    """Settings of the study, and what is known of the arms -> what is reported."""
+
+
+def conduct(study: Study, about: str | None, args: Sequence[str] | None) -> int:
+    """Run what is missing of a study, and report; return the exit code."""
+    given = sys.argv[1:] if args is None else args
+    program = f"python -m recipes.{study.name}"
+    own, flags = split(given)
+
+    def body(display: Display, signals: Signals) -> int:
+        settings = tyro.cli(study.settings, prog=program, args=own, description=about)
+        say = cache(display.say)  # Once, not for each arm.
+        arms = study.arms(settings, lambda *f: common([*flags, *f], study.varied, say))
+        cells = plan(arms, settings.seeds, settings.output)
+        written: dict[str, str] = {}
+
+        def report(groups: Sequence[Group]) -> None:
+            command, device = called(program, given), cells[0].config.device
+            page = study.page(settings, groups)
+            written.update(write(page, command, device, settings.output, study.name))
+
+        groups = run(cells, settings.output, display, signals, report)
+        show(study.page(settings, groups), display)
+        display.facts(study.name.replace("_", " "), written)
+        return 0
+
+    return cli.run(body, LEFT)
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -128,26 +154,39 @@ def common(
     return config
 
 
-def plan(arms: Mapping[str, Config], seeds: int, output: Path) -> list[Cell]:
+def plan(arms: Sequence[Arm], seeds: int, output: Path) -> list[Cell]:
     """Return the runs of a study, seeds outermost.
 
     Args:
-        arms: settings by label.
+        arms: labels and settings.
         seeds: how many, from that of the settings on.
         output: directory of the study.
 
     Raises:
-        ConfigError: there is nothing to run, or two labels are one to a file system.
+        ConfigError: there is nothing to run, the settings of an arm are out of range, or
+            two labels are one to a file system.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
-    slugs = {label: slug(label) for label in arms}
-    if len({*slugs.values()}) < len(slugs):
-        raise ConfigError(f"expected labels that differ by more than case: {[*arms]}")
+    if not arms:
+        raise ConfigError("expected at least one arm, got none")
+    known = dict[str, str]()
+    for label, config in arms:
+        try:
+            validate(config)
+        except ConfigError as error:
+            raise ConfigError(f"{label}: {error}") from error
+        if (other := known.setdefault(slug(label), label)) != label:
+            text = f"expected labels that differ by more than case: {[other, label]}"
+            raise ConfigError(text)
+    if len(known) < len(arms):
+        labels = [label for label, _ in arms]
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise ConfigError(f"expected different arms, got {twice} twice")
     return [
-        Cell(label, seeded, output / f"{slugs[label]}-seed{seeded.seed}")
+        Cell(label, seeded, output / f"{slug(label)}-seed{seeded.seed}")
         for index in range(seeds)
-        for label, config in arms.items()
+        for label, config in arms
         for seeded in [replace(config, seed=config.seed + index)]
     ]
 
@@ -164,8 +203,8 @@ def slug(label: str) -> str:
 
 def run(
     cells: Sequence[Cell], output: Path, display: Display, signals: Signals, report: Report
-) -> list[Result]:
-    """Run what is missing, and return what came of all.
+) -> list[Group]:
+    """Run what is missing, and return what came of all, by arms.
 
     Args:
         cells: as `plan` gives them.
@@ -193,33 +232,42 @@ def run(
         display.say(f"{len(cells)} runs in {output}, {len(done)} of them finished")
         if not missing:
             _write(report, cells, done)
-        for cell, result, after in _run_each(missing, len(cells), display, signals):
-            done[cell.path] = result
+        for cell, ended, after in _run_each(missing, len(cells), display, signals):
+            done[cell.path] = ended
             if not after or after[0].config.seed != cell.config.seed:
                 _write(report, cells, done)
-    return [done[cell.path] for cell in cells]
+    return _groups(cells, done)
+
+
+def _groups(cells: Sequence[Cell], done: Mapping[Path, Recorded]) -> list[Group]:
+    """Return what has ended, by arms."""
+    found: dict[str, list[Recorded]] = {}
+    for cell in cells:
+        if cell.path in done:
+            found.setdefault(cell.label, []).append(done[cell.path])
+    return [group_of(label, runs) for label, runs in found.items()]
 
 
 def _run_each(
     missing: Sequence[Cell], total: int, display: Display, signals: Signals
-) -> Iterator[tuple[Cell, Result, Sequence[Cell]]]:
+) -> Iterator[tuple[Cell, Recorded, Sequence[Cell]]]:
     """Run cells, of a study with so many in all; yield each with those after it."""
     reader, took = _keeping_last(), dict[str, float]()
     for index, cell in enumerate(missing):
         fresh, started = not (cell.path / CONFIG_FILE).exists(), time.perf_counter()
         count, after = total - len(missing) + index + 1, missing[index + 1 :]
         about = f"{count}/{total} {cell.label}, seed {cell.config.seed}"
-        result = _finish(cell, display.brief(about), signals, reader)
-        if fresh and result.diverged is None:
+        ended = _finish(cell, display.brief(about), signals, reader)
+        if fresh and diverged(cell.path) is None:
             took[cell.label] = time.perf_counter() - started
         rest = remaining([other.label for other in after], took)
-        display.say(f"{about}: {outcome(result)}{rest}")
-        yield cell, result, after
+        display.say(f"{about}: {outcome(ended)}{rest}")
+        yield cell, ended, after
         if signals.stop is not None:
             raise Stopped(signals.stop)
 
 
-def read(cell: Cell, warn: Say) -> Result | None:
+def read(cell: Cell, warn: Say) -> Recorded | None:
     """Return what came of a cell, or None if it has not ended; `warn` of what is odd.
 
     Raises:
@@ -229,22 +277,14 @@ def read(cell: Cell, warn: Say) -> Result | None:
     if not (cell.path / CONFIG_FILE).exists():
         return None
     _require_same_settings(cell)
-    if (why := _diverged(cell)) is not None:
-        return Result(cell, recorded.read(cell.path, warn).rows, why)
+    if diverged(cell.path) is not None:
+        return recorded.read(cell.path, warn)
     if not recorded.holds_best_model(directory, cell.config):  # It is written at the end.
         return None
     run = recorded.read(cell.path, warn)
     if not run.rows or len(run.rows) < run.done:
         raise ConfigError(f"{directory.metrics} is damaged or gone: move {cell.path} away")
-    return Result(cell, run.rows, None) if run.ended else None
-
-
-def _diverged(cell: Cell) -> str | None:
-    """Return why a run diverged, if it did."""
-    try:
-        return files.read_text(cell.path / DIVERGED, errors="replace").strip()
-    except FileNotFoundError:
-        return None
+    return run if run.ended else None
 
 
 def _require_same_settings(cell: Cell) -> None:
@@ -261,7 +301,7 @@ def _require_same_settings(cell: Cell) -> None:
         )
 
 
-def _finish(cell: Cell, display: Display, signals: Signals, reader: Read) -> Result:
+def _finish(cell: Cell, display: Display, signals: Signals, reader: Read) -> Recorded:
     """Run a cell, or go on with it, to its end."""
     config = replace(cell.config, output=cell.path)
     if (cell.path / CONFIG_FILE).exists():
@@ -275,10 +315,10 @@ def _finish(cell: Cell, display: Display, signals: Signals, reader: Read) -> Res
         code = 0
     if code:
         raise errors.Failed(code) if signals.stop is None else Stopped(signals.stop)
-    result = read(cell, display.warn)
-    if result is None:  # Someone took its files away meanwhile.
+    ended = read(cell, display.warn)
+    if ended is None:  # Someone took its files away meanwhile.
         raise ConfigError(f"{cell.path} is not as its run left it: move it away")
-    return result
+    return ended
 
 
 def _keeping_last() -> Read:
@@ -295,9 +335,9 @@ def _keeping_last() -> Read:
     return reader
 
 
-def _write(report: Report, cells: Sequence[Cell], done: Mapping[Path, Result]) -> None:
+def _write(report: Report, cells: Sequence[Cell], done: Mapping[Path, Recorded]) -> None:
     with running.writing():
-        report([done[cell.path] for cell in cells if cell.path in done])
+        report(_groups(cells, done))
 
 
 def remaining(labels: Sequence[str], took: Mapping[str, float]) -> str:
@@ -321,9 +361,9 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
 
 
-def outcome(result: Result) -> str:
+def outcome(run: Recorded) -> str:
     """Return what came of a run, in one line."""
-    if result.diverged is not None:
-        return f"diverged, {result.diverged}"
-    seconds = duration(result.seconds())
-    return f"last epoch {result.last():.2f} %, best {result.best():.2f} %, {seconds}"
+    if (why := diverged(run.path)) is not None:
+        return f"diverged, {why}"
+    took = duration(seconds(run))
+    return f"last epoch {last(run):.2f} %, best {best(run):.2f} %, {took}"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import candidates, gpu, measure, scaling
+from bench import candidates, cost, gpu, measure, scaling
 from bench.candidates import Samfn
 from bench.networks import build
 from bench.peers import peers
@@ -53,7 +53,7 @@ def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(t
 def test_steps_are_timed_beside_their_peers(tmp_path):
     lines = tmp_path / "lines.jsonl"
     options = ("--case", "mlp-small:8:bf16", "--seconds", 0.1, "--output", lines)
-    printed = bench("step_time", *options, cwd=tmp_path)
+    printed = bench("cost", "steps", *options, cwd=tmp_path)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     names = {row["candidate"] for row in rows}
     assert {"samfn eager", "samfn compiled", "overwriting untuned", "SGD eager"} <= names
@@ -64,10 +64,8 @@ def test_steps_are_timed_beside_their_peers(tmp_path):
 
 @pytest.mark.slow
 def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(tmp_path):
-    from bench.compile_time import compile_apart
-
-    row = compile_apart("mlp-small:4:float32", "one gradient")
-    assert 0 < row["warm s"] < row["cold s"]
+    cold, warm = cost.Compiling().cold_and_warm("mlp-small:4:float32", "one gradient")
+    assert 0 < warm < cold
 
 
 def peak_of_64_mebibytes():
@@ -107,6 +105,37 @@ def test_another_computation_is_not_timed(monkeypatch):
     monkeypatch.setattr(candidates, "peers", wronger)
     with pytest.raises(AssertionError, match=r"overwriting eager is 0\.\d+ away"):
         candidates.candidates(network, "float32", only=wanted)
+
+
+class Toy(cost.Cost):
+    """How long nothing takes."""
+
+    def rows(self, case):
+        return [{"candidate": f"of {case}", **measure.milliseconds([1.0, 3.0, 2.0])}]
+
+
+def test_what_a_step_costs_is_printed_and_reported(tmp_path, capsys):
+    lines, report = tmp_path / "lines.jsonl", tmp_path / "report.md"
+    cost.main(Toy(case=("a", "b"), output=lines, report=report))
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(row["case"], row["ms"]) for row in rows] == [("a", 2e3), ("b", 2e3)]
+    text = report.read_text()
+    assert text.startswith("# What a step costs: toy\n\nHow long nothing takes.\n")
+    assert "## b\n\n| candidate | ms   | q20  | q80  |\n" in text
+    assert f"torch {torch.__version__}, Python" in text
+    assert "```\npython -m bench.cost" in text
+    assert "| of b      | 2000 | 1400 | 2600 |" in capsys.readouterr().out
+
+
+def test_ratios_are_of_the_same_round():
+    # The medians are 4 and 3.
+    assert measure.ratios([1.0, 9.0, 4.0], [1.0, 3.0, 4.0])["median"] == 1
+
+
+@pytest.mark.parametrize("case", ["mlp", "mlp:16", "mlp:16:int8", "mlp:x:bf16"])
+def test_a_case_names_network_batch_and_precision(case):
+    with pytest.raises(SystemExit, match="expected NETWORK:BATCH:PRECISION, got 'mlp"):
+        cost.load(case)
 
 
 def test_candidates_take_turns():

@@ -11,6 +11,8 @@ from recipes import compare as recipe
 from recipes import plots, sharpness
 from recipes.cifar_wrn import main as train
 from recipes.settings.config import parse, to_toml
+from recipes.study.groups import differing, grouped
+from recipes.study.report import PASSES, unlike
 from recipes.terminal.console import Display
 from recipes.train.directory import RunDirectory
 
@@ -90,7 +92,7 @@ def test_the_report_has_accuracy_cost_and_what_differs(tmp_path, pictures, capsy
     ]
     assert cells(text, "rho") == [["0", "0.2"]]
     assert text.count("\n| ") == 2 + 2 + 2 + 2 + 3  # nothing else differs
-    command = f"    python -m recipes.compare {sgd} {sam} --no-sharpness\n"
+    command = f"\npython -m recipes.compare {sgd} {sam} --no-sharpness\n"
     assert command in text
     assert found["command"] == command.strip()
     assert found["torch"] in text
@@ -102,7 +104,11 @@ def test_the_report_has_accuracy_cost_and_what_differs(tmp_path, pictures, capsy
         "seed": 0,
         "epochs": 3,
         "ended": True,
+        "diverged": None,
+        "last": 80.0,
+        "best": 90.0,
         "best_epoch": 2,
+        "seconds": 6.0,
         "versions": {},
         "data": None,
         "sharpness": None,
@@ -178,10 +184,10 @@ def test_other_images_make_another_row_and_unknown_ones_do_not(tmp_path):
         (rows[:2], [[None, "x"]]),
         (rows[:1] * 2, [[None, None]]),
     ):
-        found = recipe.grouped(some)
+        found = grouped(some)
         assert [[one.data for one in group.runs] for group in found] == expected
-    assert recipe.differing(rows)["images"] == [None, "x", "y", "x"]
-    assert "images" not in recipe.differing(rows[:2])
+    assert differing(rows)["images"] == [None, "x", "y", "x"]
+    assert "images" not in differing(rows[:2])
 
 
 def test_directories_of_one_name_are_told_apart_by_their_paths(tmp_path):
@@ -273,21 +279,19 @@ def test_what_cannot_be_compared_is_marked(tmp_path, flags, accuracy, sharp):
     runs = [
         recipe.read(made(tmp_path / p, f), Display()) for p, f in (("a", ""), ("b", flags))
     ]
-    settings = recipe.Settings(runs=(), split=split or "train")
-    found = recipe.unlike(*runs, settings)
+    split = split or "train"
+    found = unlike(*runs, split)
     for table, texts in (("accuracy", accuracy), ("sharpness", sharp)):
         said = [text for name, text in found if name == table]
         assert len(said) == len(texts)
         assert all(part in text for part, text in zip(texts, said, strict=True))
     other = runs[1]._replace(data="other")
-    tables = [
-        table for table, _ in recipe.unlike(runs[0]._replace(data="x"), other, settings)
-    ]
+    tables = [table for table, _ in unlike(runs[0]._replace(data="x"), other, split)]
     assert "accuracy" in tables
-    assert not recipe.unlike(runs[0], runs[0]._replace(versions={"torch": "1"}), settings)
+    assert not unlike(runs[0], runs[0]._replace(versions={"torch": "1"}), split)
     runs[0] = runs[0]._replace(versions={"torch": "2"})
     other = runs[0]._replace(versions={"torch": "1"})
-    assert [table for table, _ in recipe.unlike(runs[0], other, settings)] == ["cost"]
+    assert [table for table, _ in unlike(runs[0], other, split)] == ["cost"]
 
 
 def test_a_mark_stands_in_the_table_that_it_is_of(tmp_path, capsys):
@@ -295,21 +299,20 @@ def test_a_mark_stands_in_the_table_that_it_is_of(tmp_path, capsys):
     other = made(tmp_path / "b", "--rho 0.1 --model wrn-10-2")
     runs = [recipe.read(path, Display()) for path in (one, other)]
     numbers = {"numbers": {"loss": {"value": 1.0, "error": None, "cost": 0}}}
-    made_ = recipe.Report(
-        recipe.Settings(runs=(one, other)),
-        "",
-        recipe.grouped(runs),
-        {one: numbers, other: numbers},
-    )
-    tables = made_.tables()
-    names = {title: [row[0] for row in rows] for title, (_, rows) in tables.items()}
+    settings, groups = recipe.Settings(runs=(one, other)), grouped(runs)
+    records = {one: numbers, other: numbers}
+    tables = recipe.tables_of(settings, records)
+    page = recipe.page_of(settings, groups, tables, records)
+    names = {
+        title: [row[0] for row in rows] for title, (_, (_, rows)) in page.parts.items()
+    }
     assert names["sharpness"] == ["SGD", "sam, rho 0.1 *"]
     assert names["accuracy"] == names["cost"] == ["SGD", "sam, rho 0.1"]
-    assert "not comparable with SGD: weights of another network" in made_.markdown(None)
-    assert tables["sharpness"][1][1][1:] == [
-        "1",
-        *"-----------"[: len(tables["sharpness"][0]) - 2],
-    ]
+    (remark,) = page.remarks
+    assert "not comparable with SGD: weights of another network" in remark
+    assert "* sam" in remark
+    _, (columns, rows) = page.parts["sharpness"]
+    assert rows[1][1:] == ["1", *"-----------"[: len(columns) - 2]]
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +399,7 @@ def test_curves_are_drawn_against_epochs_gradients_and_seconds(
     compared(*paths)
     axes = figures[0].axes
     labels = [place.get_xlabel() for place in axes[3:]]
-    assert labels == ["epoch", recipe.PASSES, "seconds of training"]
+    assert labels == ["epoch", PASSES, "seconds of training"]
     assert [axes[0].get_ylabel(), axes[3].get_ylabel()] == [
         "training loss",
         "test accuracy (%)",
@@ -416,6 +419,16 @@ def test_curves_are_drawn_against_epochs_gradients_and_seconds(
     compared(paths[0], made(tmp_path / "ae", "--method ae_sam"))
     labels = [place.get_xlabel() for place in figures[1].axes[2:]]
     assert labels == ["epoch", "seconds of training"]
+
+
+def test_a_run_that_diverged_is_told_and_in_no_mean(tmp_path, capsys):
+    paths = [made(tmp_path / "a"), made(tmp_path / "b", "--seed 1", shifted(9)[:1])]
+    (paths[1] / "diverged.txt").write_text("stage1 is not finite after 7 steps\n")
+    (row,) = compared(*paths)["rows"]
+    assert row["numbers"]["last"]["values"] == [80]
+    assert [bool(run["diverged"]) for run in row["runs"]] == [False, True]
+    assert "2: seeds 0, 1; 1 diverged" in report(tmp_path)
+    assert "b diverged, and is in no mean: stage1 is" in capsys.readouterr().out
 
 
 def test_names_may_hold_anything(tmp_path, pictures, capsys):

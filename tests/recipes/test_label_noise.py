@@ -1,13 +1,13 @@
 """A study of wrong labels: which runs, which table, and what the picture shows."""
 
-import json
+from pathlib import Path
 
 import pytest
 
 from recipes import label_noise, plots
 from recipes.settings.config import of_run, parse
-from recipes.study import reports
-from recipes.study.grid import Cell, Result
+from recipes.study.groups import Spread, percent
+from tests.recipes.study.test_report import group, rows_of
 
 FLAGS = ["--data", "digits", "--epochs", "2", "--batch-size", "256"]
 OWN = ["--noise", "0.5", "0", "--methods", "sgd", "every(sam, 2) 0.2", "--seeds", "1"]
@@ -26,13 +26,10 @@ def studied(tmp_path_factory):
 
 def found(output):
     """Return what came of each run, by method and share of noise."""
-    data = json.loads((output / "results.json").read_text())
     return {
-        (
-            "SGD" if not run["settings"]["rho"] else "sam",
-            run["settings"]["label_noise"],
-        ): run
-        for run in data["runs"]
+        ("sam" if row["config"]["rho"] else "SGD", row["config"]["label_noise"]): run
+        for row in rows_of(output).values()
+        for run in row["runs"]
     }
 
 
@@ -40,7 +37,7 @@ def test_each_method_meets_each_noise(studied):
     runs = found(studied[0])
     assert {*runs} == {(name, share) for name in ("SGD", "sam") for share in (0, 0.5)}
     for (name, share), run in runs.items():
-        config = of_run(studied[0] / run["directory"])
+        config = of_run(Path(run["path"]))
         assert config.label_noise == share
         expected = ("sam", 0.0) if name == "SGD" else ("every(sam, 2)", 0.2)
         assert (config.method, config.rho) == expected
@@ -51,7 +48,7 @@ def test_the_table_has_last_and_best_epoch_of_each_method_by_noise(studied):
     assert "| method | epoch | 0 % | 50 % |\n" in text
     for label, name in (("SGD", "SGD"), ("every(sam, 2), rho 0.2", "sam")):
         for which in ("last", "best"):
-            values = [reports.spread([runs[name, share][which]]) for share in (0, 0.5)]
+            values = [percent(Spread.of([runs[name, share][which]])) for share in (0, 0.5)]
             assert f"| {label} | {which} | {' | '.join(values)} |\n" in text
     assert "--noise 0.5 0 --methods sgd 'every(sam, 2) 0.2' --seeds 1" in text
     assert "# Wrong labels: digits, wrn-10-1, 2 epochs\n" in text
@@ -59,14 +56,15 @@ def test_the_table_has_last_and_best_epoch_of_each_method_by_noise(studied):
 
 
 def test_last_and_best_epoch_have_rows_of_their_own():
-    settings = label_noise.Settings(noise=(0.4, 0.0), methods=("sgd",))
-    results = [
-        Result(Cell(label, config, None), [{"test_accuracy": a} for a in (a, a - 5)], None)
-        for a, (label, config) in zip(
-            (60.0, 90.0), label_noise.arms(settings, parse(FLAGS)).items(), strict=True
+    groups = [
+        group(
+            f"SGD, noise {share}",
+            [*FLAGS, "--rho", "0", "--label-noise", str(share)],
+            [[{"test_accuracy": found} for found in (accuracy, accuracy - 5)]],
         )
+        for share, accuracy in ((0.4, 60.0), (0, 90.0))
     ]
-    assert label_noise.table(settings, results) == (
+    assert label_noise.table(groups) == (
         ["method", "epoch", "0 %", "40 %"],
         [["SGD", "last", "85.00", "55.00"], ["SGD", "best", "90.00", "60.00"]],
     )
@@ -78,7 +76,10 @@ def test_what_is_drawn_is_what_was_found(studied):
     for drawn, name in zip(series.values(), ("SGD", "sam"), strict=True):
         for which in ("last", "best"):
             expected = {share: [runs[name, share][which]] for share in (0, 0.5)}
-            assert getattr(drawn, which) == expected
+            assert getattr(drawn, which) == {
+                share: pytest.approx(values, rel=1e-8)  # A file has nine digits.
+                for share, values in expected.items()
+            }
 
 
 def test_the_last_epoch_is_solid_and_the_best_dashed(tmp_path, monkeypatch):
@@ -102,11 +103,10 @@ def test_the_last_epoch_is_solid_and_the_best_dashed(tmp_path, monkeypatch):
 
 def test_the_defaults_are_the_noise_of_the_paper_and_sgd_among_three_methods():
     settings = label_noise.Settings()
-    label_noise.validate(settings)
-    arms = label_noise.arms(settings, parse(FLAGS))
+    arms = label_noise.arms(settings, lambda: parse(FLAGS))
     assert settings.noise == (0.0, 0.2, 0.4, 0.6, 0.8)
     assert len(arms) == 20
-    assert [(config.method, config.rho) for config in [*arms.values()][:4]] == [
+    assert [(config.method, config.rho) for _, config in arms[:4]] == [
         ("sam", 0.0),
         ("sam", 0.2),
         ("asam", 2.0),
@@ -116,21 +116,23 @@ def test_the_defaults_are_the_noise_of_the_paper_and_sgd_among_three_methods():
 
 def test_the_last_word_of_a_method_is_its_rho():
     read = label_noise.read
-    assert read("sgd") == ("SGD", "sam", 0.0)
-    assert read("asam(eta=0.1) 2") == ("asam(eta=0.1), rho 2", "asam(eta=0.1)", 2.0)
-    assert read(" every(sam, 5)  1e-1") == ("every(sam, 5), rho 0.1", "every(sam, 5)", 0.1)
+    assert read("sgd") == ("sam", 0.0)
+    assert read("asam(eta=0.1) 2") == ("asam(eta=0.1)", 2.0)
+    assert read(" every(sam, 5)  1e-1") == ("every(sam, 5)", 0.1)
+    assert label_noise.label("asam(eta=0.1)", 2.0) == "asam(eta=0.1), rho 2"
+    assert label_noise.label(*read("sgd")) == "SGD"
 
 
 WRONG = [
-    (["--noise", "1.1"], "--noise: expected shares from 0 to 1, got 1.1"),
-    (["--noise", "nan"], "--noise: expected shares from 0 to 1, got nan"),
-    (["--noise", "0.1", "0.1"], "--noise: expected different ones, got [0.1, 0.1]"),
+    (["--noise", "1.1"], "noise 1.1: --label-noise: expected 0 to 1, got 1.1"),
+    (["--noise", "nan"], "noise nan: --label-noise: expected 0 to 1, got nan"),
+    (["--noise", "0.1", "0.1"], "expected different arms, got SGD, noise 0.1 twice"),
     (["--methods", "sam"], 'expected sgd, or a method and a rho above 0 as "sam 0.2", got'),
     (["--methods", "every(sam, 5)"], "a rho above 0 as"),
     (["--methods", "sam 0"], "a rho above 0 as"),
     (["--methods", "sam inf"], "a rho above 0 as"),
-    (["--methods", "adam 0.1"], "--methods: adam is not known"),
-    (["--methods", "sam 0.2", "sam  0.20"], "--methods: expected different ones"),
+    (["--methods", "adam 0.1"], "adam, rho 0.1, noise 0: --method: adam is not known"),
+    (["--methods", "sam 0.2", "sam  0.20"], "got sam, rho 0.2, noise 0 twice"),
     (["--seeds", "-1"], "--seeds: expected at least 1, got -1"),
     (["--", "--label-noise", "0.1"], "--label-noise: the runs differ in it"),
 ]

@@ -1,15 +1,13 @@
 """A sweep over rho: SGD once, the best rho by the right split, and the picture."""
 
-import json
-from dataclasses import replace
-
 import pytest
 
 from recipes import plots, sweep
 from recipes.settings.config import parse
-from recipes.study import reports
-from recipes.study.grid import Cell, Result, plan
+from recipes.study.groups import Spread, percent
+from recipes.study.report import write
 from recipes.train import running
+from tests.recipes.study.test_report import group, rows_of
 
 FLAGS = ["--data", "digits", "--epochs", "1", "--batch-size", "256"]
 OWN = ["--rhos", "0.2", "0", "--methods", "sam", "asam(0.01)", "--seeds", "2"]
@@ -27,30 +25,29 @@ def swept(tmp_path_factory):
     return output, drawn
 
 
-def runs_of(output):
-    return json.loads((output / "results.json").read_text())["runs"]
+def found(output, label, which):
+    """Return the accuracies of an arm, by seed."""
+    return [run[which] for run in rows_of(output)[label]["runs"]]
 
 
 def test_sgd_is_run_once_for_all_methods(swept):
-    runs = runs_of(swept[0])
-    arms = ["SGD", "sam, rho 0.2", "asam(0.01), rho 0.2"]
-    assert [(run["label"], run["settings"]["seed"]) for run in runs] == [
-        (label, seed) for seed in (0, 1) for label in arms
-    ]
-    assert [run["settings"]["rho"] for run in runs[:3]] == [0, 0.2, 0.2]
+    rows = rows_of(swept[0])
+    assert [*rows] == ["SGD", "sam, rho 0.2", "asam(0.01), rho 0.2"]
+    for row in rows.values():
+        assert [run["seed"] for run in row["runs"]] == [0, 1]
+    assert [row["config"]["rho"] for row in rows.values()] == [0, 0.2, 0.2]
 
 
 def test_the_report_has_table_command_and_picture(swept):
-    output, runs = swept[0], runs_of(swept[0])
+    output = swept[0]
     text = (output / "sweep.md").read_text()
     for label, name in (("SGD", "SGD | 0"), ("asam(0.01), rho 0.2", "asam(0.01) | 0.2")):
         last, best = (
-            reports.spread([run[which] for run in runs if run["label"] == label])
-            for which in ("last", "best")
+            percent(Spread.of(found(output, label, which))) for which in ("last", "best")
         )
         assert f"| {name} | {last} | {best} |\n" in text
     assert "the best epoch is chosen by the test set" in text
-    assert "by the test set itself, which flatters: sam 0.2 (" in text
+    assert "best rho of sam, by the test set itself, which flatters: 0.2 (" in text
     command = f"--seeds 2 --output {output} -- {' '.join(FLAGS)}\n"
     assert "--rhos 0.2 0 --methods sam 'asam(0.01)' " + command in text
     assert "torch " in text
@@ -59,17 +56,20 @@ def test_the_report_has_table_command_and_picture(swept):
 
 
 def test_what_is_drawn_is_what_was_found(swept):
-    runs, (series, base, *_) = runs_of(swept[0]), swept[1][-1]
+    output, (series, base, *_) = swept[0], swept[1][-1]
     assert len(swept[1]) == 2  # after each seed
-
-    def found(label, which):
-        return [run[which] for run in runs if run["label"] == label]
-
     assert [*series] == ["sam", "asam(0.01)"]
     for method, drawn in series.items():
         for which in ("last", "best"):
-            assert getattr(drawn, which) == {0.2: found(f"{method}, rho 0.2", which)}
-    assert base == plots.Series({0: found("SGD", "last")}, {0: found("SGD", "best")})
+            expected = {0.2: found(output, f"{method}, rho 0.2", which)}
+            assert close(getattr(drawn, which), expected)
+    for which in ("last", "best"):
+        assert close(getattr(base, which), {0: found(output, "SGD", which)})
+
+
+def close(drawn, expected):
+    """Return whether numbers are those of a file, which has nine digits of each."""
+    return drawn == {k: pytest.approx(v, rel=1e-8) for k, v in expected.items()}
 
 
 def test_a_larger_sweep_takes_what_is_there(swept, tmp_path, monkeypatch, capsys):
@@ -85,12 +85,12 @@ def test_a_larger_sweep_takes_what_is_there(swept, tmp_path, monkeypatch, capsys
     assert begun == [("sam", 0.5, 0)]
     out = capsys.readouterr().out
     assert "method    ρ  last epoch  best epoch\n" in out
-    assert "best rho of sam  0." in out
+    assert "best rho of sam, by the test set itself, which flatters: 0." in out
 
 
 def test_radii_are_ascending_whatever_their_order():
     settings = sweep.Settings(rhos=(0.2, 0.0, 0.05), methods=("sam", "asam"))
-    assert [(c.method, c.rho) for c in sweep.arms(settings, CONFIG).values()] == [
+    assert [(c.method, c.rho) for _, c in sweep.arms(settings, lambda: CONFIG)] == [
         ("sam", 0),
         ("sam", 0.05),
         ("sam", 0.2),
@@ -100,50 +100,52 @@ def test_radii_are_ascending_whatever_their_order():
 
 
 def made(scores, *flags):
-    """Return results of sam, by rho: test and validation accuracy, None if it diverged."""
-    config = replace(parse([*FLAGS, *flags]), method="sam")
-    found = []
-    for rho, accuracies in scores:
-        cell = Cell(sweep.label("sam", rho), replace(config, rho=rho), None)
-        names = ("test_accuracy", "validation_accuracy")
-        rows = [dict(zip(names, accuracies, strict=True))] if accuracies else []
-        found.append(Result(cell, rows, None if accuracies else "step 3"))
-    return found
+    """Return arms of sam by rho, from test and validation accuracies of each seed.
+
+    None is those of a run that diverged.
+    """
+    names = ("test_accuracy", "validation_accuracy")
+    return [
+        group(
+            f"sam, rho {rho}",
+            [*FLAGS, "--rho", str(rho), *flags],
+            [[dict(zip(names, one, strict=True))] if one else None for one in seeds],
+        )
+        for rho, seeds in scores.items()
+    ]
 
 
-SETTINGS = sweep.Settings(rhos=(0.1, 0.2, 0.4))
+def best(groups):
+    """Return the best rho of sam, as a number."""
+    return float(sweep.best_rhos(groups)["sam"].partition(" ")[0])
 
 
 def test_the_best_rho_is_by_the_validation_set_where_there_is_one():
-    scores = [(0.1, (90, 60)), (0.2, (80, 70)), (0.4, (85, 65))]
-    assert sweep.best(SETTINGS, made(scores)) == {"sam": 0.1}
+    scores = {0.1: [(90, 60)], 0.2: [(80, 70)], 0.4: [(85, 65)]}
+    assert best(made(scores)) == 0.1
     validated = made(scores, "--validation", "0.1")
-    assert sweep.best(SETTINGS, validated) == {"sam": 0.2}
-    assert sweep.summarise(SETTINGS, validated)["best rho of sam"] == (
-        "0.2 (80.00 %), by the validation set"
-    )
+    assert sweep.page(None, validated).remarks == [
+        "best rho of sam, by the validation set: 0.2 (80.00 %)"
+    ]
     columns, rows = sweep.table(validated)
     assert columns[-1] == "validation"
     assert rows[1] == ["sam", "0.2", "80.00", "80.00", "70.00"]
 
 
 def test_the_best_rho_is_the_best_on_average_and_of_equal_ones_the_smallest():
-    scores = [(0.1, (90, 0)), (0.1, (70, 0)), (0.2, (85, 0)), (0.2, (86, 0))]
-    assert sweep.best(SETTINGS, made([*scores, (0.4, (85.5, 0))])) == {"sam": 0.2}
+    scores = {0.1: [(90, 0), (70, 0)], 0.4: [(85.5, 0)], 0.2: [(85, 0), (86, 0)]}
+    assert best(made(scores)) == 0.2
 
 
 def test_a_rho_that_diverges_is_none():
-    scores = [(0.1, (90, 0)), (0.2, (99, 0)), (0.2, None), (0.4, None)]
-    results = made(scores)
-    assert sweep.best(SETTINGS, results) == {"sam": 0.1}
-    table = {row[1]: row[2] for row in sweep.table(results)[1]}
-    assert table == {
+    groups = made({0.1: [(90, 0)], 0.2: [(99, 0), None], 0.4: [None]})
+    assert best(groups) == 0.1
+    assert {row[1]: row[2] for row in sweep.table(groups)[1]} == {
         "0.1": "90.00",
         "0.2": "99.00 (1 of 2 diverged)",
         "0.4": "1 of 1 diverged",
     }
-    gone = made([(rho, None) for rho in (0.1, 0.2, 0.4)])
-    assert sweep.found(SETTINGS, gone) == {"sam": "none"}
+    assert sweep.best_rhos(made({0.1: [None], 0.2: [None]})) == {"sam": "none"}
 
 
 @pytest.fixture
@@ -186,19 +188,20 @@ def test_methods_differ_in_colour_and_in_marker(tmp_path, figures):
 
 
 def test_a_sweep_of_which_all_diverged_is_still_reported(tmp_path):
-    settings = sweep.Settings(rhos=(0.1,), output=tmp_path)
-    (cell,) = plan(sweep.arms(settings, CONFIG), 1, tmp_path)
-    sweep.report(settings, "", [Result(cell, [], "step 3")])
-    assert "sam none." in (tmp_path / "sweep.md").read_text()
+    groups = made({0.1: [None]})
+    write(sweep.page(None, groups), "", "cpu", tmp_path, "sweep")
+    assert "flatters: none" in (tmp_path / "sweep.md").read_text()
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 WRONG = [
     (["--rhos", "0"], "--rhos: expected one above 0, got"),
-    (["--rhos", "0", "-0.1"], "--rhos: expected finite numbers of at least 0, got -0.1"),
-    (["--rhos", "nan"], "--rhos: expected finite numbers of at least 0, got nan"),
-    (["--rhos", "0.1", "0.1"], "--rhos: expected different ones, got [0.1, 0.1]"),
-    (["--methods", "sam", "sam"], "--methods: expected different ones"),
-    (["--methods", "adam"], "--methods: adam is not known"),
+    (["--rhos", "0", "-0.1"], "rho -0.1: --rho: expected a finite number of at least 0"),
+    (["--rhos", "nan"], "sam, rho nan: --rho: expected a finite number of at least 0"),
+    (["--rhos", "0.1", "0.1"], "expected different arms, got sam, rho 0.1 twice"),
+    (["--methods", "sam", "sam"], "expected different arms, got sam, rho 0.01 twice"),
+    (["--rhos", "0.1", "--methods"], "expected at least one arm, got none"),
+    (["--methods", "adam"], "adam, rho 0.01: --method: adam is not known"),
     (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
     (["--", "--rho", "0.1"], "--rho: the runs differ in it"),
     (["--", "--method=sam"], "--method: the runs differ in it"),

@@ -1,7 +1,6 @@
 """Many runs at once: the finished stay, the stopped go on, the diverged are told."""
 
 import io
-import json
 import os
 import re
 import shutil
@@ -19,10 +18,9 @@ import samfn
 from recipes import errors
 from recipes.cifar_wrn import main as train
 from recipes.errors import ConfigError
-from recipes.plots import Series
 from recipes.settings.config import parse
-from recipes.study import grid, reports
-from recipes.study.grid import Cell, Result
+from recipes.study import grid
+from recipes.study.groups import diverged, last, percent, series_of, summary
 from recipes.terminal import cli
 from recipes.terminal.console import Display, QuietConsole
 from recipes.terminal.signals import watched
@@ -31,18 +29,19 @@ from recipes.train.directory import RunDirectory
 
 FLAGS = ["--data", "digits", "--batch-size", "256"]
 CONFIG = parse([*FLAGS, "--epochs", "2"])
-ARMS = {"SGD": replace(CONFIG, rho=0.0), "sam, rho 0.1": replace(CONFIG, rho=0.1)}
-WILD = {"SGD": ARMS["SGD"], "wild": replace(CONFIG, lr=1e6)}
+SGD, SAM = replace(CONFIG, rho=0.0), replace(CONFIG, rho=0.1)
+ARMS = [("SGD", SGD), ("sam, rho 0.1", SAM)]
+WILD = [("SGD", SGD), ("wild", replace(CONFIG, lr=1e6))]
 
 
-def conduct(arms, output, seeds=2, report=lambda results: None):
+def conduct(arms, output, seeds=2, report=lambda groups: None):
     """Run a study as commands do."""
     cells = grid.plan(arms, seeds, output)
     with watched() as signals:
         return grid.run(cells, output, Display(), signals, report)
 
 
-def coded(arms, output, report=lambda results: None, seeds=2):
+def coded(arms, output, report=lambda groups: None, seeds=2):
     """Run a study as a command; return its exit code."""
 
     def body(display, signals):
@@ -79,8 +78,8 @@ def runs(monkeypatch):
     return begun
 
 
-def weights(cell):
-    return load_file(RunDirectory(cell.path).weights)
+def weights(run):
+    return load_file(RunDirectory(run.path).weights)
 
 
 def equal(left, right):
@@ -94,18 +93,18 @@ def without_times(rows):
 
 
 def test_a_cell_is_the_run_that_the_recipe_makes_alone(whole, tmp_path):
-    result = whole[1][3]
+    run = whole[1][1].runs[1]
     flags = [*FLAGS, "--epochs", "2", "--rho", "0.1", "--seed", "1"]
     assert train([*flags, "--output", str(tmp_path / "alone")]) == 0
     alone = RunDirectory(tmp_path / "alone")
-    assert equal(weights(result.cell), load_file(alone.weights))
-    assert without_times(result.rows) == without_times(alone.rows())
+    assert equal(weights(run), load_file(alone.weights))
+    assert without_times(run.rows) == without_times(alone.rows())
     files = {path.name for path in alone.path.iterdir()}
-    assert {path.name for path in result.cell.path.iterdir()} == files
+    assert {path.name for path in run.path.iterdir()} == files
 
 
 def test_seeds_are_outermost_and_count_from_that_of_the_settings(tmp_path):
-    arms = {label: replace(config, seed=5) for label, config in ARMS.items()}
+    arms = [(label, replace(config, seed=5)) for label, config in ARMS]
     cells = grid.plan(arms, 2, tmp_path)
     found = [(cell.label, cell.config.seed, cell.config.rho) for cell in cells]
     assert found == [
@@ -124,21 +123,22 @@ def test_what_is_finished_is_read_and_only_what_is_new_is_run(whole, runs, capsy
     assert conduct(ARMS, output, report=reported.append) == before
     assert (runs, reported) == ([], [before])
     assert f"4 runs in {output}, 4 of them finished" in capsys.readouterr().out
-    more = {"sam, rho 0.1": ARMS["sam, rho 0.1"], "asam": replace(CONFIG, method="asam")}
+    more = [ARMS[1], ("asam", replace(CONFIG, method="asam"))]
     after = conduct(more, output, seeds=1)
     assert runs == ["asam-seed0"]
-    assert after[0] == before[1]
+    assert after[0].runs == before[1].runs[:1]
 
 
 def test_each_run_has_a_line_and_no_more_is_said_of_it(tmp_path, monkeypatch, capsys):
     read, real = [], grid.read_data
     monkeypatch.setattr(grid, "read_data", lambda *args: read.append(args) or real(*args))
     one = replace(CONFIG, epochs=1)
-    arms = {"a [b]": one, "c": one, "d": replace(one, data_dir=tmp_path)}
-    results = conduct(arms, tmp_path / "x", seeds=1)
+    arms = [("a [b]", one), ("c", one), ("d", replace(one, data_dir=tmp_path))]
+    (first, *_) = conduct(arms, tmp_path / "x", seeds=1)
     start, *lines = capsys.readouterr().out.splitlines()
     assert start == f"3 runs in {tmp_path / 'x'}, 0 of them finished"
-    values = f"last epoch {results[0].last():.2f} %, best {results[0].best():.2f} %"
+    accuracy = f"{last(first.runs[0]):.2f} %"
+    values = f"last epoch {accuracy}, best {accuracy}"
     assert lines[0].startswith(f"1/3 a [b], seed 0: {values}, ")
     assert re.search(r" s, [\d.]+ s left$", lines[0])
     assert re.search(r"^3/3 d, seed 0: .* s$", lines[2])
@@ -147,7 +147,9 @@ def test_each_run_has_a_line_and_no_more_is_said_of_it(tmp_path, monkeypatch, ca
 
 
 def test_reports_come_after_each_seed_with_all_that_is_known(whole):
-    assert whole[2] == [whole[1][:2], whole[1]]
+    first, both = whole[2]
+    assert both == whole[1]
+    assert [group.runs for group in first] == [group.runs[:1] for group in both]
 
 
 def stop_after(steps, monkeypatch, number=signal.SIGINT):
@@ -175,11 +177,11 @@ def test_a_study_that_was_stopped_goes_on_bit_for_bit(
     error = capsys.readouterr().err
     assert f"{number.name} ended this; the same command goes on\n" in error
     del runs[:]
-    results = conduct(ARMS, tmp_path, seeds=1)
+    groups = conduct(ARMS, tmp_path, seeds=1)
     assert len(runs) == 1  # What was finished before is not run again.
-    for result, expected in zip(results, whole[1][:2], strict=True):
-        assert equal(weights(result.cell), weights(expected.cell))
-        assert without_times(result.rows) == without_times(expected.rows)
+    for group, expected in zip(groups, whole[1], strict=True):
+        assert equal(weights(group.runs[0]), weights(expected.runs[0]))
+        assert without_times(group.runs[0].rows) == without_times(expected.runs[0].rows)
 
 
 def test_a_signal_as_a_run_finishes_ends_the_study_after_it(
@@ -192,7 +194,7 @@ def test_a_signal_as_a_run_finishes_ends_the_study_after_it(
         real(*args)
 
     monkeypatch.setattr(RunDirectory, "append", append)
-    arms = {label: replace(config, epochs=1) for label, config in ARMS.items()}
+    arms = [(label, replace(config, epochs=1)) for label, config in ARMS]
     assert coded(arms, tmp_path) == 130
     assert runs == ["sgd-seed0"]
     assert "1/4 SGD, seed 0: last epoch" in capsys.readouterr().out
@@ -200,7 +202,7 @@ def test_a_signal_as_a_run_finishes_ends_the_study_after_it(
 
 
 def test_a_signal_between_runs_ends_a_study_too(whole, capsys):
-    def report(results):
+    def report(groups):
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert coded(ARMS, whole[0], report) == 143
@@ -208,7 +210,7 @@ def test_a_signal_between_runs_ends_a_study_too(whole, capsys):
 
 
 def test_a_run_of_other_settings_is_refused_before_anything_is_run(whole, runs):
-    other = {"new": CONFIG} | {k: replace(v, lr=0.3) for k, v in ARMS.items()}
+    other = [("new", CONFIG), *((k, replace(v, lr=0.3)) for k, v in ARMS)]
     named = r"sgd-seed0 holds a run of other settings: lr was 0\.1, is now 0\.3; move"
     with pytest.raises(ConfigError, match=named):
         conduct(other, whole[0])
@@ -218,42 +220,34 @@ def test_a_run_of_other_settings_is_refused_before_anything_is_run(whole, runs):
 @pytest.mark.parametrize("name", ["data_dir", "max_skipped", "allow_modified_data"])
 def test_what_a_run_may_go_on_with_does_not_make_it_that_of_other_settings(whole, name):
     values = {"data_dir": Path("/other"), "max_skipped": 3, "allow_modified_data": True}
-    other = {"SGD": replace(ARMS["SGD"], **{name: values[name]})}
+    other = [("SGD", replace(SGD, **{name: values[name]}))]
     with pytest.raises(ConfigError, match=f"{name} was"):
         conduct(other, whole[0], seeds=1)
 
 
 def test_what_changes_nothing_of_a_run_may_differ(whole, runs):
-    other = replace(ARMS["SGD"], preset="none", compile="yes", save_steps=7, log=("wandb",))
-    assert conduct({"SGD": other}, whole[0], seeds=1)[0].rows == whole[1][0].rows
+    other = replace(SGD, preset="none", compile="yes", save_steps=7, log=("wandb",))
+    assert conduct([("SGD", other)], whole[0], seeds=1)[0].runs == whole[1][0].runs[:1]
     assert runs == []
 
 
 def test_what_diverged_is_recorded_and_ends_nothing(wild, runs, capsys):
-    output, results = wild
-    assert [bool(result.diverged) for result in results] == [False, True, False, True]
-    assert "is not finite after" in results[1].diverged
-    assert conduct(WILD, output) == results
+    output, (tame, wild_) = wild
+    assert not tame.diverged
+    for run in wild_.runs:
+        assert "is not finite after" in wild_.diverged[run.path] == diverged(run.path)
+    assert conduct(WILD, output) == [tame, wild_]
     assert runs == []
-    rows = json.loads(json.dumps(reports.record(results, "")))["runs"]
-    assert [row["last"] for row in rows] == [
-        results[0].last(),
-        None,
-        results[2].last(),
-        None,
-    ]
-    assert rows[1]["diverged"] == results[1].diverged
 
 
 def test_means_exclude_what_diverged_openly(wild):
-    results = wild[1]
-    values = [results[0].last(), results[2].last()]
-    assert reports.summary(results, Result.last) == (
-        f"{reports.spread(values)} (2 of 4 diverged)"
-    )
-    assert reports.summary(results[:2], Result.best).endswith(" (1 of 2 diverged)")
-    assert reports.summary([results[1], results[3]], Result.last) == "2 of 2 diverged"
-    assert reports.series_of({0.1: results}).last == {0.1: values}
+    tame, wild_ = wild[1]
+    both = tame._replace(runs=tame.runs + wild_.runs, diverged=wild_.diverged)
+    values = [last(run) for run in tame.runs]
+    assert both.values(last) == values
+    assert summary(both, last) == f"{percent(tame.spread(last))} (2 of 4 diverged)"
+    assert summary(wild_, last) == "2 of 2 diverged"
+    assert series_of({0.1: both}).last == {0.1: values}
 
 
 def test_an_exit_code_of_a_run_is_that_of_the_study(tmp_path, monkeypatch):
@@ -268,7 +262,7 @@ def test_a_study_is_run_by_one_process_at_a_time(whole, capsys):
 
 
 def test_what_cannot_be_written_ends_with_its_code(whole, tmp_path, capsys):
-    def report(results):
+    def report(groups):
         raise OSError("no space")
 
     assert coded(ARMS, whole[0], report) == 5
@@ -279,9 +273,9 @@ def test_what_cannot_be_written_ends_with_its_code(whole, tmp_path, capsys):
 
 
 def test_a_finished_run_without_its_metrics_is_refused(tmp_path):
-    arms = {"a": replace(CONFIG, epochs=1)}
+    arms = [("a", replace(CONFIG, epochs=1))]
     before = conduct(arms, tmp_path, seeds=1)
-    directory = RunDirectory(before[0].cell.path)
+    directory = RunDirectory(before[0].runs[0].path)
     for text in ("", '{"epoch": 1, "seconds": 1}\n'):
         directory.metrics.write_text(text)
         assert conduct(arms, tmp_path, seeds=1) == before  # The checkpoint knows it.
@@ -309,7 +303,7 @@ def test_no_label_is_the_name_of_another():
 
 def test_labels_that_differ_by_case_alone_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="differ by more than case"):
-        grid.plan({"SAM": CONFIG, "sam": CONFIG}, 1, tmp_path)
+        grid.plan([("SAM", CONFIG), ("sam", CONFIG)], 1, tmp_path)
 
 
 WRONG = [
@@ -342,71 +336,6 @@ def test_flags_of_the_recipe_follow_two_dashes():
     assert grid.split(["a"]) == (["a"], [])
 
 
-def made(rows, *flags):
-    """Return the result of a run that had these epochs."""
-    config = parse([*FLAGS, *flags])
-    return Result(Cell("a", config, Path("a")), rows, None)
-
-
-def test_the_best_epoch_is_that_of_the_split_that_chooses():
-    rows = [
-        {"epoch": 1, "test_accuracy": 90.0, "validation_accuracy": 70.0, "seconds": 1.5},
-        {"epoch": 2, "test_accuracy": 80.0, "validation_accuracy": 75.0, "seconds": 2.0},
-        {"epoch": 3, "test_accuracy": 85.0, "validation_accuracy": 72.0, "seconds": 1.0},
-    ]
-    by_test, by_validation = made(rows), made(rows, "--validation", "0.1")
-    assert (by_test.last(), by_test.best(), by_test.chosen()) == (85.0, 90.0, 90.0)
-    assert (by_validation.last(), by_validation.best()) == (85.0, 80.0)
-    assert (by_validation.chosen(), by_validation.seconds()) == (75.0, 4.5)
-    series = reports.series_of({0.1: [by_test, by_validation], 0.2: []})
-    assert series == Series({0.1: [85.0, 85.0], 0.2: []}, {0.1: [90.0, 80.0], 0.2: []})
-
-
-def test_of_an_average_its_own_accuracy_counts():
-    rows = [
-        {"test_accuracy": 90.0, "ema_test_accuracy": 10.0},
-        {"test_accuracy": 80.0, "ema_test_accuracy": 20.0},
-    ]
-    result = made(rows, "--ema-decay", "0.9")
-    assert (result.last(), result.best()) == (20.0, 20.0)
-
-
-def test_spread_is_mean_and_sample_deviation():
-    assert reports.spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
-    assert reports.spread([1.0, 3.0]) == "2.00 ± 1.41"
-    assert reports.spread([5.0]) == "5.00"  # One value has no deviation.
-
-
-def test_the_data_file_has_what_varies_apart_from_what_does_not(whole):
-    results = whole[1]
-    data = reports.record(results, "the command")
-    assert (data["command"], data["settings"]["epochs"]) == ("the command", 2)
-    assert not {"rho", "seed", "output"} & data["settings"].keys()
-    assert [run["settings"] for run in data["runs"]] == [
-        {"rho": 0.0, "seed": 0},
-        {"rho": 0.1, "seed": 0},
-        {"rho": 0.0, "seed": 1},
-        {"rho": 0.1, "seed": 1},
-    ]
-    for run, result in zip(data["runs"], results, strict=True):
-        accuracies = [row["test_accuracy"] for row in result.rows]
-        assert (run["last"], run["best"]) == (accuracies[-1], max(accuracies))
-        assert accuracies[run["best_epoch"] - 1] == run["best"]
-        assert run["best_chosen_by"] == "test"
-        assert run["seconds"] == sum(row["seconds"] for row in result.rows)
-
-
-def test_tables_hold_any_text(capsys):
-    table = ["", "a|b"], [["x\ny", "1.00 ± 2.00"], ["[bold]", "3"]]
-    assert reports.markdown(table) == (
-        "|  | a\\|b |\n| --- | --- |\n| x y | 1.00 ± 2.00 |\n| [bold] | 3 |"
-    )
-    Display().table(["", "a"], [["[bold]x", "1.00 ± 2.00"], ["y", "3"]])
-    assert capsys.readouterr().out == (
-        "                   a\n[bold]x  1.00 ± 2.00\ny                  3\n"
-    )
-
-
 def test_a_terminal_shows_the_run_under_way_and_tables_as_they_are():
     shown = io.StringIO()
     console = QuietConsole(file=shown, force_terminal=True, width=100)
@@ -433,11 +362,6 @@ def test_what_is_left_is_by_arm_and_else_the_mean():
         "98 min",
         "1.7 h",
     ]
-
-
-def test_numbers_are_short_and_different():
-    texts = [reports.number(x) for x in (0.0, 0.05, 1.0, 0.1234567, 0.1234568, 1e-7)]
-    assert texts == ["0", "0.05", "1", "0.1234567", "0.1234568", "1e-07"]
 
 
 def test_warnings_and_failures_say_of_which_run(capsys):

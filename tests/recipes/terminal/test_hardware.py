@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import gpu, measure, step_time
+from bench import cost, gpu, measure
 from recipes.cifar_wrn import main
 from recipes.settings.config import parse
 from recipes.terminal import hardware
@@ -82,11 +82,12 @@ def test_a_run_that_goes_on_says_so_too(cpu, tmp_path, capsys):
 
 def test_cases_that_are_emulated_are_timed_only_where_they_are_named(cpu, capsys):
     cpu(OLD | {"amx_bf16": True})
-    assert step_time.default_cases() == [*step_time.CASES]
+    cases = cost.Steps.cases
+    assert cost.default_cases(cases) == [*cases]
     assert capsys.readouterr().out == ""
     cpu(OLD)
-    left = [case for case in step_time.CASES if case.endswith(":float32")]
-    assert step_time.default_cases() == left
+    left = [case for case in cases if case.endswith(":float32")]
+    assert cost.default_cases(cases) == left
     said = "bf16 is emulated on this CPU; left out: wrn-16-2:64:bf16, wrn-16-2:128:bf16;"
     assert said in capsys.readouterr().out
 

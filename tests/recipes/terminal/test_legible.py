@@ -106,7 +106,7 @@ def test_every_text_is_shown_in_every_encoding(record_property):
     record_property("trials", len(counted))
 
 
-@pytest.mark.parametrize("command", ["recipes.sweep", "bench.methods"])
+@pytest.mark.parametrize("command", ["recipes.sweep", "bench.cost"])
 def test_help_is_shown_in_ascii(command):
     done = subprocess.run(
         [sys.executable, "-m", command, "--help"],

@@ -398,7 +398,7 @@ def test_what_an_older_version_measured_is_kept_and_not_believed(measured, tmp_p
 def conduct(arms, output):
     with watched() as signals:
         cells = grid.plan(arms, 1, output)
-        return grid.run(cells, output, Display(), signals, lambda results: None)
+        return grid.run(cells, output, Display(), signals, lambda groups: None)
 
 
 def stopped_after(epochs, arms, output, monkeypatch):
@@ -418,7 +418,8 @@ def stopped_after(epochs, arms, output, monkeypatch):
     return cell
 
 
-ARMS = {"SGD": replace(parse(SMALL), rho=0.0)}
+SGD = replace(parse(SMALL), rho=0.0)
+ARMS = [("SGD", SGD)]
 
 
 @pytest.mark.parametrize("kind", ["empty", "foreign", "of another run", "cut", "too early"])
@@ -437,15 +438,15 @@ def test_a_model_file_makes_no_run_finished(trained, tmp_path, monkeypatch, kind
         assert recorded.holds_best_model(RunDirectory(cell.path), cell.config)
     else:
         path.write_bytes({"empty": b"", "of another run": whole, "cut": whole[:-1]}[kind])
-    (result,) = conduct(ARMS, tmp_path / "study")
-    assert [row["epoch"] for row in result.rows] == [1, 2, 3]
+    (group,) = conduct(ARMS, tmp_path / "study")
+    assert [row["epoch"] for row in group.runs[0].rows] == [1, 2, 3]
     assert load_file(path).keys() == load_file(trained / "sgd" / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize("kind", ["foreign", "of another run", "gone"])
 def test_a_finished_run_whose_model_was_swapped_gets_its_own(trained, tmp_path, kind):
     (before,) = conduct(ARMS, tmp_path)
-    path = RunDirectory(before.cell.path).weights
+    path = RunDirectory(before.runs[0].path).weights
     expected = load_file(path, backend="pread")  # files change here
     if kind == "foreign":
         save_file({"x": torch.ones(3)}, path)
@@ -460,15 +461,15 @@ def test_a_finished_run_whose_model_was_swapped_gets_its_own(trained, tmp_path, 
 
 
 def test_with_an_average_its_model_is_the_runs(tmp_path, monkeypatch):
-    arms = {"SGD": replace(ARMS["SGD"], ema_decay=0.5, epochs=1)}
+    arms = [("SGD", replace(SGD, ema_decay=0.5, epochs=1))]
     before = conduct(arms, tmp_path)
     monkeypatch.setattr(running, "run", lambda *args: pytest.fail("it was finished"))
     assert conduct(arms, tmp_path) == before
 
 
 def test_a_study_refuses_checkpoints_of_another_run(trained, tmp_path):
-    (result,) = conduct(ARMS, tmp_path)
-    shutil.copy(checkpoints(trained / "sam")[0], checkpoints(result.cell.path)[0])
+    (group,) = conduct(ARMS, tmp_path)
+    shutil.copy(checkpoints(trained / "sam")[0], checkpoints(group.runs[0].path)[0])
     with pytest.raises(ConfigError, match=r"rho is 0.2 in it and 0.0 there"):
         conduct(ARMS, tmp_path)
 
@@ -478,6 +479,6 @@ def test_what_a_killed_process_left_in_a_study_is_deleted(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     (tmp_path / "mine").mkdir()
-    conduct({"SGD": replace(ARMS["SGD"], epochs=1)}, tmp_path)
+    conduct([("SGD", replace(SGD, epochs=1))], tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"mine", "sgd-seed0", samfn.storage.files.LOCK}

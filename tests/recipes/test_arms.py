@@ -1,0 +1,65 @@
+"""Arms that are named: trained over seeds, and compared."""
+
+import re
+
+import pytest
+
+from recipes import arms
+from recipes.study.groups import Spread, percent
+from recipes.train.directory import RunDirectory
+
+FLAGS = ["--data", "digits", "--epochs", "2", "--batch-size", "700"]
+ARMS = ["--seeds", "2", "--arm", "SGD: --rho 0", "--arm", "SAM: --rho 0.1"]
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Call the command in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *flags: arms.main([*flags, "--", *FLAGS])
+
+
+def test_all_arms_are_run_and_reported(study, tmp_path, capsys):
+    assert study(*ARMS, "--title", "Toy") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^\d/4 (.*?):", out, re.MULTILINE) == [
+        "SGD, seed 0",
+        "SAM, seed 0",
+        "SGD, seed 1",
+        "SAM, seed 1",
+    ]
+    assert out.count("handwritten digits") == 1
+    text = (tmp_path / "runs/arms/arms.md").read_text()
+    assert text.startswith("# Toy")
+    assert "| s/epoch | images/s | gradients/step | s/epoch against the first |" in text
+    for arm in ("SGD", "SAM"):
+        rows = [
+            RunDirectory(tmp_path / "runs" / "arms" / f"{arm.lower()}-seed{seed}").rows()
+            for seed in range(2)
+        ]
+        accuracies = [[row["test_accuracy"] for row in run] for run in rows]
+        last = percent(Spread.of([values[-1] for values in accuracies]))
+        best = percent(Spread.of([max(values) for values in accuracies]))
+        assert f"| {arm} | 2: seeds 0, 1 | 2 | {last} | {best} |" in text
+    assert "--arm 'SAM: --rho 0.1' --title Toy -- --data digits" in text
+    assert (tmp_path / "runs/arms/arms.png").read_bytes().startswith(b"\x89PNG")
+    # What is finished is not run again.
+    assert study(*ARMS, "--no-times") == 0
+    assert "4 runs in runs/arms, 4 of them finished" in capsys.readouterr().out
+    assert "s/epoch" not in (tmp_path / "runs/arms/arms.md").read_text()
+    assert study("--arm", "SGD: --rho 0 --lr 0.3", "--seeds", "1") == 2
+    assert "sgd-seed0 holds a run of other settings: lr was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "expected at least one arm, got none"),
+        (["--arm", "SGD"], "--arm: expected 'label: flags', got 'SGD'"),
+        (["--arm", "a:", "--arm", "a : --rho 0"], "expected different arms, got a twice"),
+        (["--arm", "a: --resume x"], "--resume: it is for one run alone"),
+    ],
+)
+def test_wrong_arms_are_refused(study, capsys, flags, message):
+    assert study(*flags) == 2
+    assert message in capsys.readouterr().err

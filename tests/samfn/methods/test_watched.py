@@ -106,7 +106,9 @@ def test_what_is_not_perturbed_has_no_perturbation():
 
 @pytest.mark.parametrize("plan", ["whole", "gradient"])
 def test_a_compiled_step_measures_the_same(plan):
-    state, batch, how = problem()
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(32, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)
+    state, batch, how = problem(nn.Sequential(*layers).double())
     _, eager = samfn.sam_update(state, batch, rho=0.1, lr=0.1, watch=True, **how)
     step = samfn.compile_update(watch=True, plan=plan, **how)
     _, metrics = step(state, batch, rho=0.1, lr=0.1)

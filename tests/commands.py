@@ -35,10 +35,8 @@ def start(*arguments, stdin=None, stdout=None, stderr=None, cwd=ROOT):
     """
     null = os.open(os.devnull, os.O_RDWR)
     streams = [null if each is None else each for each in (stdin, stdout, stderr)]
-    process = context().Process(
-        target=_Python([*map(str, arguments)], streams, str(cwd), dict(os.environ)),
-        daemon=True,
-    )
+    given = [*map(str, arguments)], streams, str(cwd), dict(os.environ)
+    process = context().Process(target=_Python(*given))
     process.start()
     os.close(null)
     return process

@@ -1,13 +1,23 @@
 """Settings for all tests: stricter than production, and repeatable."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Before torch is imported: processes that share the processors share its threads.
     threads = max(1, (os.cpu_count() or 1) // int(workers))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+if not workers:  # Who starts workers makes one for all.
+    os.environ["SAMFN_TEMPORARY"] = made = tempfile.mkdtemp(prefix="samfn-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+
+if shutil.which("openssl"):  # with which PyTorch compares headers
+    os.environ.setdefault("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
 
 import pytest
 import torch
@@ -41,6 +51,10 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         root = tmp_path_factory.getbasetemp()
         compiled = (root.parent if workers else root) / "compiled"
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        # PyTorch's headers, which take the compiler four times as long as a kernel, are
+        # compiled once. They lie where temporary files do.
+        patch.setenv("TMPDIR", os.environ["SAMFN_TEMPORARY"])
+        patch.setattr("tempfile.tempdir", os.environ["SAMFN_TEMPORARY"])
         yield
 
 

@@ -5,14 +5,15 @@ import os
 import tempfile
 import traceback
 from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TIMEOUT = 120.0  # seconds that a rank waits for another; far more than any case takes
+from tests import commands
+
+TIMEOUT = 300.0  # seconds that a rank waits for another; far more than any case takes
 
 
 def on_ranks(count, function, *arguments, timeout=TIMEOUT):
@@ -20,9 +21,7 @@ def on_ranks(count, function, *arguments, timeout=TIMEOUT):
 
     The function is found again by its name, and its results are what `torch.save` takes.
     """
-    # Processes that a server forks need not import torch again.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["samfn", "tests.ranks", "torch._dynamo"])
+    context = commands.context()
     with tempfile.TemporaryDirectory() as directory:
         store = Path(directory, "store")
         pipes = [context.Pipe(duplex=False) for _ in range(count)]

@@ -104,7 +104,7 @@ class During:
 
 def in_every_phase(trials: int, root: Path) -> Outcome:
     """F9: send SIGTERM, SIGINT or SIGUSR1 in every phase, then go on to the end."""
-    expected = reference(root)  # The twin: no signal, and exit code 0.
+    expected = reference()  # The twin: no signal, and exit code 0.
     failures: list[str] = []
     landed = 0
     for trial in range(trials):

@@ -71,7 +71,7 @@ def _loss(params: samfn.tree.Params, buffers: samfn.tree.Params, batch: Any) -> 
 
 def soak(seconds: float, root: Path) -> Outcome:
     """Runs meet random faults for so long, while one process saves all the time."""
-    expected, chance = reference(root), random.Random(0)
+    expected, chance = reference(), random.Random(0)
     saver = start(keep_saving, str(root / "saver"), seconds)
     deadline = time.monotonic() + seconds
     failures: list[str] = []

@@ -1,8 +1,6 @@
 """The benchmarks run, refuse to time what computes something else, and go on."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,19 +11,12 @@ from bench import candidates, cost, gpu, measure, scaling
 from bench.candidates import Samfn
 from bench.networks import build
 from bench.peers import peers
-from tests import ROOT
+from tests import ROOT, commands
 from tests.ranks import on_ranks
 
 
 def bench(module, *args, cwd):
-    result = subprocess.run(
-        [sys.executable, "-m", f"bench.{module}", *map(str, args)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = commands.run("-m", f"bench.{module}", *args, cwd=cwd)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -7,6 +7,7 @@ import pytest
 from recipes.cifar_wrn import main as train
 
 SMALL = ["--data", "digits", "--model", "wrn-10-1", "--batch-size", "256", "--epochs", "2"]
+SMALL += ["--compile", "no"]
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from recipes.terminal.console import plain
 from recipes.terminal.signals import Stopped
 from recipes.train import loop
 from recipes.train.directory import RunDirectory
-from tests import ROOT
+from tests import ROOT, commands
 from tests.recipes.data.test_sources import make_folder
 from tests.recipes.test_recipe import SMALL, checkpoint, equal, rows, tensors, train
 
@@ -141,9 +141,10 @@ sys.exit(main(sys.argv[1:]))
 
 def test_every_loss_of_200_steps_is_the_same_in_another_process(tmp_path):
     def losses(name, *flags):
-        command = [sys.executable, "-c", LOSSES, *SMALL, "--epochs", "10"]
-        command += ["--output", str(tmp_path / name), "--dropout", "0.1", *flags]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        few = ["--validation", "0.75", "--batch-size", "16", "--dropout", "0.1"]
+        given = [*SMALL, "--epochs", "10", *few, "--output", tmp_path / name, *flags]
+        done = commands.run("-c", LOSSES, *given)
+        assert done.returncode == 0, done.stderr
         return [line for line in done.stderr.splitlines() if line.startswith("loss")]
 
     first = losses("a")
@@ -266,18 +267,17 @@ def test_a_log_line_that_was_cut_off_is_replaced(tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "full"])
 def test_a_log_or_terminal_that_is_gone_changes_nothing(tmp_path, kind):
-    flags = [*SMALL, "--output", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "recipes.cifar_wrn", *flags]
+    command = ["-m", "recipes.cifar_wrn", *SMALL, "--output", tmp_path / "run"]
     if kind == "pipe":
         reading, out = os.pipe()
         os.close(reading)
     else:
         out = os.open("/dev/full", os.O_WRONLY)
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True, check=False
-    )
-    os.close(out)
-    assert (done.returncode, done.stderr) == (0, "")
+    with (tmp_path / "errors").open("w") as errors:
+        process = commands.start(*command, stdout=out, stderr=errors.fileno())
+        os.close(out)
+        assert finish(process) == 0
+    assert (tmp_path / "errors").read_text() == ""
     assert train(tmp_path / "whole") == 0
     assert equal(tensors(tmp_path / "run"), tensors(tmp_path / "whole"))
 

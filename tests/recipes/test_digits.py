@@ -17,15 +17,17 @@ def last_accuracy(path, *flags):
 
 def test_digits_reach_99_percent_over_three_seeds(tmp_path):
     runs = [
-        last_accuracy(tmp_path / seed, "--rho", "0.05", "--seed", seed) for seed in "012"
+        last_accuracy(tmp_path / s, "--rho", "0.05", "--seed", s, "--epochs", "24")
+        for s in "012"
     ]
     assert sum(runs) / 3 >= 99
 
 
 def test_sam_withstands_wrong_labels_that_sgd_learns(tmp_path):
-    noise = ("--label-noise", "0.4")
+    # Uncropped images are learnt by heart in fewer epochs, and by SAM a little too.
+    noise = ("--label-noise", "0.4", "--crop-padding", "0", "--epochs", "30")
     sgd = last_accuracy(tmp_path / "sgd", *noise, "--rho", "0")
     sam = last_accuracy(tmp_path / "sam", *noise, "--rho", "0.4")
     # SGD's varies by three points from seed to seed, and with the way sums are rounded.
-    assert sam >= 98
-    assert sam - sgd >= 10
+    assert sam >= 94
+    assert sam - sgd >= 20

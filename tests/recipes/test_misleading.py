@@ -2,8 +2,7 @@
 
 import json
 import resource
-import subprocess
-import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from recipes.data import cifar, pictures, sources
 from recipes.errors import ConfigError, DataError
 from recipes.train import pretrained
 from samfn.storage import tensorfile
-from tests import ROOT
+from tests import commands
 from tests.recipes.data.test_cifar import members, write
 from tests.recipes.data.test_folders import equal
 from tests.recipes.data.test_sources import make_folder, warned
+from tests.samfn.storage.test_files import holding
 from tests.special import SPECIAL, make_special
 
 SMALL = ["--model", "wrn-10-1", "--batch-size", "2", "--epochs", "1", "--compile", "no"]
@@ -87,20 +87,10 @@ def test_a_pipe_in_place_of_weights_is_named(tmp_path, kind, name, capsys):
     assert "--weights: expected none, default or a file" in capsys.readouterr().err
 
 
-HOLD = """
-import sys, time
-from samfn import held
-with held(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(4)
-"""
-
-
 def test_data_that_another_process_locks_are_waited_for_and_that_is_told(tmp_path):
     root = make_folder(tmp_path)
-    command = [sys.executable, "-c", HOLD, str(root)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
+    with holding(root) as (holder, let_go):
+        threading.Timer(3, let_go).start()
         found, said = warned(root)
     assert said == [f"waiting for {root}, which process {holder.pid} holds"]
     assert len(found.train_images) == 6
@@ -167,8 +157,7 @@ def test_too_little_memory_for_a_picture_names_it_and_blames_no_batch(tmp_path, 
     assert main([*flags, "--dry-run"]) == 2  # The twin: it is cut off.
     assert f"cannot read the image {large}" in capsys.readouterr().err
     # In a process of its own: one that ran before has memory to spare.
-    command = [sys.executable, "-c", LIMITED, *flags, "--dry-run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = commands.run("-c", LIMITED, *flags, "--dry-run")
     assert done.returncode == 4
     assert f"out of memory reading the image {large}" in done.stderr
     assert "batch" not in done.stderr

@@ -1,7 +1,5 @@
 import http.server
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -13,7 +11,7 @@ from PIL import Image
 from recipes.data import cifar, sources
 from recipes.data.folders import SPLITS
 from recipes.errors import DataError
-from tests.samfn.storage.test_files import HOLD
+from tests.samfn.storage.test_files import holding
 
 
 def make_folder(root, sizes=((6, 6),), classes=("cat", "dog"), count=3):
@@ -370,17 +368,13 @@ def test_a_cache_of_another_way_to_read_is_not_used(tmp_path, monkeypatch):
 
 def test_who_waits_for_data_is_told_which_process_reads_it(tmp_path):
     root, said = make_folder(tmp_path), []
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(root)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as holder:
-        assert holder.stdout.readline() == b"held\n"
+    with holding(root) as (holder, let_go):
 
         def warn(text):
             said.append(text)
-            holder.stdin.close()
+            let_go()
 
         assert sources.load("folder", root, warn=warn).classes == ("cat", "dog")
-        assert holder.wait() == 0
+        holder.join()
+        assert holder.exitcode == 0
     assert said[0] == f"waiting for {root}, which process {holder.pid} holds"

@@ -11,6 +11,7 @@ import pytest
 
 from recipes.data.sources import user_cache
 from recipes.train.compiling import exposed, keep_compiled
+from samfn.compiled.plan import HEADERS
 from tests import ROOT
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -58,6 +59,7 @@ def test_importing_samfn_leaves_where_compiled_code_is_kept_to_the_caller(cache)
 def test_a_run_keeps_its_kernels_in_the_users_cache(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
+    monkeypatch.delenv(HEADERS, raising=False)
     flags = "--data digits --model wrn-10-1 --rho 0 --batch-size 16 --compile yes --dry-run"
     said = python("-m", "recipes.cifar_wrn", *flags.split())
     assert "one step taken" in said

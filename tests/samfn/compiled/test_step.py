@@ -310,7 +310,7 @@ def test_what_the_compiler_cannot_do_is_said_and_done_without_it(monkeypatch, tm
     refusing.chmod(0o755)
     monkeypatch.setenv("CXX", str(refusing))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    state, step, eager = task(tiny())
+    state, step, eager = task(tiny(), plan="gradient")
     batch = batches(1)[0]
     patched = torch._inductor.config.patch({"cpp.cxx": (None, str(refusing))})
     with patched, pytest.warns(RuntimeWarning, match="samfn goes on uncompiled: .*"):

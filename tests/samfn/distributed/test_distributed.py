@@ -303,7 +303,9 @@ def test_batches_of_different_lengths_count_by_their_examples(placement):
 def compiled_and_not(placement):
     found = {}
     for compiled in (False, True):
-        how = {"batch_norm": True, "placement": placement, "compiled": compiled}
+        torch.manual_seed(1)  # A small network, for both ranks compile it.
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))
+        how = {"model": model, "placement": placement, "compiled": compiled}
         found[compiled] = train(samfn.sam(), **how)
     return found
 

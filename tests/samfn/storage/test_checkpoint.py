@@ -6,9 +6,9 @@ import shutil
 import signal
 import stat
 import struct
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -22,6 +22,7 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import samfn
+from tests import commands
 from tests.reference import batches, small_network
 from tests.special import SPECIAL, make_special
 
@@ -223,8 +224,7 @@ def test_a_file_that_is_cut_off_after_it_was_loaded_kills_nobody(tmp_path, kind,
     path = tmp_path / "state.safetensors"
     state = samfn.init({"w": torch.ones(2**20)}, {}, optimizer=samfn.sgd(0.0))
     samfn.save(path, state)
-    command = [sys.executable, "-c", CUT_OFF, str(path), kind]
-    assert subprocess.run(command, check=False).returncode == code
+    assert commands.run("-c", CUT_OFF, path, kind).returncode == code
 
 
 def counted(step, value=0.0):
@@ -651,14 +651,11 @@ for number in range(60):
 def test_two_that_save_into_one_directory_are_told_what_keeps_others_out(
     tmp_path, record_property
 ):
-    command, pipe = [sys.executable, "-c", TWO, str(tmp_path)], subprocess.PIPE
-    with (
-        subprocess.Popen([*command, "0"], stdout=pipe, stderr=pipe, text=True) as first,
-        subprocess.Popen([*command, "1"], stdout=pipe, stderr=pipe, text=True) as second,
-    ):
-        (said, errors), (more, others) = first.communicate(), second.communicate()
-    assert (first.returncode, errors) == (second.returncode, others) == (0, "")
-    lines = (said + more).splitlines()
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(partial(commands.run, "-c", TWO, tmp_path), range(2))
+    first, second = found
+    assert (first.returncode, first.stderr) == (second.returncode, second.stderr) == (0, "")
+    lines = (first.stdout + second.stdout).splitlines()
     assert lines
     wanted = ("another process writes to", "`samfn.held` keeps others out")
     assert [line for line in lines if not all(part in line for part in wanted)] == []

@@ -1,14 +1,14 @@
 import os
 import stat
-import subprocess
-import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from samfn.storage import files
 from samfn.storage.files import InUseError, held, replacing
+from tests import commands
 from tests.special import SPECIAL, make_special
 
 HOLD = """
@@ -18,6 +18,19 @@ with held(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+@contextmanager
+def holding(path):
+    """Hold a directory in another process; yield that, and what makes it let go."""
+    (stdin, ours), (theirs, stdout) = os.pipe(), os.pipe()
+    process = commands.start("-c", HOLD, path, stdin=stdin, stdout=stdout)
+    os.close(stdin)
+    os.close(stdout)
+    with open(theirs) as said, open(ours, "w") as given:
+        assert said.readline() == "held\n"
+        yield process, given.close
+    process.join()
 
 
 def write(path, text):
@@ -103,15 +116,13 @@ def test_sweeping_deletes_what_was_left_half_written_and_nothing_else(tmp_path):
 
 
 def test_a_directory_is_held_by_one_process_until_that_dies(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as holder:
-        assert holder.stdout.readline() == b"held\n"
+    with holding(tmp_path) as (holder, _):
         busy = f"in use by process {holder.pid}"
         with pytest.raises(InUseError, match=busy), held(tmp_path):
             pass
         holder.kill()
-        assert holder.wait() == -9
+        holder.join()
+        assert holder.exitcode == -9
     for _ in range(2):
         with held(tmp_path):
             assert (tmp_path / files.LOCK).read_text() == f"{os.getpid()}\n"
@@ -119,9 +130,7 @@ def test_a_directory_is_held_by_one_process_until_that_dies(tmp_path):
 
 @pytest.mark.parametrize("before", ["", "999999999\n"])
 def test_a_holder_that_has_not_written_its_number_yet_is_named(tmp_path, before):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], **pipes) as holder:
-        assert holder.stdout.readline() == b"held\n"
+    with holding(tmp_path) as (holder, let_go):
         lock = tmp_path / files.LOCK
         lock.write_text(before)  # what a holder finds that was killed, or none was
         late = threading.Timer(0.3, lock.write_text, [f"{holder.pid}\n"])
@@ -131,7 +140,7 @@ def test_a_holder_that_has_not_written_its_number_yet_is_named(tmp_path, before)
             held(tmp_path),
         ):
             pass
-        holder.stdin.close()
+        let_go()
         late.join()
 
 
@@ -237,20 +246,18 @@ def test_a_lock_file_that_is_no_file_makes_nobody_wait(tmp_path, kind):
 
 @pytest.mark.parametrize("written", ["{pid}\n", "", "é\x1b[2J", "x" * 10_000])
 def test_who_waits_is_told_for_whom(tmp_path, written):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     said = []
-    with subprocess.Popen(command, **pipes) as holder:
-        assert holder.stdout.readline() == b"held\n"
+    with holding(tmp_path) as (holder, let_go):
         (tmp_path / files.LOCK).write_text(written.format(pid=holder.pid))
 
         def tell(text):
             said.append((text, time.monotonic() - begun))
-            holder.stdin.close()
+            let_go()
 
         begun = time.monotonic()
         with held(tmp_path, wait=True, tell=tell):
-            assert holder.wait() == 0
+            holder.join()
+            assert holder.exitcode == 0
     ((text, seconds),) = said
     process = holder.pid if "pid" in written else "unknown"
     assert text == f"waiting for {tmp_path}, which process {process} holds"

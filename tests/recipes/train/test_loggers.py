@@ -25,7 +25,8 @@ from recipes.terminal.signals import Stopped
 from recipes.train import loggers
 from recipes.train.directory import RunDirectory
 from recipes.train.loggers import Loggers
-from tests.recipes.test_recipe import ROOT, equal, stop_after, tensors, train
+from tests import ROOT
+from tests.recipes.test_recipe import equal, stop_after, tensors, train
 
 SETTINGS = {"lr": 0.1, "flip": True, "clip_norm": None, "data_dir": "<b>[red]x</b>"}
 NAMES = [*loggers.MAKERS]

@@ -12,15 +12,13 @@ A run leaves a directory with its settings, metrics, picture and checkpoints.
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 
-from recipes.settings.config import parse
 from recipes.train.running import start
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the recipe; return its exit code."""
-    return start(partial(parse, args))
+    return start(args)
 
 
 if __name__ == "__main__":

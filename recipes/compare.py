@@ -18,7 +18,7 @@ import tyro
 
 from recipes import errors, sharpness
 from recipes.errors import ConfigError
-from recipes.settings.config import choose_device
+from recipes.settings.resolve import choose_device
 from recipes.sharpness import Measuring, Record
 from recipes.study import report
 from recipes.study.groups import Group, Value, grouped

@@ -11,9 +11,7 @@ on with a run of the other.
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 
-from recipes.settings.config import parse
 from recipes.train.running import start
 
 PROGRAM = "python -m recipes.finetune"
@@ -21,7 +19,7 @@ PROGRAM = "python -m recipes.finetune"
 
 def main(args: Sequence[str] | None = None) -> int:
     """Train; return the exit code."""
-    return start(partial(parse, args, program=PROGRAM, base="finetune"), PROGRAM)
+    return start(args, PROGRAM, base="finetune")
 
 
 if __name__ == "__main__":

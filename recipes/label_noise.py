@@ -13,7 +13,7 @@ Source:
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def arms(settings: Settings, common: Common) -> list[Arm]:
     return [
         (
             f"{label(method, rho)}, noise {number(share)}",
-            replace(config, method=method, rho=rho, label_noise=share),
+            config.replace(method=method, rho=rho, label_noise=share),
         )
         for share in settings.noise
         for method, rho in methods
@@ -87,12 +87,14 @@ def label(method: str, rho: float) -> str:
 
 def by_method(groups: Sequence[Group]) -> dict[str, dict[float, Group]]:
     """Return the arms by method and noise."""
-    return arranged(groups, lambda c: label(c.method, c.rho), lambda c: c.label_noise)
+    return arranged(
+        groups, lambda c: label(c.method, c.rho), lambda c: c.images.label_noise
+    )
 
 
 def page(settings: Settings, groups: Sequence[Group]) -> Page:
     """Return what is reported."""
-    title = f"Wrong labels: {task(replace(groups[0].config, label_noise=0.0))}"
+    title = f"Wrong labels: {task(groups[0].config.replace(label_noise=0.0))}"
     text = f"{about(groups)} Columns are the share of training labels that are wrong."
     parts = {"accuracy": (text, table(groups))}
     return Page(title, groups, parts, partial(draw, groups, title))

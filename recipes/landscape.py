@@ -24,7 +24,8 @@ from torch import Tensor
 
 from recipes import errors, plots
 from recipes.errors import ConfigError
-from recipes.settings.config import plain_values, run_of
+from recipes.settings.config import plain_values
+from recipes.settings.saved import run_of
 from recipes.study.runs import (
     Selection,
     Solution,

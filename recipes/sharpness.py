@@ -28,14 +28,8 @@ import tyro
 import samfn
 from recipes import errors
 from recipes.errors import ConfigError, DataError
-from recipes.settings.config import (
-    FREE_ON_RESUME,
-    PER_CALL,
-    Config,
-    of_run,
-    plain_values,
-    run_of,
-)
+from recipes.settings.config import Config, of_roles, plain_values
+from recipes.settings.saved import of_run, run_of
 from recipes.study.groups import MISSING, quantity
 from recipes.study.runs import (
     Selection,
@@ -147,7 +141,11 @@ def measure(settings: Settings, display: Display) -> int:
             code = errors.NOT_WRITTEN
     rows = table(settings, dict(zip(places, found, strict=True)))
     display.table(["", *columns(settings).values()], rows)
-    if len({(c.data, c.data_dir, c.image_size, c.model, c.layout) for c in configs}) > 1:
+    tasks = {
+        (c.data, c.data_dir, c.images.image_size, c.model, c.network.layout)
+        for c in configs
+    }
+    if len(tasks) > 1:
         display.warn("these are of other networks or data, and no measure of each other")
     said = ", ".join(dict.fromkeys(map(str, written.values())))
     display.facts("sharpness", legend(settings) | {"data": said})
@@ -493,9 +491,7 @@ def asked(settings: Measuring) -> dict[str, Any]:
 
 def trained(config: Config) -> dict[str, Any]:
     """Return the settings of a run that decide on its network, weights and images."""
-    values = plain_values(config)
-    free = PER_CALL | FREE_ON_RESUME | {"compile"}
-    return {name: value for name, value in values.items() if name not in free}
+    return of_roles(plain_values(config))
 
 
 def file_of(path: Path, output: Path | None = None) -> Path:

@@ -85,7 +85,7 @@ def page(settings: Settings, groups: Sequence[Group]) -> Page:
 def table(groups: Sequence[Group]) -> Table:
     """Return a row for each arm."""
     columns = {"last epoch": last, "best epoch": best}
-    columns |= {"validation": chosen} if groups[0].config.validation else {}
+    columns |= {"validation": chosen} if groups[0].config.images.validation else {}
     rows = [
         [
             group.config.method if group.config.rho else group.name,

@@ -12,8 +12,8 @@ from tests import ROOT
 ORDER = {
     "samfn": "tree nested schedules checks batches loss perturb methods descend modules"
     " distributed step imperative storage training measure compiled",
-    "recipes": "errors terminal plots data models settings train study cifar_wrn finetune"
-    " sweep label_noise arms sharpness landscape compare",
+    "recipes": "errors roles terminal plots data models settings train study cifar_wrn"
+    " finetune sweep label_noise arms sharpness landscape compare",
     "bench": "measure networks peers candidates cost_model cost scaling"
     " checkpoints gpu faults zoo",
 }

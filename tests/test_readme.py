@@ -15,9 +15,9 @@ import torch
 import samfn
 from bench.faults.rows import ROWS
 from recipes.models import networks
-from recipes.settings.config import parse
 from recipes.settings.method_expression import MAKERS
 from recipes.settings.presets import PRESETS
+from recipes.settings.resolve import configure
 from recipes.study.grid import split
 from tests import ROOT
 from tests.recipes.data.test_sources import make_folder
@@ -164,7 +164,7 @@ def test_commands_of_the_recipe_run(command, tmp_path, monkeypatch, capsys, trai
         assert len([*tmp_path.glob("runs/*/*.png")]) == 1
         return
     if "foret2021" in args:  # days on a CPU: only that it is understood
-        assert parse(args).model == "wrn-28-10"
+        assert configure(args).model == "wrn-28-10"
         return
     if "my-images" in args:
         make_folder(tmp_path / "my-images", sizes=((16, 16),))

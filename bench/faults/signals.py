@@ -19,7 +19,7 @@ from bench.faults.trial import (
     start,
     wrap,
 )
-from recipes.settings.config import CONFIG_FILE
+from recipes.settings.saved import CONFIG_FILE
 from recipes.train import build, loop, running
 from samfn.storage import tensorfile
 

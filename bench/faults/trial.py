@@ -16,7 +16,7 @@ import torch._dynamo  # Optimizers import it at their first step, which takes se
 
 import samfn
 from recipes.cifar_wrn import main
-from recipes.settings.config import CONFIG_FILE
+from recipes.settings.saved import CONFIG_FILE
 from recipes.train import loop
 from recipes.train.directory import RunDirectory
 from samfn.storage import tensorfile

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from recipes.data import cifar, folders, pictures
 from recipes.data.download import DownloadError
 from recipes.data.folders import SPLITS, Samples
 from recipes.errors import DataError
+from recipes.roles import BELOW_1, Group, Range, Role, at_least, setting
 from recipes.terminal.hardware import lacks_memory
 from samfn.storage import files, tensorfile
 
@@ -33,6 +35,23 @@ Source = Literal["cifar10", "cifar100", "folder", "digits"]
 Track = Callable[[Iterable[Any], int, str], Iterable[Any]]
 """(items, how many, what is being done) -> the same items, with progress shown."""
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Group, role=Role.FIXED):
+    """The images, and what is done to them and their labels once."""
+
+    image_size: int | None = setting(None, at_least(4, " pixels"))
+    """Pixels to which the shorter side of a folder's images is resized; what the longer one
+    has beside the middle is cut off. None keeps them as they are; finetune takes what
+    torchvision's weights of the network were trained on."""
+    label_noise: float = setting(0.0, Range(lambda share: 0 <= share <= 1, "0 to 1"))
+    """Share of the training labels that are replaced by another class, 0 to 1."""
+    validation: float = setting(0.0, BELOW_1)
+    """Share of the training set held out to choose the best epoch by, 0 to below 1; its
+    labels stay clean. With 0 the best epoch is chosen by the test set."""
+    allow_modified_data: bool = setting(False, role=Role.FREE)
+    """Use of CIFAR's files even if they are not the published ones."""
 
 
 class Dataset(NamedTuple):
@@ -49,14 +68,19 @@ class Dataset(NamedTuple):
     """Of how images were read, what whoever trains on them should know; a line each."""
 
 
-def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
+def choose_source(
+    data: str,
+    data_dir: Path | None,
+    check: Callable[[Source], object] = lambda source: None,
+) -> tuple[Source, str]:
     """Decide where images come from, and say why in one line.
 
-    Downloads CIFAR-10 where "auto" finds no images and a network.
+    Downloads CIFAR-10 where "auto" finds no images and a network. Nothing is read.
 
     Args:
         data: a `Source`, or "auto".
         data_dir: class folders, or where CIFAR lies or is downloaded to.
+        check: is called with a source before it is downloaded, and may raise.
 
     Raises:
         DataError: `data_dir` was given, and holds nothing that can be read.
@@ -70,11 +94,13 @@ def choose_source(data: str, data_dir: Path | None) -> tuple[Source, str]:
         case "cifar10" | "cifar100":
             return data, f"{data} in {root}"
         case "auto":
-            return _found(root, data_dir is not None)
+            return _found(root, data_dir is not None, check)
     raise DataError(f"data must be auto, cifar10, cifar100, folder or digits, got {data!r}")
 
 
-def _found(root: Path, must_be_there: bool) -> tuple[Source, str]:
+def _found(
+    root: Path, must_be_there: bool, check: Callable[[Source], object]
+) -> tuple[Source, str]:
     if folders.are_in(root):
         return "folder", f"images in the class folders of {root}"
     if cifar.is_there("cifar10", root):
@@ -86,14 +112,26 @@ def _found(root: Path, must_be_there: bool) -> tuple[Source, str]:
         )
     why = "no network"
     if is_reachable(cifar.SERVER):
+        check("cifar10")
         try:
-            load("cifar10", root)
+            _require_there("cifar10", root)
             return "cifar10", f"CIFAR-10 in {root}"
         except DataError as error:
             why = f"no download ({error})"
     return "digits", (
         f"no CIFAR-10 in {root} and {why}: training on scikit-learn's handwritten digits"
     )
+
+
+def _require_there(source: Source, root: Path) -> None:
+    """Download CIFAR if need be; of several processes, one."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with files.held(root, wait=True):
+            if not cifar.is_there(source, root):
+                cifar.fetch(source, root)
+    except (OSError, DownloadError) as error:
+        raise DataError(f"cannot read or download {source} in {root}: {error}") from error
 
 
 def load(

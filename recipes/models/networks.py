@@ -1,18 +1,44 @@
 """Networks by name: wide residual ones, and torchvision's for classification."""
 
 import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from recipes.models.wide_resnet import WideResNet, parse_name
+from recipes.roles import BELOW_1, Group, Role, Rule, setting
 
 # torchvision's, with heads beside the last one that only their first training used: name
 # -> how the names of those heads' tensors begin.
 AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Group, role=Role.FIXED):
+    """The network, and the weights that it starts from."""
+
+    weights: str = "none"
+    """Weights that a network starts from: none, new ones; default, those that torchvision
+    has for it, downloaded once; or a file of a state dict, .safetensors or .pth. The last
+    layer starts anew where it has other classes."""
+    freeze: bool = False
+    """Training and perturbation of the last layer alone. The rest stays, statistics and
+    all, and computes as in evaluation."""
+    layout: Literal["standard", "davda54"] = "standard"
+    """Counting of depth. davda54 has one more block in each stage, as his example."""
+    zero_head: bool = setting(False, role=Role.RESULT)
+    """Zeros as the first weights of the classifier."""
+    dropout: float = setting(0.0, BELOW_1, role=Role.RESULT)
+    """Dropout between the convolutions of a block, 0 to below 1."""
+
+    def relations(self) -> Iterator[Rule]:
+        """Yield what holds of several values together."""
+        yield "freeze", self.weights != "none" or not self.freeze, "--weights with it"
 
 
 class Photographs(NamedTuple):

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # passes, and normalises by 0.2023, 0.1994, 0.2010, which are no standard deviations of
     # CIFAR-10's pixels; here they are measured.
     "sairam": {"model": "wrn-28-10"},
-    # Photographs of one's own; `_side` in `config` adds their size. Not tuned on any data.
+    # Photographs of one's own; `resolve` adds their size. Not tuned on any data.
     "finetune": {
         "data": "folder",
         "model": "resnet18",

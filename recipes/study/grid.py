@@ -23,15 +23,10 @@ import samfn
 from recipes import errors
 from recipes.data.sources import Dataset, Say, Track
 from recipes.errors import ConfigError, DivergedError
-from recipes.settings.config import (
-    CONFIG_FILE,
-    PER_CALL,
-    Config,
-    of_run,
-    parse,
-    plain_values,
-    validate,
-)
+from recipes.roles import Role
+from recipes.settings.config import SETTINGS, Config, differing, plain_values, validate
+from recipes.settings.resolve import configure
+from recipes.settings.saved import CONFIG_FILE, of_run
 from recipes.study.groups import DIVERGED, Group, best, diverged, group_of, last, seconds
 from recipes.study.report import Page, called, show, write
 from recipes.terminal import cli
@@ -44,11 +39,6 @@ from recipes.train.recorded import Recorded
 from samfn.storage import files
 
 LEFT = "the same command goes on"  # when a signal ends a study
-# Settings that change nothing but rounding.
-FREE = PER_CALL | {"preset", "device", "compile", "save_steps", "on_write_error", "log"}
-# What belongs to one run, and not to all of a study.
-OF_ONE_RUN = {"output", "resume", "resume_override", "eval_only", "dry_run"}
-OF_ONE_RUN |= {"auto_resume"}
 
 
 class Cell(NamedTuple):
@@ -146,10 +136,10 @@ def common(
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
         if name in varied:
             raise ConfigError(f"{flag}: the runs differ in it, drop it after --")
-        if name in OF_ONE_RUN:
+        if name in SETTINGS and SETTINGS[name].role is Role.ONE_RUN:
             raise ConfigError(f"{flag}: it is for one run alone, drop it")
-    config = parse(flags, say)
-    if "trackio" in config.log:
+    config = configure(flags, say)
+    if "trackio" in config.recording.log:
         raise ConfigError("--log: trackio logs one run of a process, the others any number")
     return config
 
@@ -290,9 +280,8 @@ def read(cell: Cell, warn: Say) -> Recorded | None:
 def _require_same_settings(cell: Cell) -> None:
     before, now = plain_values(of_run(cell.path)), plain_values(cell.config)
     changes = [
-        f"{name} was {before[name]!r}, is now {now[name]!r}"
-        for name in sorted(now.keys() - FREE)
-        if before[name] != now[name]
+        f"{name} was {one!r}, is now {other!r}"
+        for name, (one, other) in differing(before, now).items()
     ]
     if changes:
         raise ConfigError(
@@ -305,8 +294,8 @@ def _finish(cell: Cell, display: Display, signals: Signals, reader: Read) -> Rec
     """Run a cell, or go on with it, to its end."""
     config = replace(cell.config, output=cell.path)
     if (cell.path / CONFIG_FILE).exists():
-        compiles = of_run(cell.path).compile
-        config = replace(cell.config, resume=cell.path, compile=compiles)
+        compiles = of_run(cell.path).arithmetic.compile
+        config = cell.config.replace(resume=cell.path, compile=compiles)
     try:
         code = running.run(config, display, signals, reader)
     except (DivergedError, samfn.NonFiniteError) as error:
@@ -326,7 +315,8 @@ def _keeping_last() -> Read:
     kept: dict[Any, Dataset] = {}
 
     def reader(config: Config, track: Track, warn: Say) -> Dataset:
-        key = config.data, config.data_dir, config.image_size, config.allow_modified_data
+        images = config.images
+        key = config.data, config.data_dir, images.image_size, images.allow_modified_data
         if key not in kept:
             kept.clear()  # One is large enough.
             kept[key] = read_data(config, track, warn)

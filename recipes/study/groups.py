@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.plots import Series
-from recipes.settings.config import FREE_ON_RESUME, PER_CALL, Config, plain_values
+from recipes.roles import EXACT
+from recipes.settings.config import Config, of_roles, plain_values
 from recipes.study.runs import distinct, real
 from recipes.train.recorded import Recorded, chosen_by, column
 from recipes.train.running import name
@@ -19,8 +20,6 @@ from samfn.storage import files
 
 DIVERGED = "diverged.txt"  # in the directory of a run that did: why
 MISSING = "-"
-# Settings that runs of one group may differ in.
-ALIKE = (PER_CALL | FREE_ON_RESUME | {"seed"}) - {"device"}
 NAMED = {"method", "rho", "rho_schedule", "rho_final"}  # what `name` says
 
 Value = Callable[[Recorded], float | None]
@@ -196,9 +195,9 @@ def plain(value: Any) -> str:
 
 
 def settings_of(run: Recorded) -> dict[str, Any]:
-    """Return the settings that decide on a run beside the seed."""
-    values = plain_values(run.config)
-    return {key: values[key] for key in sorted(values.keys() - ALIKE)}
+    """Return the settings that decide on a run, and on what it costs, beside the seed."""
+    values = of_roles(plain_values(run.config), EXACT) | {"device": run.config.device}
+    return {key: values[key] for key in sorted(values.keys() - {"seed"})}
 
 
 def differing(runs: Sequence[Recorded]) -> dict[str, list[Any]]:

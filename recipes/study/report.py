@@ -114,8 +114,8 @@ class Note(NamedTuple):
 def task(config: Config) -> str:
     """Return what all runs have in common, for titles."""
     text = f"{config.data}, {config.model}, {config.epochs} epochs"
-    if config.label_noise:
-        text += f", {100 * config.label_noise:g} % wrong labels"
+    if config.images.label_noise:
+        text += f", {100 * config.images.label_noise:g} % wrong labels"
     return text
 
 
@@ -234,10 +234,13 @@ def notes_of(groups: Sequence[Group], tables: Tables, split: str) -> list[Note]:
 def unlike(one: Recorded, other: Recorded, split: str) -> list[tuple[str, str]]:
     """Return the tables in which two runs cannot be compared, and why."""
     a, b = one.config, other.config
-    data = (a.data, a.image_size) != (b.data, b.image_size)
+    data = (a.data, a.images.image_size) != (b.data, b.images.image_size)
     data = data or bool(one.data and other.data and one.data != other.data)
-    network = (a.model, a.layout) != (b.model, b.layout)
-    labels = (a.label_noise, a.validation) != (b.label_noise, b.validation)
+    network = (a.model, a.network.layout) != (b.model, b.network.layout)
+    labels = any(
+        getattr(a.images, name) != getattr(b.images, name)
+        for name in ("label_noise", "validation")
+    )
     machine = a.device != b.device or bool(
         one.versions and other.versions and one.versions != other.versions
     )

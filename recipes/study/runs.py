@@ -18,7 +18,8 @@ from torch.nn import functional as F
 import samfn
 from recipes.data import augment
 from recipes.errors import ConfigError
-from recipes.settings.config import CONFIG_FILE, Config, run_of
+from recipes.settings.config import Config
+from recipes.settings.saved import CONFIG_FILE, run_of
 from recipes.terminal.console import Display
 from recipes.train.build import generator
 from recipes.train.checkpoints import reopen

@@ -50,10 +50,11 @@ def augmented(
     images may be mixed with each other, and keeps its share; `whole` keeps all.
     """
     config, rows = task.config, order(task, epoch, among)
+    how = config.augmentation
     mix = partial(
         augment.mix,
-        mixup_alpha=config.mixup_alpha,
-        cutmix_alpha=config.cutmix_alpha,
+        mixup_alpha=how.mixup_alpha,
+        cutmix_alpha=how.cutmix_alpha,
         classes=task.classes,
     )
     values = task.train_images[0].numel() * config.batch_size
@@ -62,17 +63,20 @@ def augmented(
         chunk = rows[first : first + together]
         source = generator(config.seed, "augmentation", epoch, first, device=task.device)
         images = task.train_images[chunk.flatten()]
-        if config.crop_scale < 1:
-            images = augment.random_resized_crop(images, source, scale=config.crop_scale)
+        if how.crop_scale < 1:
+            images = augment.random_resized_crop(images, source, scale=how.crop_scale)
         images = augment.random_crop_flip(
-            images, source, padding=config.crop_padding, flip=config.flip
+            images,
+            source,
+            padding=how.crop_padding,
+            flip=how.flip,
         )
-        if config.policy != "none":
+        if how.policy != "none":
             draws = seed(config.seed, "policy", epoch, first)
-            images = augment.transform(images, draws, policy=config.policy)
+            images = augment.transform(images, draws, policy=how.policy)
         images = augment.normalise(images, task.mean, task.std)
-        if config.cutout:
-            images = augment.cutout(images, source, size=config.cutout, probability=0.5)
+        if how.cutout:
+            images = augment.cutout(images, source, size=how.cutout, probability=0.5)
         parts = torch.split(images, config.batch_size), task.train_labels[chunk]
         for index, (images, labels) in enumerate(zip(*parts, strict=True), first):
             if index >= start:

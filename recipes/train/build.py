@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +25,8 @@ from recipes.data.sources import (
 from recipes.errors import ConfigError
 from recipes.models import networks
 from recipes.settings import method_expression
-from recipes.settings.config import DTYPES, Config, choose_device
+from recipes.settings.config import Config
+from recipes.settings.groups import DTYPES, Descent
 from recipes.train.compiling import decide
 from samfn import distributed, schedules
 from samfn.compiled import operations
@@ -80,8 +80,8 @@ def read_data(config: Config, track: Track, warn: Say) -> Dataset:
     return load(
         cast(Source, config.data),
         config.data_dir,
-        image_size=config.image_size,
-        modified=config.allow_modified_data,
+        image_size=config.images.image_size,
+        modified=config.images.allow_modified_data,
         track=track,
         warn=warn,
     )
@@ -96,18 +96,19 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         DataError: the validation set would be empty.
     """
     digest = fingerprint(dataset)
-    device = choose_device(config.device)
-    _choose_kernels(config, device)
+    device = torch.device(config.device)
+    _choose_kernels(config.arithmetic.deterministic, device)
     test = Split("test", dataset.test_images, dataset.test_labels)
     chosen_by = test
-    if config.validation:
+    if config.images.validation:
         source = generator(config.seed, "validation")
-        dataset, images, labels = hold_out(dataset, config.validation, source)
+        dataset, images, labels = hold_out(dataset, config.images.validation, source)
         chosen_by = Split("validation", images, labels)
-    if config.label_noise:
+    if config.images.label_noise:
         source = generator(config.seed, "label noise")
         count = len(dataset.classes)
-        noisy = corrupt_labels(dataset.train_labels, count, config.label_noise, source)
+        share = config.images.label_noise
+        noisy = corrupt_labels(dataset.train_labels, count, share, source)
         dataset = dataset._replace(train_labels=noisy)
     steps_per_epoch = len(dataset.train_labels) // config.batch_size
     if not steps_per_epoch:
@@ -118,21 +119,22 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     mean, std = _normalisation(config, dataset)
     model = _model(config, dataset).to(device).to(memory_format=torch.channels_last)
     steps = config.epochs * steps_per_epoch
-    optimizer, method = _optimizer(config, model), _method(config, model, steps)
+    descent = config.descent
+    optimizer, method = _optimizer(descent, model), _method(config, model, steps)
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
-    dtype = DTYPES[config.precision]
+    dtype = DTYPES[config.arithmetic.precision]
     criterion = partial(
-        F.cross_entropy, label_smoothing=config.label_smoothing, reduction="none"
+        F.cross_entropy, label_smoothing=descent.label_smoothing, reduction="none"
     )
     loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
-    if config.decay_in_loss:
-        spared = _spared(config, model)
-        loss_fn = samfn.l2_regularized(loss_fn, config.weight_decay, without=spared)
+    if descent.decay_in_loss:
+        spared = _spared(descent, model)
+        loss_fn = samfn.l2_regularized(loss_fn, descent.weight_decay, without=spared)
     sharing = _sharing(config)
-    if config.monitor:
+    if config.recording.monitor:
         method = samfn.watched(method)
     if sharing is not None:
-        method = distributed.placed(method, config.placement)
+        method = distributed.placed(method, config.ranks.placement)
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
     some = dataset.train_images[: config.batch_size], dataset.train_labels
     images, labels = distributed.share((some[0], some[1][: config.batch_size]))
@@ -146,7 +148,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
 
     compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
     task = Task(
-        config=replace(config, compile="yes" if compiles else "no"),
+        config=config.replace(compile="yes" if compiles else "no"),
         device=device,
         model=model,
         train_images=dataset.train_images.to(device),
@@ -188,13 +190,13 @@ def _sharing(config: Config) -> int | None:
             f"--batch-size: expected at least two images for each of the {ranks} ranks, got"
             f" {config.batch_size}"
         )
-    if config.sync_batch_norm and config.batch_size % ranks:
+    if config.ranks.sync_batch_norm and config.batch_size % ranks:
         raise ConfigError(
             f"--batch-size: expected a multiple of the ranks, {ranks}, with"
             f" --sync-batch-norm, got {config.batch_size}"
         )
     try:
-        return distributed.sharing(config.placement)
+        return distributed.sharing(config.ranks.placement)
     except ValueError as error:
         raise ConfigError(f"--placement: {error}") from error
 
@@ -210,15 +212,15 @@ def generator(*key: Any, device: torch.device | str = "cpu") -> Generator:
     return Generator(device).manual_seed(seed(*key))
 
 
-def _choose_kernels(config: Config, device: torch.device) -> None:
+def _choose_kernels(deterministic: bool, device: torch.device) -> None:
     """Let PyTorch take kernels that repeat their results, or else the fastest."""
-    if config.deterministic:
+    if deterministic:
         # cuBLAS reads it when it starts, with the first product of matrices.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if torch.are_deterministic_algorithms_enabled() != config.deterministic:
-        torch.use_deterministic_algorithms(config.deterministic)  # Imports for seconds.
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)  # Imports for seconds.
     if device.type == "cuda":  # Every batch has the same shape.
-        torch.backends.cudnn.benchmark = not config.deterministic
+        torch.backends.cudnn.benchmark = not deterministic
 
 
 def _model(config: Config, dataset: Dataset) -> torch.nn.Module:
@@ -229,83 +231,83 @@ def _model(config: Config, dataset: Dataset) -> torch.nn.Module:
             config.model,
             len(dataset.classes),
             shape=(channels, height, width),
-            dropout=config.dropout,
-            zero_head=config.zero_head,
-            layout=config.layout,
-            pretrained=config.weights != "none",
+            dropout=config.network.dropout,
+            zero_head=config.network.zero_head,
+            layout=config.network.layout,
+            pretrained=config.network.weights != "none",
         )
     except ValueError as error:
         raise ConfigError(f"--model: {error}") from error
-    if config.freeze:
+    if config.network.freeze:
         networks.freeze(model)
-    return distributed.synchronised(model) if config.sync_batch_norm else model
+    return distributed.synchronised(model) if config.ranks.sync_batch_norm else model
 
 
 def _normalisation(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return the mean and deviation that a network's weights are for; else the data's."""
-    if config.weights == "none" or networks.is_wide(config.model):
+    if config.network.weights == "none" or networks.is_wide(config.model):
         return statistics(dataset.train_images)
     _, mean, std = networks.photographs(config.model)
     return torch.tensor(mean), torch.tensor(std)
 
 
-def _optimizer(config: Config, model: torch.nn.Module) -> samfn.Optimizer:
-    if config.optimizer == "sgd":
-        make = partial(samfn.sgd, config.momentum, config.nesterov)
+def _optimizer(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:
+    if descent.optimizer == "sgd":
+        make = partial(samfn.sgd, descent.momentum, descent.nesterov)
     else:
         makers = {"adam": samfn.adam, "adamw": samfn.adamw, "nadam": samfn.nadam}
-        first, second = config.betas
-        make = partial(makers[config.optimizer], (first, second))
-    decay = 0.0 if config.decay_in_loss else config.weight_decay
+        first, second = descent.betas
+        make = partial(makers[descent.optimizer], (first, second))
+    decay = 0.0 if descent.decay_in_loss else descent.weight_decay
     optimizer = make(weight_decay=decay)
-    if decay and (spared := _spared(config, model)):
+    if decay and (spared := _spared(descent, model)):
         optimizer = samfn.grouped(optimizer, (spared, make(weight_decay=0.0)))
-    if config.clip_norm is not None:
-        optimizer = samfn.clipped(optimizer, config.clip_norm)
+    if descent.clip_norm is not None:
+        optimizer = samfn.clipped(optimizer, descent.clip_norm)
     return optimizer
 
 
-def _spared(config: Config, model: torch.nn.Module) -> tuple[str, ...]:
+def _spared(descent: Descent, model: torch.nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters that weight decay leaves alone."""
-    return () if config.decay_norm else samfn.no_decay_parameters(model)
+    return () if descent.decay_norm else samfn.no_decay_parameters(model)
 
 
 def _method(config: Config, model: torch.nn.Module, steps: int) -> samfn.Method:
     names = samfn.norm_parameters(model)
     method = method_expression.parse(config.method, steps=steps, norm_layers=names)
-    if config.same_dropout:
+    if config.perturbation.same_dropout:
         method = samfn.same_randomness(method)
-    return samfn.loss_scaled(method) if config.precision == "fp16" else method
+    return samfn.loss_scaled(method) if config.arithmetic.precision == "fp16" else method
 
 
 def _lr(config: Config, steps_per_epoch: int) -> schedules.Schedule:
-    lr, steps = config.lr, config.epochs * steps_per_epoch
-    match config.schedule:
+    lr, steps, how = config.lr, config.epochs * steps_per_epoch, config.learning_rate
+    match how.schedule:
         case "cosine":
-            schedule = schedules.cosine(lr, steps, config.lr_final)
+            schedule = schedules.cosine(lr, steps, how.lr_final)
         case "polynomial":
-            schedule = schedules.polynomial(lr, steps, final=config.lr_final)
+            schedule = schedules.polynomial(lr, steps, final=how.lr_final)
         case "one-cycle":
             schedule = schedules.one_cycle(lr, steps)
         case "warm-restarts":
-            period, growth = config.restart_epochs * steps_per_epoch, config.restart_growth
-            schedule = schedules.warm_restarts(lr, period, growth, config.lr_final)
-        case "step" if config.milestones is not None:
-            milestones = [epoch * steps_per_epoch for epoch in config.milestones]
-            schedule = schedules.multi_step(lr, milestones, config.step_factor)
+            period = how.restart_epochs * steps_per_epoch
+            schedule = schedules.warm_restarts(lr, period, how.restart_growth, how.lr_final)
+        case "step" if how.milestones is not None:
+            milestones = [epoch * steps_per_epoch for epoch in how.milestones]
+            schedule = schedules.multi_step(lr, milestones, how.step_factor)
         case "step":
-            schedule = schedules.step_decay(lr, steps, factor=config.step_factor)
+            schedule = schedules.step_decay(lr, steps, factor=how.step_factor)
         case "constant":
             schedule = schedules.constant(lr)
-    return schedules.warmup(schedule, round(config.warmup_epochs * steps_per_epoch))
+    return schedules.warmup(schedule, round(how.warmup_epochs * steps_per_epoch))
 
 
 def _rho(config: Config, lr: schedules.Schedule, steps: int) -> schedules.Schedule:
     """Return the radius over time; where --rho is 0, the number 0 and one pass a step."""
-    rho, final = config.rho, config.rho_final
-    if rho == 0 or config.rho_schedule == "constant":
+    rho, final = config.rho, config.perturbation.rho_final
+    if rho == 0 or config.perturbation.rho_schedule == "constant":
         return schedules.constant(rho)
-    if config.rho_schedule == "linear":
+    if config.perturbation.rho_schedule == "linear":
         return schedules.linear(rho, final, steps)
     return schedules.proportional(lr, lr_max=config.lr, peak=rho, final=final)
 

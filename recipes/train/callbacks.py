@@ -52,27 +52,27 @@ def around(
     by = column(config, task.chosen_by.name)  # of the average, if there is one
     score = {"score": f"{task.chosen_by.name}_accuracy", best_by(config): by}
     found: list[Callback] = []
-    if config.ema_decay is not None:
-        start = round(config.ema_start * task.steps_per_epoch)
-        found.append(callbacks.ema(config.ema_decay, start=start))
-    if config.ema_copy is not None:
-        found.append(callbacks.copy_ema(config.ema_copy))
-    if config.patience is not None:
-        found.append(callbacks.early_stopping(by, config.patience))
+    if config.average.ema_decay is not None:
+        start = round(config.average.ema_start * task.steps_per_epoch)
+        found.append(callbacks.ema(config.average.ema_decay, start=start))
+    if config.average.ema_copy is not None:
+        found.append(callbacks.copy_ema(config.average.ema_copy))
+    if config.stopping.patience is not None:
+        found.append(callbacks.early_stopping(by, config.stopping.patience))
     found.append(meter)
-    if config.monitor:
+    if config.recording.monitor:
         layers = LayerMeter(len(training.state.params), task.device)
         found.append(partial(monitor, layers, display))
-    look = callbacks.finite(config.max_skipped + 1, every=CHUNK)
+    look = callbacks.finite(config.stopping.max_skipped + 1, every=CHUNK)
     found += [compare_ranks, partial(require_finite, task, meter, look)]
     found.append(partial(evaluate, task, asked))
-    if config.select != "all":
+    if config.selection.select != "all":
         found.append(partial(scan, task, asked))
     return [
         *found,
         partial(record, run, display),
         asked.between_steps,
-        callbacks.saving(keeper, score=score, every=config.save_steps),
+        callbacks.saving(keeper, score=score, every=config.recording.save_steps),
         partial(show, task, live, meter),
         asked.after_epoch,
     ]
@@ -228,7 +228,7 @@ def evaluate(task: Task, asked: "Asked", event: Event) -> None:
         return
     training, row = event
     states = {"": training.state}
-    if task.config.ema_decay is not None:
+    if task.config.average.ema_decay is not None:
         states["ema_"] = model_of(task, training)
     try:
         for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
@@ -249,7 +249,7 @@ def scan(task: Task, asked: "Asked", event: Event) -> None:
     if not selection.is_due(task.config, training.epoch):
         return
     started = time.perf_counter()
-    average = task.config.select_with == "average"
+    average = task.config.selection.select_with == "average"
     state = model_of(task, training) if average else training.state
     try:
         with loop.evaluating(task.model):

@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 
 import samfn
 from recipes.errors import ConfigError
-from recipes.settings.config import of_run, plain_values, require_same_settings, run_of
+from recipes.settings.config import plain_values
+from recipes.settings.resolve import choose_device, require_same_settings
+from recipes.settings.saved import of_run, run_of
 from recipes.terminal.console import Display
 from recipes.train import recorded
 from recipes.train.batches import augmented
@@ -47,7 +48,7 @@ class Keeper:
             self._checkpoints.save(state, **about)
             self.missing = None
         except samfn.CheckpointWriteError as error:
-            if task.config.on_write_error == "stop":
+            if task.config.stopping.on_write_error == "stop":
                 raise
             self.missing = error
             self._warn(str(error))
@@ -59,7 +60,7 @@ def ranks(task: Task) -> dict[str, Any]:
     if task.sharing is None:
         return {"placement": "one process", "ranks": 1, "m": batch}
     m = batch * task.sharing / count
-    return {"placement": task.config.placement, "ranks": count, "m": m}
+    return {"placement": task.config.ranks.placement, "ranks": count, "m": m}
 
 
 def versions(task: Task) -> dict[str, str]:
@@ -164,7 +165,7 @@ def reopen(
             data are others, or a checkpoint is of another run.
         DataError: the data are not there any more.
     """
-    config = replace(of_run(path), device=device, compile="no")
+    config = of_run(path).replace(device=str(choose_device(device)), compile="no")
     recorded.require_one_run(path)
     task, like = assemble(config, read_data(config, display.track, display.warn))
     checkpoints = RunDirectory(run_of(path)).checkpoints(display.warn)
@@ -191,7 +192,7 @@ def _read(
 
 def model_of(task: Task, training: Training) -> samfn.TrainState:
     """Return the state with the weights and statistics that are the run's result."""
-    if task.config.ema_decay is None:
+    if task.config.average.ema_decay is None:
         return training.state
     params, buffers = callbacks.ema_of(training)
     return training.state._replace(params=params, buffers=buffers)

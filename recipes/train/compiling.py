@@ -40,11 +40,11 @@ def decide(
         device: that they are taken on.
         operations: counts the floating-point operations of one gradient.
     """
-    if config.compile == "no":
+    if config.arithmetic.compile == "no":
         return False, "no"
     if missing := missing_compiler(device):
         return False, f"no: {missing}"
-    if config.compile == "yes":
+    if config.arithmetic.compile == "yes":
         return True, "yes"
     if device.type != "cpu":
         return True, "yes, on a GPU"

@@ -11,7 +11,8 @@ from typing import Any
 
 import samfn
 from recipes.errors import ConfigError
-from recipes.settings.config import AS_TOML, CONFIG_FILE, Config, plain_toml, to_toml
+from recipes.settings.config import Config
+from recipes.settings.saved import AS_TOML, CONFIG_FILE, plain_toml, to_toml
 from samfn.storage import files
 
 Row = dict[str, Any]  # one epoch of metrics.jsonl

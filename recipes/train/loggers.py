@@ -217,7 +217,7 @@ def logged(
         name: legible(value, "utf-8") if isinstance(value, str) else value
         for name, value in plain_values(config).items()
     }
-    loggers = Loggers(config.log, run.path, settings, rows, warn)
+    loggers = Loggers(config.recording.log, run.path, settings, rows, warn)
     run.log = loggers.log
     try:
         yield

@@ -75,7 +75,7 @@ def schedule_place(task: Task, training: Training, back: int = 0) -> int:
 
 def prepare(task: Task, training: Training, display: Display) -> None:
     """Compile the step, where it is to be, by a step whose result is dropped."""
-    if task.config.compile == "yes" and training.epoch < task.config.epochs:
+    if task.config.arithmetic.compile == "yes" and training.epoch < task.config.epochs:
         batch = next(augmented(task, training.epoch))
         keep_compiled(display.warn)
         with display.waiting("compiling the training step"):

@@ -42,10 +42,10 @@ def begin(task: Task, state: samfn.TrainState, display: Display) -> samfn.TrainS
         ConfigError: there are none, or they do not fit the network beyond its last layer.
     """
     config = task.config
-    if config.weights == "none":
+    if config.network.weights == "none":
         return state
-    path = Path(config.weights)
-    if config.weights == "default":
+    path = Path(config.network.weights)
+    if config.network.weights == "default":
         path = fetch(config.model, display)
     given = rename(read(path), networks.AUXILIARY.get(config.model, ()))
     head = networks.head_of(task.model)

@@ -16,15 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from recipes.errors import ConfigError
-from recipes.settings.config import (
-    CONFIG_FILE,
-    Config,
-    differing,
-    of_run,
-    plain_values,
-    read_toml,
-    run_of,
-)
+from recipes.settings.config import Config, differing, plain_values
+from recipes.settings.saved import CONFIG_FILE, of_run, read_toml, run_of
 from recipes.train.directory import Row, RunDirectory, parsed
 from samfn.storage import tensorfile
 
@@ -158,7 +151,7 @@ def holds_best_model(directory: RunDirectory, config: Config) -> bool:
         model, _ = tensorfile.read(directory.weights)
     except (FileNotFoundError, tensorfile.CorruptError):
         return False
-    average = "" if config.ema_decay is None else "metadata/memory.ema/"
+    average = "" if config.average.ema_decay is None else "metadata/memory.ema/"
     for path in directory.checkpoints().best(best_by(config)):
         with contextlib.suppress(FileNotFoundError, tensorfile.CorruptError):
             tensors, _ = tensorfile.read(path)
@@ -211,7 +204,7 @@ def _settings_of(run: Path) -> list[dict[str, Any]]:
     found = []
     for path in paths:
         try:
-            found.append(plain_values(Config(**read_toml(path))))
+            found.append(plain_values(Config.of(read_toml(path))))
         except ConfigError:
             if path == paths[0]:
                 raise
@@ -220,20 +213,12 @@ def _settings_of(run: Path) -> list[dict[str, Any]]:
 
 def is_own(settings: Mapping[str, Any], run: Path) -> bool:
     """Return whether these are the settings of a run, or some that it had before."""
-    return not all(_differing(settings, values) for values in _settings_of(run))
-
-
-def _differing(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    found = differing(theirs, ours)
-    found.pop("compile", None)  # only rounds
-    return found
+    return not all(differing(settings, values) for values in _settings_of(run))
 
 
 def _require_own(one: Said, settings: Sequence[Mapping[str, Any]]) -> None:
     """Raise unless a checkpoint was trained with one of these settings."""
-    differ = [_differing(one.settings, values) for values in settings]
+    differ = [differing(one.settings, values) for values in settings]
     if all(differ):
         listed = "; ".join(
             f"{name} is {theirs!r} in it and {ours!r} there"
@@ -292,18 +277,18 @@ def is_whole(row: Row, last: int) -> bool:
 
 def chosen_by(config: Config) -> str:
     """Return the split that the best epoch is chosen by."""
-    return "validation" if config.validation else "test"
+    return "validation" if config.images.validation else "test"
 
 
 def column(config: Config, split: str) -> str:
     """Return the column of the accuracy that counts, the average's if there is one."""
-    average = "" if config.ema_decay is None else "ema_"
+    average = "" if config.average.ema_decay is None else "ema_"
     return f"{average}{split}_accuracy"
 
 
 def best_by(config: Config) -> str:
     """Return the name of the score that the best checkpoint is chosen by."""
-    return "score" if config.ema_decay is None else "ema"
+    return "score" if config.average.ema_decay is None else "ema"
 
 
 def _has_ended(config: Config, rows: Sequence[Row], newest: Said | None) -> bool:
@@ -312,7 +297,8 @@ def _has_ended(config: Config, rows: Sequence[Row], newest: Said | None) -> bool
         return False
     by, done = column(config, chosen_by(config)), int(rows[-1]["epoch"])
     best = int(max(rows, key=lambda row: float(row[by]))["epoch"])
-    waited = config.patience is not None and done - best >= config.patience
+    patience = config.stopping.patience
+    waited = patience is not None and done - best >= patience
     return waited or done >= config.epochs
 
 

@@ -4,7 +4,7 @@ import contextlib
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import torch
 import samfn
 from recipes import errors, plots
 from recipes.errors import ConfigError
-from recipes.settings.config import CONFIG_FILE, PROGRAM, Config, run_of
+from recipes.settings.command_line import PROGRAM
+from recipes.settings.config import Config
+from recipes.settings.resolve import configure
+from recipes.settings.saved import CONFIG_FILE, run_of
 from recipes.terminal import cli
 from recipes.terminal.console import Display
 from recipes.terminal.hardware import lacks_memory
@@ -42,20 +45,22 @@ from samfn.training.loop import Training
 BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam"}
 
 
-def start(parsed: Callable[[Callable[[str], None]], Config], program: str = PROGRAM) -> int:
+def start(args: Sequence[str] | None, program: str = PROGRAM, *, base: str = "auto") -> int:
     """Do what a command that trains is there for; return its exit code.
 
     Args:
-        parsed: (what is told a line) -> the settings, as `parse` reads them.
-        program: the command in the lines that say how to go on.
+        args: its flags; None takes those that it was called with.
+        program: the command in its help, and in the lines that say how to go on.
+        base: the preset where none is named.
     """
 
     def body(display: Display, signals: Signals) -> int:
-        config = parsed(display.say)
+        config = configure(args, display.say, program=program, base=base)
         kind: Any = torch.device(config.device).type
+        timeout = config.ranks.timeout
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(distributed.ranks(timeout=config.timeout, kind=kind))
+                stack.enter_context(distributed.ranks(timeout=timeout, kind=kind))
             except ValueError as error:
                 raise ConfigError(f"torchrun --nproc-per-node: {error}") from error
             # Before any rank writes, all have read what there is.
@@ -85,9 +90,9 @@ def run(
                 " not what SAM reaches. --preset davda54 and foret2021 are the real ones."
             )
         display.facts("samfn", describe(task))
-        if config.dry_run:
+        if config.call.dry_run:
             return try_out(task, state, display)
-        if config.eval_only:
+        if config.call.eval_only:
             return evaluate_best(task, state, display)
         return train_and_report(task, state, display, signals, program)
     except (MemoryError, RuntimeError) as error:
@@ -132,7 +137,7 @@ def train_and_report(
     """Train, from the start or from where a run stopped, and leave a run behind."""
     with _opened(task, state, display) as (directory, training), writing():
         started = time.perf_counter()
-        count = task.config.average_best or 1
+        count = task.config.average.average_best or 1
         checkpoints = directory.checkpoints(display.warn, keep_best=count)
         keeper = Keeper(task, checkpoints, display.warn)
         first = distributed.rank() == distributed.FIRST
@@ -151,7 +156,7 @@ def train_and_report(
             return 128 + (signals.stop or signal.SIGINT)
         best = _export(task, directory, state, display)
         facts = summarise(task, directory, best, seconds, program)
-        if task.config.average_best is not None:
+        if task.config.average.average_best is not None:
             facts |= _average(task, directory, checkpoints, state)
         display.facts("done", facts)
     return 0
@@ -258,7 +263,7 @@ def _export(
     state = model_of(task, best)
     trained = task.model, state.params, state.buffers
     samfn.export_weights(directory.weights, *trained)
-    if task.config.export:
+    if task.config.recording.export:
         inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
         samfn.export_program(directory.program, *trained, inputs)
     return best.row
@@ -285,16 +290,16 @@ def _average(
 def name(config: Config) -> str:
     """Return how the training algorithm is called in titles."""
     if config.rho == 0:
-        return BASES[config.optimizer]
+        return BASES[config.descent.optimizer]
     text = f"{config.method}, rho {config.rho:g}"
-    if config.rho_schedule != "constant":
-        text += f" to {config.rho_final:g} {config.rho_schedule}"
+    if config.perturbation.rho_schedule != "constant":
+        text += f" to {config.perturbation.rho_final:g} {config.perturbation.rho_schedule}"
     return text
 
 
 def new_name(config: Config) -> Path:
     """Return a new directory below runs/, named for what is run and when."""
-    method = config.optimizer if config.rho == 0 else config.method
+    method = config.descent.optimizer if config.rho == 0 else config.method
     method = "-".join(re.findall(r"[\w.]+", method))
     stamp = time.strftime("%Y%m%d-%H%M%S")
     parts = (stamp, config.data, config.model, method, f"seed{config.seed}")
@@ -303,10 +308,11 @@ def new_name(config: Config) -> Path:
 
 def describe(task: Task) -> dict[str, str]:
     """Return what the banner says of a run."""
-    config = task.config
+    config, base = task.config, BASES[task.config.descent.optimizer]
+    how, noise = config.selection, config.images.label_noise
     counts = [parameter.numel() for parameter in task.model.parameters()]
     size = f"{sum(counts):,} parameters"
-    if config.freeze:
+    if config.network.freeze:
         trained = [p.numel() for p in task.model.parameters() if p.requires_grad]
         size += f", of which the last layer's {sum(trained):,} train"
     height, width = task.train_images.shape[2:]
@@ -316,9 +322,10 @@ def describe(task: Task) -> dict[str, str]:
         "model": f"{config.model}, {size}",
         "method": name(config),
         "training": f"{config.epochs} epochs of {task.steps_per_epoch} steps, batch"
-        f" {config.batch_size}, {BASES[config.optimizer]}, lr {config.lr:g}"
-        f" {config.schedule}, preset {config.preset}",
-        "device": f"{task.device}, {config.precision}, torch {torch.__version__}",
+        f" {config.batch_size}, {base}, lr {config.lr:g} {config.learning_rate.schedule},"
+        f" preset {config.preset}",
+        "device": f"{task.device}, {config.arithmetic.precision},"
+        f" torch {torch.__version__}",
         "compiled": task.compiling,
     }
     if task.sharing is not None:
@@ -327,10 +334,10 @@ def describe(task: Task) -> dict[str, str]:
             f"{found['ranks']}, placement {found['placement']}: a perturbation for each"
             f" m = {found['m']:g} of {config.batch_size} images"
         )
-    if config.select != "all":
-        facts["images"] = f"{config.select}, a scan every {config.select_every} epochs"
-    if config.label_noise:
-        facts["label noise"] = f"{config.label_noise:.0%} of the training labels are wrong"
+    if how.select != "all":
+        facts["images"] = f"{how.select}, a scan every {how.select_every} epochs"
+    if noise:
+        facts["label noise"] = f"{noise:.0%} of the training labels are wrong"
     return facts
 
 
@@ -347,14 +354,16 @@ def summarise(
         return {"files": str(directory.path), "model": str(directory.weights)}
     by = recorded.column(config, recorded.chosen_by(config))
     best = best or max(rows, key=lambda row: row[by])
-    of = "" if config.ema_decay is None else " of the average"
+    of = "" if config.average.ema_decay is None else " of the average"
     test = recorded.column(config, "test")
-    plain = f"plain {BASES[config.optimizer]}"
+    plain = f"plain {BASES[config.descent.optimizer]}"
     other, compared = ("0", plain) if config.rho else ("0.05", "SAM")
     where, again = quoted(directory.path), quoted(directory.path / CONFIG_FILE)
     counted = [row for row in rows if "step" in row]
     spared = (
-        {"skipped": selection.summarise(task, counted)} if config.select != "all" else {}
+        {"skipped": selection.summarise(task, counted)}
+        if config.selection.select != "all"
+        else {}
     )
     return {
         "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",

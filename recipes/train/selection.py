@@ -30,25 +30,24 @@ def chosen(task: Task, training: Training) -> Tensor:
 
     All are it before the first scan, and where fewer would be left than make a batch.
     """
-    config, memory = task.config, training.memory
+    how, memory = task.config.selection, training.memory
     everyone = torch.arange(len(task.train_labels))
-    source = generator(config.seed, "selection", training.epoch)
+    source = generator(task.config.seed, "selection", training.epoch)
     # A run may be resumed with another selection than it had.
-    if config.select == "easy-skipped" and COUNTS in memory:
-        counts, limit = memory[COUNTS].cpu(), config.easy_scans
-        found = sampling.kept(counts, source, limit=limit, replay=config.easy_replay)
-    elif config.select in ("loss", "sharpness") and SCORES in memory:
-        share = config.select_share
-        found = sampling.draw(memory[SCORES].cpu(), share, source).sort().values
+    if how.select == "easy-skipped" and COUNTS in memory:
+        counts, limit = memory[COUNTS].cpu(), how.easy_scans
+        found = sampling.kept(counts, source, limit=limit, replay=how.easy_replay)
+    elif how.select in ("loss", "sharpness") and SCORES in memory:
+        found = sampling.draw(memory[SCORES].cpu(), how.select_share, source).sort().values
     else:
         return everyone
-    return found if len(found) >= config.batch_size else everyone
+    return found if len(found) >= task.config.batch_size else everyone
 
 
 def is_due(config: Config, epoch: int) -> bool:
     """Return whether a scan ends an epoch, counted from 0; the last one needs none."""
-    last = epoch + 1 >= config.epochs
-    return config.select != "all" and (epoch + 1) % config.select_every == 0 and not last
+    how, done = config.selection, epoch + 1
+    return how.select != "all" and done % how.select_every == 0 and done < config.epochs
 
 
 def scan(
@@ -70,20 +69,20 @@ def scan(
     Raises:
         StopError: `stopping` said so.
     """
-    config, given = task.config, (state.params, state.buffers)
+    how, given = task.config.selection, (state.params, state.buffers)
     rows = own(len(task.train_labels))
     images = clean(task, task.train_images[rows], task.train_labels[rows], stopping)
-    if config.select == "loss":
+    if how.select == "loss":
         losses = per_example.losses(*given, images, loss_fn=task.eval_fn)
         return {SCORES: distributed.concatenated(losses)}
-    if config.select == "sharpness":
+    if how.select == "sharpness":
         grown = torch.cat([*_sharpness(task, state, images, rho)])
         return {SCORES: distributed.concatenated(grown)}
-    confidence = config.easy_confidence
+    confidence = how.easy_confidence
     easy = per_example.easy(*given, images, loss_fn=task.eval_fn, confidence=confidence)
     easy = distributed.concatenated(easy)
     counts = memory.get(COUNTS, sampling.init(len(easy), task.device))
-    return {COUNTS: sampling.update(counts, easy, limit=config.easy_scans)}
+    return {COUNTS: sampling.update(counts, easy, limit=how.easy_scans)}
 
 
 def summarise(task: Task, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,8 @@ import pytest
 from recipes import compare as recipe
 from recipes import plots, sharpness
 from recipes.cifar_wrn import main as train
-from recipes.settings.config import parse, to_toml
+from recipes.settings.resolve import configure
+from recipes.settings.saved import to_toml
 from recipes.study.groups import differing, grouped
 from recipes.study.report import PASSES, unlike
 from recipes.terminal.console import Display
@@ -39,7 +40,7 @@ def pictures():
 def made(path, flags="", rows=ROWS, **more):
     """Leave what a run on the digits leaves, but for checkpoints."""
     path.mkdir(parents=True)
-    config = parse(["--data", "digits", "--epochs", "3", *flags.split()])
+    config = configure(["--data", "digits", "--epochs", "3", *flags.split()])
     (path / "config.toml").write_text(to_toml(config))
     lines = [
         {

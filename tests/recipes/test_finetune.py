@@ -16,7 +16,8 @@ from recipes.data.sources import load
 from recipes.errors import ConfigError
 from recipes.finetune import main
 from recipes.models import networks
-from recipes.settings.config import parse, read_toml
+from recipes.settings.resolve import configure
+from recipes.settings.saved import read_toml
 from recipes.terminal.console import Display
 from recipes.train import batches, pretrained
 from recipes.train.build import assemble, read_data
@@ -100,7 +101,7 @@ def test_the_landscape_is_drawn(learned, tmp_path):
 
 def started(images, *more):
     """Return a task, and the state that it begins with."""
-    config = parse(flags(images, "--model", TINY, *more), base="finetune")
+    config = configure(flags(images, "--model", TINY, *more), base="finetune")
     task, state = assemble(config, read_data(config, lambda items, *_: items, print))
     return task, state, pretrained.begin(task, state, Display())
 
@@ -211,7 +212,7 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_file(
 ):
     file, run = tmp_path / "file.pth", tmp_path / "run"
     file.write_bytes(published.read_bytes())
-    config = parse(flags(images, *short(file)), base="finetune")
+    config = configure(flags(images, *short(file)), base="finetune")
     with RunDirectory.create(run, config):
         pass
     assert main(["--resume", str(run)]) == 0
@@ -389,8 +390,8 @@ def test_what_is_downloaded_is_verified_by_its_name_and_size(offered, monkeypatc
 
 def test_the_preset_takes_the_size_that_the_weights_are_for(images):
     def side(*more, base="finetune"):
-        config = parse(["--data-dir", str(images), *more], base=base)
-        return config.preset, config.model, config.image_size, config.weights
+        config = configure(["--data-dir", str(images), *more], base=base)
+        return config.preset, config.model, config.images.image_size, config.network.weights
 
     assert side() == ("finetune", "resnet18", 224, "default")
     assert side("--model", "efficientnet_b1")[2] == 240
@@ -400,8 +401,8 @@ def test_the_preset_takes_the_size_that_the_weights_are_for(images):
     assert vit == ("finetune", "vit_b_16", 224, "default")
     wide = side("--model", "wrn-10-1", "--weights", "none")
     assert wide == ("finetune", "wrn-10-1", None, "none")
-    digits = parse(["--data", "digits", "--weights", "none"], base="finetune")
-    assert digits.image_size is None  # They are not resized.
+    digits = configure(["--data", "digits", "--weights", "none"], base="finetune")
+    assert digits.images.image_size is None  # They are not resized.
 
 
 def test_what_is_wrong_with_the_name_comes_first(capsys):
@@ -429,7 +430,7 @@ def test_the_help_is_that_of_the_command(capsys):
 
 
 def test_batches_of_large_images_are_made_few_at_a_time(monkeypatch):
-    config = parse(["--data", "digits", "--batch-size", "40"])
+    config = configure(["--data", "digits", "--batch-size", "40"])
     task, _ = assemble(config, load("digits"))
     made = []
     real = batches.augment.random_crop_flip
@@ -458,7 +459,7 @@ def test_random_parts_are_taken_where_they_are_asked_for():
     still = ["--data", "digits", "--crop-padding", "0", "--no-flip"]
     first = []
     for scale in ("1", "0.3"):
-        task, _ = assemble(parse([*still, "--crop-scale", scale]), load("digits"))
+        task, _ = assemble(configure([*still, "--crop-scale", scale]), load("digits"))
         first.append(next(batches.augmented(task, 0)))
     images = task.train_images[batches.order(task, 0)[0]]
     plain = batches.augment.normalise(images, task.mean, task.std)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from recipes import label_noise, plots
-from recipes.settings.config import of_run, parse
+from recipes.settings.resolve import configure
+from recipes.settings.saved import of_run
 from recipes.study.groups import Spread, percent
 from tests.recipes.study.test_report import group, rows_of
 
@@ -38,7 +39,7 @@ def test_each_method_meets_each_noise(studied):
     assert {*runs} == {(name, share) for name in ("SGD", "sam") for share in (0, 0.5)}
     for (name, share), run in runs.items():
         config = of_run(Path(run["path"]))
-        assert config.label_noise == share
+        assert config.images.label_noise == share
         expected = ("sam", 0.0) if name == "SGD" else ("every(sam, 2)", 0.2)
         assert (config.method, config.rho) == expected
 
@@ -103,7 +104,7 @@ def test_the_last_epoch_is_solid_and_the_best_dashed(tmp_path, monkeypatch):
 
 def test_the_defaults_are_the_noise_of_the_paper_and_sgd_among_three_methods():
     settings = label_noise.Settings()
-    arms = label_noise.arms(settings, lambda: parse(FLAGS))
+    arms = label_noise.arms(settings, lambda: configure(FLAGS))
     assert settings.noise == (0.0, 0.2, 0.4, 0.6, 0.8)
     assert len(arms) == 20
     assert [(config.method, config.rho) for _, config in arms[:4]] == [

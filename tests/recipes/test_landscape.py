@@ -15,7 +15,8 @@ import samfn
 from recipes import landscape as recipe
 from recipes import plots
 from recipes.data.sources import load
-from recipes.settings.config import of_run, parse
+from recipes.settings.resolve import configure
+from recipes.settings.saved import of_run
 from recipes.study import runs as solutions
 from recipes.terminal.console import Display
 from recipes.train.build import assemble
@@ -293,7 +294,7 @@ def test_names_are_the_shortest_that_differ(tmp_path, flags, names):
 
 
 def recipe_config(flags):
-    return parse(["--data", "digits", *flags.split()])
+    return configure(["--data", "digits", *flags.split()])
 
 
 WRONG = [

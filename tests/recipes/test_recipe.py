@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 import samfn
 from recipes.cifar_wrn import main
 from recipes.data.sources import hold_out, load
-from recipes.settings.config import Config, parse, read_toml
+from recipes.settings.config import Config
+from recipes.settings.resolve import configure
+from recipes.settings.saved import read_toml
 from recipes.train import loop, running
 from recipes.train.build import assemble, generator
 from recipes.train.directory import RunDirectory
@@ -180,7 +182,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, varia
 
 
 def fresh(run):
-    config = parse(["--resume", str(run)])
+    config = configure(["--resume", str(run)])
     return assemble(config, load("digits"))[1]
 
 
@@ -214,9 +216,11 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path):
 
 
 def test_a_run_without_perturbation_is_called_by_its_optimizer():
-    names = [running.name(Config(rho=0, optimizer=o)) for o in ("sgd", "adamw")]
+    names = [running.name(Config().replace(rho=0, optimizer=o)) for o in ("sgd", "adamw")]
     assert names == ["SGD", "AdamW"]
-    assert running.new_name(Config(rho=0, optimizer="adam")).name.endswith("-adam-seed0")
+    assert running.new_name(Config().replace(rho=0, optimizer="adam")).name.endswith(
+        "-adam-seed0"
+    )
 
 
 def test_one_command_begins_a_run_goes_on_with_it_and_shows_its_end(
@@ -314,12 +318,12 @@ def test_every_schedule_and_augmentation_trains(tmp_path, capsys, flags):
 
 
 def test_label_noise_lowers_training_and_never_touches_the_test_set(tmp_path):
-    config = parse([*SMALL, "--label-noise", "0.4"])
+    config = configure([*SMALL, "--label-noise", "0.4"])
     digits = load("digits")
     task, _ = assemble(config, digits)
     assert (task.train_labels != digits.train_labels).sum() == round(0.4 * 1437)
     assert torch.equal(task.test.labels, digits.test_labels)
-    clean = parse([*SMALL, "--label-noise", "0.4", "--validation", "0.1"])
+    clean = configure([*SMALL, "--label-noise", "0.4", "--validation", "0.1"])
     task, _ = assemble(clean, digits)
     source = generator(clean.seed, "validation")
     held = hold_out(digits, 0.1, source)[2]
@@ -346,7 +350,7 @@ def test_resuming_what_is_no_run_is_an_error(tmp_path, capsys):
 
 
 def test_a_run_without_checkpoint_starts_anew(tmp_path, capsys):
-    with RunDirectory.create(tmp_path / "run", parse(SMALL)):
+    with RunDirectory.create(tmp_path / "run", configure(SMALL)):
         pass
     assert main(["--resume", str(tmp_path / "run"), "--eval-only"]) == 2
     assert "holds no checkpoint of a whole epoch" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from recipes import compare, finetune
 from recipes import sharpness as recipe
 from recipes.cifar_wrn import main as train
 from recipes.settings import method_expression
-from recipes.settings.config import of_run
+from recipes.settings.saved import of_run
 from recipes.study.runs import digest, read
 from recipes.terminal.console import Display
 from recipes.train.build import generator

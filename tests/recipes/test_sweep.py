@@ -3,7 +3,7 @@
 import pytest
 
 from recipes import plots, sweep
-from recipes.settings.config import parse
+from recipes.settings.resolve import configure
 from recipes.study.groups import Spread, percent
 from recipes.study.report import write
 from recipes.train import running
@@ -11,7 +11,7 @@ from tests.recipes.study.test_report import group, rows_of
 
 FLAGS = ["--data", "digits", "--epochs", "1", "--batch-size", "256"]
 OWN = ["--rhos", "0.2", "0", "--methods", "sam", "asam(0.01)", "--seeds", "2"]
-CONFIG = parse(FLAGS)
+CONFIG = configure(FLAGS)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from recipes import cifar_wrn
 from recipes.errors import ConfigError
-from recipes.settings.config import parse
+from recipes.settings.resolve import configure
 from recipes.train.build import assemble, read_data
 from recipes.train.callbacks import Meter
 from tests import ROOT, commands
@@ -216,7 +216,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path):
 
 
 def sums_that_go_on():
-    config = parse(DIGITS)
+    config = configure(DIGITS)
     task, _ = assemble(config, read_data(config, lambda items, *_: items, print))
     meter = Meter(task)
     meter.begin({"sums": SUMS, "seconds": 2.0})
@@ -238,7 +238,7 @@ def test_another_number_of_ranks_and_another_m_are_told(whole, capsys):
 
 
 def refuse(flags):
-    config = parse([*DIGITS, *flags])
+    config = configure([*DIGITS, *flags])
     try:
         assemble(config, read_data(config, lambda items, *_: items, print))
     except ConfigError as error:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from recipes.data import cifar, sources
 from recipes.data.folders import SPLITS
-from recipes.errors import DataError
+from recipes.errors import ConfigError, DataError
+from recipes.settings.resolve import configure
 from tests.samfn.storage.test_files import holding
 
 
@@ -167,6 +168,19 @@ def test_a_download_that_fails_leaves_the_digits(tmp_path, monkeypatch):
     assert source == "digits"
     assert "no download (cannot read or download cifar10" in line
     assert "expected an https address" in line
+
+
+def test_what_is_wrong_is_told_before_anything_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fetched = []
+    monkeypatch.setattr(cifar, "fetch", lambda *args: fetched.append(args))
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.status = 200
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr(cifar, "SERVER", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ConfigError, match="--rho: expected a finite number"):
+            configure(["--rho", "-1"])
+    assert fetched == []
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

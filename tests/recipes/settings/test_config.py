@@ -8,16 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipes.errors import ConfigError
-from recipes.settings.config import (
-    Config,
-    choose_device,
-    parse,
-    plain_values,
-    read_toml,
-    require_same_settings,
-    to_toml,
-)
+from recipes.roles import EXACT, KEPT, Role
+from recipes.settings.config import SETTINGS, Config, differing, of_roles, plain_values
 from recipes.settings.presets import PRESETS
+from recipes.settings.resolve import choose_device, configure, require_same_settings
+from recipes.settings.saved import read_toml, to_toml
+from tests import ROOT
 
 DIGITS = ["--data", "digits"]
 BEST = str(choose_device("auto"))
@@ -130,14 +126,46 @@ NEEDS = {
 
 
 def test_every_field_is_covered_here():
-    assert list(FLAGS) == [field.name for field in dataclasses.fields(Config)]
+    assert FLAGS.keys() == SETTINGS.keys()
+
+
+def test_every_setting_has_a_role():
+    roles = {
+        role: {name for name, found in SETTINGS.items() if found.role is role}
+        for role in Role
+    }
+    assert {*SETTINGS} == set().union(*roles.values())
+    result = roles.pop(Role.RESULT)
+    assert {"rho", "momentum", "epochs", "patience", "precision", "monitor"} <= result
+    assert {role.name: " ".join(sorted(names)) for role, names in roles.items()} == {
+        "ONE_RUN": "auto_resume dry_run eval_only output resume resume_override",
+        "CALL": "config export timeout",
+        "FREE": "allow_modified_data average_best data_dir device log max_skipped"
+        " on_write_error preset save_steps",
+        "ROUNDING": "compile",
+        "FIXED": "batch_size data freeze image_size label_noise layout model seed"
+        " validation weights",
+    }
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_role_decides_what_matters(role):
+    name = next(name for name, found in SETTINGS.items() if found.role is role)
+    before = plain_values(Config())
+    now = before | {name: "other"}
+    decides = role in (Role.RESULT, Role.FIXED)
+    assert differing(before, now) == ({name: (before[name], "other")} if decides else {})
+    exact = decides or role is Role.ROUNDING
+    assert [*differing(before, now, EXACT)] == [name] * exact
+    kept = role not in (Role.ONE_RUN, Role.CALL)
+    assert (name in of_roles(before, KEPT)) == kept
 
 
 def test_images_that_are_too_small_are_refused(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
     with pytest.raises(ConfigError, match="--image-size: expected at least 4 pixels"):
-        parse(["--data-dir", str(tmp_path), "--image-size", "3"])
+        configure(["--data-dir", str(tmp_path), "--image-size", "3"])
 
 
 @pytest.mark.parametrize("name", [name for name, value in FLAGS.items() if value])
@@ -150,28 +178,30 @@ def test_every_flag_sets_its_field_and_no_other(name):
         args = [f"--{flag}" if expected else f"--no-{flag}"]
     else:
         args = [f"--{flag}", *text.split()]
-    given, before = parse([*base, *args]), parse(base)
-    assert getattr(given, name) == expected
-    assert dataclasses.replace(given, **{name: getattr(before, name)}) == before
+    given, before = configure([*base, *args]), configure(base)
+    assert given.flat()[name] == expected
+    assert given.replace(**{name: before.flat()[name]}) == before
 
 
 def test_without_preset_the_defaults_are_those_of_the_class():
-    expected = Config(preset="none", data="digits", **RESOLVED)
-    assert parse(["--preset", "none", *DIGITS]) == expected
+    expected = Config.of({"preset": "none", "data": "digits"} | RESOLVED)
+    assert configure(["--preset", "none", *DIGITS]) == expected
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_set_what_they_say_and_flags_override_them(preset):
-    config = parse(["--preset", preset, "--seed", "9", *DIGITS])
+    config = configure(["--preset", preset, "--seed", "9", *DIGITS])
     values = PRESETS[preset]
     # Without CIFAR and network, the images are digits whatever the preset.
     resolved = {"preset": preset, "seed": 9, "data": "digits"}
-    assert config == Config(**values | resolved | RESOLVED)
-    assert parse(["--preset", preset, "--epochs", "3", *DIGITS]).epochs == 3
+    assert config == Config.of(values | resolved | RESOLVED)
+    assert configure(["--preset", preset, "--epochs", "3", *DIGITS]).epochs == 3
 
 
 def test_presets_are_the_published_settings():
-    foret, foret100 = (parse(["--preset", p]) for p in ("foret2021", "foret2021-cifar100"))
+    foret, foret100 = (
+        configure(["--preset", p]) for p in ("foret2021", "foret2021-cifar100")
+    )
     shared = ("wrn-28-10", 200, 256, 0.1, 5e-4, "cosine")
     for config in (foret, foret100):
         assert shared == (
@@ -179,34 +209,37 @@ def test_presets_are_the_published_settings():
             config.epochs,
             config.batch_size,
             config.lr,
-            config.weight_decay,
-            config.schedule,
+            config.descent.weight_decay,
+            config.learning_rate.schedule,
         )
     assert (foret.rho, foret100.rho, foret100.data) == (0.05, 0.1, "cifar100")
-    assert foret.nesterov
-    assert foret.clip_norm == 5.0
-    sairam = parse(["--preset", "sairam"])
+    assert foret.descent.nesterov
+    assert foret.descent.clip_norm == 5.0
+    sairam = configure(["--preset", "sairam"])
     assert (sairam.model, sairam.epochs, sairam.batch_size) == ("wrn-28-10", 200, 128)
-    assert (sairam.lr, sairam.momentum, sairam.weight_decay) == (0.1, 0.9, 5e-4)
-    assert (sairam.schedule, sairam.lr_final, sairam.rho) == ("cosine", 0.0, 0.05)
-    assert (sairam.cutout, sairam.label_smoothing, sairam.nesterov) == (0, 0.0, False)
-    davda, adaptive = (parse(["--preset", p]) for p in ("davda54", "davda54-adaptive"))
+    assert (sairam.lr, sairam.rho, sairam.augmentation.cutout) == (0.1, 0.05, 0)
+    descent, rates = sairam.descent, sairam.learning_rate
+    assert (descent.momentum, descent.weight_decay) == (0.9, 5e-4)
+    assert (descent.label_smoothing, descent.nesterov) == (0.0, False)
+    assert (rates.schedule, rates.lr_final) == ("cosine", 0.0)
+    davda, adaptive = (configure(["--preset", p]) for p in ("davda54", "davda54-adaptive"))
     assert (davda.method, davda.rho) == ("sam", 0.05)
     assert (adaptive.method, adaptive.rho) == ("asam(0.0, adapts=everything)", 2.0)
     for config in (davda, adaptive):
-        assert (config.layout, config.cutout, config.schedule) == ("davda54", 16, "step")
+        assert (config.network.layout, config.augmentation.cutout) == ("davda54", 16)
+        assert config.learning_rate.schedule == "step"
         # 0.1 / 9 for each of nine wrong classes is his 0.1 spread over them.
-        assert config.label_smoothing / 10 == pytest.approx(0.1 / 9)
+        assert config.descent.label_smoothing / 10 == pytest.approx(0.1 / 9)
 
 
 def test_digits_on_their_own_take_the_preset_for_digits():
-    assert parse(DIGITS).preset == "digits"
+    assert configure(DIGITS).preset == "digits"
 
 
 def test_a_cpu_takes_the_small_preset_for_images(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
-    config = parse(["--data-dir", str(tmp_path), "--device", "cpu"])
+    config = configure(["--data-dir", str(tmp_path), "--device", "cpu"])
     assert config.preset == "small"
     assert config.model == PRESETS["small"]["model"]
 
@@ -214,7 +247,7 @@ def test_a_cpu_takes_the_small_preset_for_images(tmp_path):
 def test_a_file_overrides_the_preset_and_flags_override_the_file(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text('data = "digits"\nepochs = 7\nlr = 1\nmodel = "wrn-16-1"\n')
-    config = parse(["--config", str(file), "--epochs", "8"])
+    config = configure(["--config", str(file), "--epochs", "8"])
     assert (config.preset, config.batch_size) == ("digits", 64)
     assert (config.epochs, config.lr, config.model) == (8, 1, "wrn-16-1")
 
@@ -227,7 +260,7 @@ paths = st.text(
 
 @given(
     st.builds(
-        Config,
+        lambda **values: Config().replace(**values),
         data_dir=st.none() | paths,
         clip_norm=st.none() | st.floats(1e-9, 1e9),
         lr=st.floats(1e-9, 1e9),
@@ -243,67 +276,82 @@ paths = st.text(
 def test_what_is_written_is_read_back(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("toml") / "c.toml"
     path.write_text(to_toml(config))
-    assert Config(**read_toml(path)) == dataclasses.replace(config, preset="none")
+    assert Config.of(read_toml(path)) == dataclasses.replace(config, preset="none")
     tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def test_milestones_pass_through_files_checkpoints_and_flags(tmp_path):
     flags = ["--schedule", "step", "--milestones", "1", "2", "--epochs", "3"]
-    config = parse([*DIGITS, *flags])
+    config = configure([*DIGITS, *flags])
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config))
-    assert parse(["--config", str(path), "--milestones", "None"]).milestones is None
-    resumed = parse(["--resume", str(tmp_path)])
-    assert resumed.milestones == config.milestones == (1, 2)
+    assert (
+        configure(["--config", str(path), "--milestones", "None"]).learning_rate.milestones
+        is None
+    )
+    resumed = configure(["--resume", str(tmp_path)])
+    assert resumed.learning_rate.milestones == config.learning_rate.milestones == (1, 2)
     # As a checkpoint's JSON gives them back.
     before = json.loads(json.dumps(plain_values(resumed)))
     require_same_settings(before, resumed)
-    other = dataclasses.replace(resumed, milestones=(1,))
+    other = resumed.replace(milestones=(1,))
     with pytest.raises(ConfigError, match=r"milestones was \[1, 2\], is now \[1\]"):
         require_same_settings(before, other)
 
 
+def test_a_file_of_an_older_version_is_read():
+    expected = Config.of(
+        PRESETS["digits"]
+        | {"preset": "none", "precision": "float32", "device": "cpu", "schedule": "step"}
+        | {"milestones": (10, 20), "ema_decay": 0.9, "log": ("tensorboard",)}
+    )
+    found = read_toml(ROOT / "tests" / "corpus" / "config_2026-11-26.toml")
+    assert Config.of(found) == expected
+
+
 def test_settings_of_one_call_are_not_written(tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text(to_toml(Config(output=tmp_path, resume=tmp_path, dry_run=True)))
-    assert Config(**read_toml(path)) == Config(preset="none")
+    path.write_text(
+        to_toml(Config().replace(output=tmp_path, resume=tmp_path, dry_run=True))
+    )
+    assert Config.of(read_toml(path)) == Config(preset="none")
 
 
 def test_a_file_is_checked_with_the_flags_that_complete_it(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("warmup_epochs = 100\n")
-    config = parse([*DIGITS, "--config", str(file), "--epochs", "200"])
-    assert (config.warmup_epochs, config.epochs) == (100, 200)
+    config = configure([*DIGITS, "--config", str(file), "--epochs", "200"])
+    assert (config.learning_rate.warmup_epochs, config.epochs) == (100, 200)
     with pytest.raises(ConfigError, match="--warmup-epochs: expected 0 to all epochs"):
-        parse([*DIGITS, "--config", str(file)])
+        configure([*DIGITS, "--config", str(file)])
 
 
 def test_settings_are_resolved(tmp_path):
     said = []
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
-    config = parse(["--data-dir", str(tmp_path / "train" / "..")], said.append)
+    config = configure(["--data-dir", str(tmp_path / "train" / "..")], said.append)
     assert (config.data, config.data_dir) == ("folder", tmp_path)
     assert config.device == BEST
     assert said == [f"images in the class folders of {tmp_path}"]
-    config = parse([], said.append)
+    config = configure([], said.append)
     assert (config.data, config.data_dir, config.preset) == ("digits", None, "digits")
     assert "no network" in said[1]
 
 
 @pytest.fixture
 def run(tmp_path):
-    (tmp_path / "config.toml").write_text(to_toml(parse([*DIGITS, "--epochs", "3"])))
+    (tmp_path / "config.toml").write_text(to_toml(configure([*DIGITS, "--epochs", "3"])))
     return ["--resume", str(tmp_path)]
 
 
 def test_a_run_is_resumed_with_its_own_settings(run):
-    expected = parse([*DIGITS, "--epochs", "3"])
-    resumed = parse(run)
+    expected = configure([*DIGITS, "--epochs", "3"])
+    resumed = configure(run)
     assert resumed.resume == Path(run[1])
     assert dataclasses.replace(resumed, resume=None, preset="digits") == expected
-    assert parse([*run, "--epochs", "3"]) == resumed
-    assert parse([*run, "--eval-only"]).eval_only
+    assert configure([*run, "--epochs", "3"]) == resumed
+    assert configure([*run, "--eval-only"]).call.eval_only
 
 
 @pytest.mark.parametrize(
@@ -328,14 +376,14 @@ def test_a_run_is_resumed_with_its_own_settings(run):
 )
 def test_a_run_is_not_resumed_with_other_settings(run, flags, message):
     with pytest.raises(ConfigError, match=message):
-        parse([*run, *flags.split()])
+        configure([*run, *flags.split()])
 
 
 def test_what_does_not_change_the_steps_is_free_and_the_rest_is_overridden(run):
     free = ["--save-steps", "3", "--max-skipped", "7", "--on-write-error", "warn"]
     free += ["--log", "tensorboard"]
-    assert parse([*run, *free]).log == ("tensorboard",)
-    assert parse([*run, "--lr", "0.3", "--resume-override"]).lr == 0.3
+    assert configure([*run, *free]).recording.log == ("tensorboard",)
+    assert configure([*run, "--lr", "0.3", "--resume-override"]).lr == 0.3
 
 
 @pytest.fixture
@@ -345,11 +393,11 @@ def again(tmp_path):
     file.write_text('preset = "digits"\ndata = "auto"\ncrop_padding = 2\n')
     command = ["--auto-resume", "--output", str(run), "--config", str(file)]
     command += ["--epochs", "3", "--compile", "auto", "--precision", "auto"]
-    config = parse(command)
+    config = configure(command)
     assert (config.resume, config.output, config.data) == (None, run, "digits")
     run.mkdir()
     # As a run writes it, which has decided whether it compiles.
-    written = to_toml(dataclasses.replace(config, compile="no"))
+    written = to_toml(config.replace(compile="no"))
     (run / "config.toml").write_text(written)
     return command, run, written
 
@@ -357,35 +405,40 @@ def again(tmp_path):
 def test_a_command_that_resumes_by_itself_can_be_given_again(again):
     command, run, written = again
     for flags in ([], ["--preset", "digits"], ["--data", "digits"], ["--device", "auto"]):
-        config = parse([*command, *flags])
+        config = configure([*command, *flags])
         assert config.resume == run
         assert to_toml(config) == written
     # What a preset names counts as if it were said.
     with pytest.raises(ConfigError, match="model was 'wrn-10-1', is now 'wrn-16-8'"):
-        parse([*command, "--preset", "davda54"])
-    assert parse([*command, "--preset", "digits", "--max-skipped", "9"]).max_skipped == 9
+        configure([*command, "--preset", "davda54"])
+    assert (
+        configure(
+            [*command, "--preset", "digits", "--max-skipped", "9"]
+        ).stopping.max_skipped
+        == 9
+    )
 
 
 def test_a_command_that_resumes_by_itself_keeps_the_rules_of_resuming(again):
     command, run, _ = again
     with pytest.raises(ConfigError, match=r"other settings: lr was 0\.1, is now 0\.3"):
-        parse([*command, "--lr", "0.3"])
-    assert parse([*command, "--lr", "0.3", "--resume-override"]).lr == 0.3
+        configure([*command, "--lr", "0.3"])
+    assert configure([*command, "--lr", "0.3", "--resume-override"]).lr == 0.3
     with pytest.raises(ConfigError, match="go on so: seed was 0, is now 5"):
-        parse([*command, "--seed", "5", "--resume-override"])
+        configure([*command, "--seed", "5", "--resume-override"])
     with pytest.raises(ConfigError, match="expected --output with it, and no --resume"):
-        parse([*command, "--resume", str(run)])
+        configure([*command, "--resume", str(run)])
     with pytest.raises(ConfigError, match=r"--auto-resume: expected --output with it$"):
-        parse(["--auto-resume"])
+        configure(["--auto-resume"])
 
 
 def test_where_nothing_compiles_a_command_can_still_be_given_again(again, monkeypatch):
     command, _, written = again
     with pytest.raises(ConfigError, match="compile was 'no', is now 'yes'"):
-        parse([*command, "--compile", "yes", "--device", "cpu"])
+        configure([*command, "--compile", "yes", "--device", "cpu"])
     monkeypatch.setenv("CXX", "no-such-compiler")
-    config = parse([*command, "--compile", "yes", "--device", "cpu"])
-    assert config.compile == tomllib.loads(written)["compile"] == "no"
+    config = configure([*command, "--compile", "yes", "--device", "cpu"])
+    assert config.arithmetic.compile == tomllib.loads(written)["compile"] == "no"
 
 
 def test_a_directory_of_images_stays_the_same_from_wherever_a_run_goes_on(
@@ -396,10 +449,10 @@ def test_a_directory_of_images_stays_the_same_from_wherever_a_run_goes_on(
     monkeypatch.chdir(tmp_path)
     command = ["--data-dir", "images", "--output", "run", "--auto-resume"]
     (tmp_path / "run").mkdir()
-    written = to_toml(dataclasses.replace(parse(command), compile="no"))
+    written = to_toml(configure(command).replace(compile="no"))
     (tmp_path / "run" / "config.toml").write_text(written)
-    assert to_toml(parse(command)) == written
-    resumed = parse(["--resume", "run", "--data-dir", "images"])
+    assert to_toml(configure(command)) == written
+    resumed = configure(["--resume", "run", "--data-dir", "images"])
     assert resumed.data_dir == tmp_path / "images"
 
 
@@ -427,12 +480,12 @@ def test_bad_files_say_what_is_wrong(tmp_path, text, message):
     file = tmp_path / "c.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        parse(["--config", str(file)])
+        configure(["--config", str(file)])
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*absent.toml: No such file"):
-        parse(["--config", str(tmp_path / "absent.toml")])
+        configure(["--config", str(tmp_path / "absent.toml")])
 
 
 @pytest.mark.parametrize(
@@ -507,10 +560,10 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_values_out_of_range_say_what_was_expected(flags, message):
     with pytest.raises(ConfigError, match=message):
-        parse([*DIGITS, *flags.split()])
+        configure([*DIGITS, *flags.split()])
 
 
 def test_unknown_flags_end_with_the_usage_code():
     with pytest.raises(SystemExit) as ended:
-        parse(["--roh", "0.1"])
+        configure(["--roh", "0.1"])
     assert ended.value.code == 2

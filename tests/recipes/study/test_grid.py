@@ -18,7 +18,8 @@ import samfn
 from recipes import errors
 from recipes.cifar_wrn import main as train
 from recipes.errors import ConfigError
-from recipes.settings.config import parse
+from recipes.settings.resolve import configure
+from recipes.settings.saved import to_toml
 from recipes.study import grid
 from recipes.study.groups import diverged, last, percent, series_of, summary
 from recipes.terminal import cli
@@ -28,7 +29,7 @@ from recipes.train import loop, running
 from recipes.train.directory import RunDirectory
 
 FLAGS = ["--data", "digits", "--batch-size", "256"]
-CONFIG = parse([*FLAGS, "--epochs", "2"])
+CONFIG = configure([*FLAGS, "--epochs", "2"])
 SGD, SAM = replace(CONFIG, rho=0.0), replace(CONFIG, rho=0.1)
 ARMS = [("SGD", SGD), ("sam, rho 0.1", SAM)]
 WILD = [("SGD", SGD), ("wild", replace(CONFIG, lr=1e6))]
@@ -217,18 +218,36 @@ def test_a_run_of_other_settings_is_refused_before_anything_is_run(whole, runs):
     assert runs == []
 
 
-@pytest.mark.parametrize("name", ["data_dir", "max_skipped", "allow_modified_data"])
-def test_what_a_run_may_go_on_with_does_not_make_it_that_of_other_settings(whole, name):
-    values = {"data_dir": Path("/other"), "max_skipped": 3, "allow_modified_data": True}
-    other = [("SGD", replace(SGD, **{name: values[name]}))]
-    with pytest.raises(ConfigError, match=f"{name} was"):
-        conduct(other, whole[0], seeds=1)
-
-
-def test_what_changes_nothing_of_a_run_may_differ(whole, runs):
-    other = replace(SGD, preset="none", compile="yes", save_steps=7, log=("wandb",))
-    assert conduct([("SGD", other)], whole[0], seeds=1)[0].runs == whole[1][0].runs[:1]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data_dir": Path("/moved/elsewhere")},
+        {"max_skipped": 3, "allow_modified_data": True},
+        {"preset": "none", "compile": "yes", "save_steps": 7, "log": ("wandb",)},
+    ],
+)
+def test_what_a_run_may_go_on_with_does_not_make_it_that_of_other_settings(
+    whole, runs, changes
+):
+    other = [("SGD", SGD.replace(**changes))]
+    assert conduct(other, whole[0], seeds=1)[0].runs == whole[1][0].runs[:1]
     assert runs == []
+
+
+def test_images_that_moved_keep_neither_a_run_nor_a_study_from_going_on(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "before" / split).mkdir(parents=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    begun = configure(["--data-dir", str(tmp_path / "before")])
+    (run / "config.toml").write_text(to_toml(begun))
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = ["--data-dir", str(tmp_path / "after")]
+    assert configure(["--resume", str(run), *moved]).data_dir == tmp_path / "after"
+    cell = grid.Cell("SGD", configure(moved), run)
+    assert grid.read(cell, pytest.fail) is None  # It goes on.
+    with pytest.raises(ConfigError, match=r"other settings: seed was 0, is now 1; move"):
+        grid.read(cell._replace(config=replace(cell.config, seed=1)), pytest.fail)
 
 
 def test_what_diverged_is_recorded_and_ends_nothing(wild, runs, capsys):
@@ -325,8 +344,8 @@ def test_flags_that_a_study_cannot_have_are_refused(flags, message):
 
 
 def test_a_logger_that_knows_one_run_of_a_process_is_refused(monkeypatch):
-    logged = replace(CONFIG, log=("tensorboard", "trackio"))
-    monkeypatch.setattr(grid, "parse", lambda *args: logged)
+    logged = CONFIG.replace(log=("tensorboard", "trackio"))
+    monkeypatch.setattr(grid, "configure", lambda *args: logged)
     with pytest.raises(ConfigError, match="--log: trackio logs one run of a process"):
         grid.common([])
 

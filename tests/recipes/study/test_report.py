@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipes import arms, plots
-from recipes.settings.config import parse
+from recipes.settings.resolve import configure
 from recipes.study import report
 from recipes.study.groups import (
     Group,
@@ -32,7 +32,7 @@ def group(label, flags, seeds):
     """Return runs of some seeds from the rows of each; None is one that diverged."""
     runs = []
     for seed, rows in enumerate(seeds):
-        config = parse([*flags, "--seed", str(seed)])
+        config = configure([*flags, "--seed", str(seed)])
         whole = [
             {"epoch": n, "train_loss": 1.0, "seconds": 1.0, "images_per_second": 9.0} | row
             for n, row in enumerate(rows or [], 1)

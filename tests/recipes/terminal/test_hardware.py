@@ -5,7 +5,7 @@ import torch
 
 from bench import cost, gpu, measure
 from recipes.cifar_wrn import main
-from recipes.settings.config import parse
+from recipes.settings.resolve import configure
 from recipes.terminal import hardware
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -64,7 +64,9 @@ def test_the_answer_is_what_a_product_shows(dtype):
 def test_a_run_says_that_its_precision_is_emulated(cpu, precision, native):
     cpu(OLD | dict.fromkeys(("amx_bf16", "amx_fp16"), native))
     said = []
-    parse(["--data", "digits", "--device", "cpu", "--precision", precision], said.append)
+    configure(
+        ["--data", "digits", "--device", "cpu", "--precision", precision], said.append
+    )
     line = f"{precision} is emulated on this CPU: expect it to be many times slower than"
     expected = precision in ("bf16", "fp16") and not native
     assert [text for text in said if "emulated" in text] == [f"{line} float32"] * expected

@@ -15,7 +15,7 @@ from rich.cells import cell_len
 
 from recipes import compare
 from recipes.cifar_wrn import main
-from recipes.settings.config import of_run
+from recipes.settings.saved import of_run
 from recipes.terminal.console import COLUMNS, Display, QuietConsole
 from recipes.terminal.legible import legible, quoted, replace_what_streams_lack
 from recipes.train.loggers import Loggers
@@ -141,7 +141,7 @@ def test_a_run_whose_names_are_no_text_goes_on_and_is_compared(tmp_path, streams
     assert main([*flags, "--output", str(second), "--weights", weights]) == 0
     before = tensors(second)
     assert of_run(second).data_dir == data
-    assert of_run(second).weights == weights
+    assert of_run(second).network.weights == weights
     config = (second / "config.toml").read_bytes()
     assert os.fsencode(data) in config
     assert main(["--resume", str(second), "--eval-only"]) == 0

@@ -1,7 +1,8 @@
 import pytest
 
 from recipes.errors import ConfigError
-from recipes.settings.config import Config, read_toml
+from recipes.settings.config import Config
+from recipes.settings.saved import read_toml
 from recipes.train.directory import RunDirectory
 
 
@@ -23,7 +24,7 @@ def test_what_was_appended_is_read_back(tmp_path):
 
 def test_settings_are_written(tmp_path):
     filled(tmp_path / "run")
-    assert Config(**read_toml(tmp_path / "run" / "config.toml")) == Config(preset="none")
+    assert Config.of(read_toml(tmp_path / "run" / "config.toml")) == Config(preset="none")
 
 
 def test_a_line_that_was_cut_off_is_no_epoch(tmp_path):

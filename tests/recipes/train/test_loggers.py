@@ -20,7 +20,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from recipes.cifar_wrn import main
 from recipes.errors import ConfigError
-from recipes.settings.config import Config, parse
+from recipes.settings.config import Config
+from recipes.settings.resolve import configure
 from recipes.terminal.signals import Stopped
 from recipes.train import loggers
 from recipes.train.directory import RunDirectory
@@ -341,7 +342,7 @@ def test_a_damaged_row_is_passed_over(recorders, tmp_path):
     with RunDirectory.create(tmp_path / "run", Config()) as run:
         for damaged in ({"epoch": 1}, {"epoch": 1, "step": "x"}, row(2)):
             run.append(damaged)
-        with loggers.logged(run, Config(log=("wandb",)), pytest.fail):
+        with loggers.logged(run, Config().replace(log=("wandb",)), pytest.fail):
             run.log(row(3))
     assert [row["step"] for row in made["wandb"].rows] == [44, 66]
 
@@ -357,17 +358,19 @@ def test_a_package_that_is_missing_is_named_before_anything_is_done(
 
 
 def test_evaluating_needs_no_logger(tmp_path, monkeypatch):
-    config = Config(data="digits", precision="float32", log=("wandb",))
+    config = Config().replace(data="digits", precision="float32", log=("wandb",))
     with RunDirectory.create(tmp_path / "run", config):
         pass
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "trackio", None)
     flags = ["--resume", str(tmp_path / "run")]
-    assert parse([*flags, "--eval-only"]).eval_only
-    assert parse([*flags, "--eval-only", "--log", "trackio"]).eval_only
-    assert parse(flags).log == ("wandb",)  # What the run has is left out, and told.
+    assert configure([*flags, "--eval-only"]).call.eval_only
+    assert configure([*flags, "--eval-only", "--log", "trackio"]).call.eval_only
+    assert configure(flags).recording.log == (
+        "wandb",
+    )  # What the run has is left out, and told.
     with pytest.raises(ConfigError, match="trackio is not installed"):
-        parse([*flags, "--log", "wandb", "trackio"])
+        configure([*flags, "--log", "wandb", "trackio"])
 
 
 def test_trackio_refuses_a_second_directory_in_one_process(tmp_path, monkeypatch):

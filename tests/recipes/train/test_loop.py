@@ -14,7 +14,7 @@ from recipes import errors
 from recipes.data import augment
 from recipes.data.sources import load
 from recipes.settings import method_expression
-from recipes.settings.config import parse
+from recipes.settings.resolve import configure
 from recipes.terminal.console import Display
 from recipes.terminal.signals import watched
 from recipes.train import loop, running
@@ -32,7 +32,7 @@ BASE = ["--data", "digits", "--preset", "none", "--model", "wrn-10-1", "--epochs
 
 
 def task_of(*flags):
-    return assemble(parse([*BASE, "--crop-padding", "1", *flags]), DIGITS)
+    return assemble(configure([*BASE, "--crop-padding", "1", *flags]), DIGITS)
 
 
 def after_two_steps(*flags):
@@ -356,8 +356,8 @@ def test_mixed_labels_go_through_loss_method_and_precision(flags):
     batch = next(augmented(task, 0))
     _, metrics = loop.step(task, state, 0, batch)
     rows = len(metrics.outputs)
-    shares = batch[1][:rows] * (1 - task.config.label_smoothing)
-    shares += task.config.label_smoothing / 10
+    shares = batch[1][:rows] * (1 - task.config.descent.label_smoothing)
+    shares += task.config.descent.label_smoothing / 10
     expected = -(shares * metrics.outputs.float().log_softmax(1)).sum(1).mean()
     assert metrics.finite
     assert_close(metrics.loss.float(), expected, rtol=0.01, atol=0)
@@ -390,7 +390,7 @@ def test_a_step_has_the_dials_of_its_position():
 )
 def test_a_step_is_compiled_where_the_run_pays_for_it(flags, compiled, why):
     task, _ = task_of("--device", "cpu", *flags.split())
-    assert (task.config.compile, task.compiling[: len(why)]) == (compiled, why)
+    assert (task.config.arithmetic.compile, task.compiling[: len(why)]) == (compiled, why)
     assert isinstance(task.update, CompiledUpdate) == (compiled == "yes")
 
 
@@ -398,7 +398,7 @@ def test_without_a_compiler_the_banner_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     task, _ = task_of("--device", "cpu", "--compile", "yes")
     assert task.compiling == "no: found no C++ compiler (no-such-compiler)"
-    assert task.config.compile == "no"
+    assert task.config.arithmetic.compile == "no"
 
 
 def test_an_epoch_shows_every_image_at_most_once_in_another_order_each_time():

@@ -1,6 +1,5 @@
 """Runs are not taken at their word: what they say is held against their checkpoints."""
 
-import dataclasses
 import json
 import os
 import re
@@ -17,7 +16,9 @@ import samfn
 from recipes import compare, landscape, plots, sharpness
 from recipes.cifar_wrn import main as train
 from recipes.errors import ConfigError
-from recipes.settings.config import CONFIG_FILE, FREE_ON_RESUME, PER_CALL, of_run, parse
+from recipes.settings.config import SETTINGS, of_roles
+from recipes.settings.resolve import configure
+from recipes.settings.saved import CONFIG_FILE, of_run
 from recipes.study import grid
 from recipes.terminal.console import Display
 from recipes.terminal.signals import watched
@@ -116,12 +117,11 @@ def test_no_setting_that_decides_on_a_run_can_be_edited(trained, record_property
         with pytest.raises(ConfigError, match=f"{name} is .* in it and .* there"):
             recorded._require_own(newest._replace(settings=settings), [newest.settings])
         assert not recorded.is_own(settings, run)
-    for name in PER_CALL | FREE_ON_RESUME | {"compile"}:
+    for name in SETTINGS.keys() - of_roles(SETTINGS).keys():
         assert recorded.is_own(newest.settings | {name: "other"}, run)
     assert recorded.is_own(newest.settings | {"of another version": 1}, run)
     assert whole.config == of_run(run)
-    fields = {field.name for field in dataclasses.fields(whole.config)}
-    assert OTHER.keys() <= fields - PER_CALL - FREE_ON_RESUME
+    assert OTHER.keys() <= of_roles(SETTINGS).keys()
     record_property("trials", len(OTHER))
 
 
@@ -418,7 +418,7 @@ def stopped_after(epochs, arms, output, monkeypatch):
     return cell
 
 
-SGD = replace(parse(SMALL), rho=0.0)
+SGD = replace(configure(SMALL), rho=0.0)
 ARMS = [("SGD", SGD)]
 
 
@@ -461,7 +461,7 @@ def test_a_finished_run_whose_model_was_swapped_gets_its_own(trained, tmp_path, 
 
 
 def test_with_an_average_its_model_is_the_runs(tmp_path, monkeypatch):
-    arms = [("SGD", replace(SGD, ema_decay=0.5, epochs=1))]
+    arms = [("SGD", SGD.replace(ema_decay=0.5, epochs=1))]
     before = conduct(arms, tmp_path)
     monkeypatch.setattr(running, "run", lambda *args: pytest.fail("it was finished"))
     assert conduct(arms, tmp_path) == before

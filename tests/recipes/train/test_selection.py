@@ -11,7 +11,7 @@ import samfn
 from recipes.cifar_wrn import main
 from recipes.data import augment
 from recipes.data.sources import load
-from recipes.settings.config import parse
+from recipes.settings.resolve import configure
 from recipes.train import selection
 from recipes.train.batches import StopError, augmented, order
 from recipes.train.build import assemble
@@ -24,7 +24,7 @@ DIGITS = load("digits", None)
 
 
 def task_of(*flags):
-    return assemble(parse([*SMALL, *flags]), DIGITS)
+    return assemble(configure([*SMALL, *flags]), DIGITS)
 
 
 def never():
@@ -107,7 +107,7 @@ def test_a_share_is_drawn_that_prefers_high_scores():
 def test_scans_end_every_few_epochs_but_not_the_last(select, every, epochs):
     flags = ["--select", select, "--epochs", "5"]
     flags += ["--select-every", str(every)] if select != "all" else []
-    config = parse([*SMALL, *flags])
+    config = configure([*SMALL, *flags])
     assert [e for e in range(5) if selection.is_due(config, e)] == epochs
 
 

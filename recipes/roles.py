@@ -1,0 +1,129 @@
+"""Groups of settings: the role of each on resuming, and the values that it may have."""
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from enum import Enum
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, cast
+
+import tyro
+
+Value = TypeVar("Value")
+Rule = tuple[str, bool, str]
+"""Name of a setting, whether its value is allowed, and what is expected of it."""
+
+
+class Role(Enum):
+    """The part that a setting has where a run goes on, is repeated or is compared."""
+
+    ONE_RUN = "belongs to one run in one directory; not kept, and no study can have it"
+    CALL = "belongs to one call of the command; not kept"
+    FREE = "kept with the run; may be another whenever it goes on"
+    ROUNDING = "changes nothing but rounding; may be another with --resume-override"
+    RESULT = "changes the result; may be another with --resume-override"
+    FIXED = "never another in one run: its state would not fit, or its place in the data"
+
+
+KEPT = frozenset(Role) - {Role.ONE_RUN, Role.CALL}
+DECIDING = frozenset({Role.RESULT, Role.FIXED})
+EXACT = DECIDING | {Role.ROUNDING}
+
+
+class Range(NamedTuple):
+    """Values that a setting may have."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def at_least(least: int, unit: str = "") -> Range:
+    """Return the numbers from one on."""
+    return Range(lambda value: value >= least, f"at least {least}{unit}")
+
+
+BELOW_1 = Range(lambda value: 0 <= value < 1, "0 to below 1")
+ABOVE_0_TO_1 = Range(lambda value: 0 < value <= 1, "above 0 to 1")
+FROM_0 = Range(lambda value: 0 <= value < float("inf"), "a finite number of at least 0")
+ABOVE_0 = Range(lambda value: 0 < value < float("inf"), "a finite number above 0")
+
+
+class Group:
+    """Settings that one part of the recipes reads: a base of frozen dataclasses.
+
+    A field's default stands in its group alone, its docstring is the help of its flag, and
+    the docstring of the class heads its panel.
+
+    Args:
+        role: of all fields, but for those that say another.
+        choice: the field that decides which of the others are read.
+    """
+
+    role: ClassVar[Role]
+    choice: ClassVar[str]
+
+    def __init_subclass__(cls, *, role: Role, choice: str = "") -> None:
+        """Let the help show docstrings as paragraphs, without the breaks of the source."""
+        cls.role, cls.choice = role, choice
+        for name, text in _docstrings(cls):
+            kind = cls.__annotations__[name]
+            cls.__annotations__[name] = Annotated[kind, tyro.conf.arg(help=text)]
+
+    def ranges(self) -> Iterator[Rule]:
+        """Yield that each value is in its range; None is where it is the default."""
+        for field in dataclasses.fields(cast(Any, self)):
+            value, within = getattr(self, field.name), field.metadata.get("within")
+            if within is not None:
+                optional = field.default is None
+                expected = within.expected + ", or None" * optional
+                holds = (optional and value is None) or within.holds(value)
+                yield field.name, holds, expected
+
+    def relations(self) -> Iterator[Rule]:
+        """Yield what holds of several values together."""
+        return iter(())
+
+    def unread(self) -> Iterator[Rule]:
+        """Yield that no field is given which the value of `choice` does not read."""
+        for field in dataclasses.fields(cast(Any, self)):
+            if readers := field.metadata.get("readers"):
+                read = getattr(self, self.choice) in readers
+                given = getattr(self, field.name) != field.default
+                expected = f"{flag(self.choice)} {' or '.join(readers)} with it"
+                yield field.name, read or not given, expected
+
+
+def setting(
+    default: Value,
+    within: Range | None = None,
+    *,
+    role: Role | None = None,
+    readers: tuple[str, ...] = (),
+) -> Value:
+    """Return a field of a group.
+
+    Args:
+        default: its value where none is given.
+        within: the values that it may have; None is all of its type.
+        role: its role, where it is not that of the group.
+        readers: values of the group's `choice` that read it; none where all do.
+    """
+    metadata = {"within": within, "role": role, "readers": readers}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def _docstrings(cls: type) -> Iterator[tuple[str, str]]:
+    (found,) = ast.parse(inspect.getsource(cls)).body
+    for field, text in pairwise(cast(ast.ClassDef, found).body):
+        match field, text:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str() as lines)),
+            ):
+                yield name, " ".join(lines.split())

@@ -85,6 +85,11 @@ def label(method: str, rho: float) -> str:
     return f"{method}, rho {number(rho)}" if rho else "SGD"
 
 
+def method_of(config: Config) -> str:
+    """Return what the method of a run is called."""
+    return label(config.method, config.rho)
+
+
 def by_method(groups: Sequence[Group]) -> dict[str, dict[float, Group]]:
     """Return the arms by method and noise."""
     return arranged(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from recipes import plots
 from recipes.errors import ConfigError
+from recipes.settings.config import Config
 from recipes.study import grid
 from recipes.study.grid import Arm, Common
 from recipes.study.groups import Group, arranged, best, last, number, series_of, summary

@@ -170,14 +170,23 @@ def _completed(sums: list[Tensor], leaves: list[Any]) -> Tensor:
     for mesh in dict.fromkeys(leaf.device_mesh for leaf in leaves if is_sharded(leaf)):
         for place in range(mesh.ndim):
             own = [
-                is_sharded(leaf)
-                and leaf.device_mesh == mesh
-                and leaf.placements[place].is_shard()
+                is_sharded(leaf) and leaf.device_mesh == mesh and _is_cut(leaf, place)
                 for leaf in leaves
             ]
             if any(own):
                 total = _all_reduced(total, own, mesh.get_group(place).group_name)
     return total
+
+
+def _is_cut(leaf: Any, place: int) -> bool:
+    """Return whether the processes along a dimension of the mesh hold parts of a leaf."""
+    placement = leaf.placements[place]
+    if placement.is_partial():
+        raise ValueError(
+            f"expected a DTensor that is whole or cut, got terms of a sum ({placement}):"
+            " redistribute it before"
+        )
+    return not placement.is_replicate()  # A strided shard is no `is_shard()`.
 
 
 def _all_reduced(values: Tensor, chosen: list[bool], group: str) -> Tensor:

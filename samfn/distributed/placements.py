@@ -10,7 +10,7 @@ from samfn import tree
 from samfn.batches import length_of
 from samfn.distributed.collectives import changed, mean
 from samfn.distributed.group import everyone, size
-from samfn.distributed.shards import on_parts
+from samfn.distributed.shards import on_parts, require_all_ranks
 from samfn.loss import Evaluate, Pass
 from samfn.methods.base import Descended, Descent, Method, MethodState, Point
 from samfn.tree import Batch, Params
@@ -64,7 +64,7 @@ def placed(method: Method, placement: str = "replica") -> Method:
     Raises:
         RuntimeError: no process group was begun.
         ValueError: there is no such placement, or n does not divide the ranks; in a step,
-            the state is sharded and the placement not "global".
+            the state is sharded and the placement not "global", or not over all ranks.
 
     Source:
         Foret et al., 2021, arXiv:2010.01412, section 4.1 and its official code:
@@ -84,6 +84,8 @@ def placed(method: Method, placement: str = "replica") -> Method:
                     "a sharded state has one perturbation for all ranks: expected the"
                     f' placement "global", got {placement!r}'
                 )
+            for leaf in point.params.values():
+                require_all_ranks(getattr(leaf, "device_mesh", None), count)
             evaluate = on_parts(evaluate, outer, point.weigh)
         elif count > 1:
             evaluate = _on_all(evaluate, inner, point.weigh)

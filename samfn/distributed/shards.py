@@ -4,7 +4,7 @@ Arithmetic on DTensors is PyTorch's, and the norms of `samfn.tree` are those of 
 vectors. Only a pass needs whole tensors: it gathers them, and scatters the gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from samfn import tree
 from samfn.distributed.collectives import changed, mean
-from samfn.distributed.group import everyone
+from samfn.distributed.group import everyone, size
 from samfn.loss import Evaluate, Pass
 from samfn.tree import Batch, Params
 
@@ -27,11 +27,11 @@ def shard(values: Any, mesh: Any = None) -> Any:
 
     Args:
         values: parameters by name, or a `TrainState`; the same on all ranks.
-        mesh: a `DeviceMesh` of one dimension; None is all ranks.
+        mesh: a `DeviceMesh` of all ranks in one dimension; None makes it.
 
     Raises:
         RuntimeError: no process group was begun.
-        ValueError: the mesh has several dimensions.
+        ValueError: the mesh has several dimensions, or not all ranks.
     """
     from torch.distributed.device_mesh import DeviceMesh  # takes a second
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -41,6 +41,7 @@ def shard(values: Any, mesh: Any = None) -> Any:
         mesh = DeviceMesh.from_group(everyone(), next(iter(params.values())).device.type)
     if mesh.ndim != 1:
         raise ValueError(f"expected a mesh of one dimension, got {mesh.ndim}")
+    require_all_ranks(mesh, size())
     shapes = {name: leaf.shape for name, leaf in params.items()}
 
     def part(leaf: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def shard(values: Any, mesh: Any = None) -> Any:
     def parts(node: Any) -> Any:
         if isinstance(node, tuple) and hasattr(node, "_fields"):  # A state.
             return type(node)(*map(parts, node))
-        if not isinstance(node, dict):
+        if not isinstance(node, Mapping):
             return node
         if all(
             isinstance(leaf, Tensor) and leaf.shape == shapes.get(name)
@@ -60,6 +61,17 @@ def shard(values: Any, mesh: Any = None) -> Any:
         return {key: parts(child) for key, child in node.items()}
 
     return parts(values)
+
+
+def require_all_ranks(mesh: Any, count: int) -> None:
+    """Raise unless a tensor's mesh has all ranks, over whose batches gradients are means.
+
+    Raises:
+        ValueError: it has others, or there is none.
+    """
+    if mesh is None or mesh.size() != count:
+        came = "a tensor without a mesh" if mesh is None else f"one of {mesh.size()}"
+        raise ValueError(f"expected a mesh of all {count} ranks, got {came}")
 
 
 def gather(values: Any, device: torch.device | str | None = None) -> Any:

@@ -6,17 +6,19 @@ import os
 import signal
 import time
 from collections import Counter
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils import _pytree as pytree
 
 import samfn
-from samfn import distributed
+from samfn import distributed, tree
 from samfn.compiled import operations
 from tests.ranks import Sent, on_ranks
 
@@ -433,8 +435,8 @@ def resharded(state):
     """On a rank: shard a state, and put it together again."""
     part = distributed.shard(state)
     sizes = [
-        sum(leaf.to_local().numel() for leaf in tree.values())
-        for tree in (part.params, part.opt_state["exp_avgs"])
+        sum(leaf.to_local().numel() for leaf in held.values())
+        for held in (part.params, part.opt_state["exp_avgs"])
     ]
     return distributed.gather(part), *sizes
 
@@ -453,6 +455,42 @@ def test_a_state_is_sharded_evenly_and_comes_back_bit_for_bit(count):
         assert back.opt_state.keys() == state.opt_state.keys()
         for name, leaf in state.params.items():
             assert torch.equal(back.params[name], leaf)
+
+
+def measured():
+    """On a rank: the norm of a tensor that is cut in strides, and of terms of a sum."""
+    mesh, own = init_device_mesh("cpu", (2,)), torch.full((2,), 1.0 + distributed.rank())
+    cut = DTensor.from_local(own, mesh, [_StridedShard(0, split_factor=1)], run_check=False)
+    terms = DTensor.from_local(own, mesh, [Partial()], run_check=False)
+    with pytest.raises(ValueError, match="got terms of a sum"):
+        samfn.norm({"w": terms})
+    # Any mapping is sharded, not dicts alone.
+    assert tree.is_sharded(distributed.shard(MappingProxyType({"w": own}))["w"])
+    return float(samfn.norm({"w": cut})) ** 2
+
+
+def test_a_norm_is_of_all_parts_also_of_those_in_strides():
+    assert on_ranks(2, measured) == [pytest.approx(2 * 1 + 2 * 4)] * 2
+
+
+def sharded_on_some():
+    """On a rank of four: shard over two, or take a step with what is."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))["parts"]
+    model = nn.Linear(4, 2)
+    params, buffers = samfn.split(model)
+    with pytest.raises(ValueError, match="a mesh of all 4 ranks, got one of 2"):
+        distributed.shard(params, mesh)
+    cut = {name: distribute_tensor(w, mesh, [Shard(0)]) for name, w in params.items()}
+    optimizer, method = samfn.sgd(), distributed.placed(samfn.sam(), "global")
+    state = samfn.init(cut, buffers, optimizer=optimizer, method=method)
+    given = {"loss_fn": samfn.supervised(model, criterion), "optimizer": optimizer}
+    batch = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="a mesh of all 4 ranks, got one of 2"):
+        samfn.sam_update(state, batch, **given, method=method, lr=0.1)
+
+
+def test_a_state_that_is_cut_over_some_of_the_ranks_is_refused():
+    on_ranks(4, sharded_on_some)
 
 
 def synchronised():

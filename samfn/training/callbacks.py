@@ -4,6 +4,7 @@ Each function here returns a callback, and keeps what it must not forget in
 `Training.memory` under its own name.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,7 +85,7 @@ def early_stopping(metric: str, patience: int, *, higher: bool = True) -> Callba
 
     Args:
         metric: name in the row.
-        patience: epochs, at least 1. An equal value is no new best.
+        patience: epochs, at least 1. An equal value is no new best, and neither is NaN.
         higher: whether higher is better.
     """
     checks.require_count("patience", patience)
@@ -94,7 +95,7 @@ def early_stopping(metric: str, patience: int, *, higher: bool = True) -> Callba
         best, waited = training.memory.get(PATIENCE, [None, 0])
         if isinstance(event, Epoch):
             value = training.row[metric] if higher else -training.row[metric]
-            better = best is None or value > best
+            better = value > best if best is not None else not math.isnan(value)
             best, waited = (value, 0) if better else (best, waited + 1)
             training.memory[PATIENCE] = [best, waited]
         if waited >= patience:  # Also of a run that ended so, and is resumed.

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -348,6 +349,16 @@ def test_patience_counts_epochs_without_a_new_best():
     stop = callbacks.early_stopping("score", 2, higher=False)
     loop.run(training, **options, epochs=7, callbacks=[stop])
     assert training.epoch == 4
+
+
+def test_patience_goes_by_the_numbers_that_come_after_a_nan():
+    values = [math.nan, 1.0, 2.0, math.nan, 3.0]
+    training, options = problem()
+    options["evaluate"] = lambda t: {"score": values[t.epoch]}
+    stop = callbacks.early_stopping("score", 2)
+    loop.run(training, **options, epochs=5, callbacks=[stop])
+    assert training.epoch == 5
+    assert training.memory["early_stopping"] == [3.0, 0]
 
 
 def test_steps_that_are_not_finite_end_the_run():

@@ -7,7 +7,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samfn import tree
-from samfn.batches import length_of
 from samfn.distributed.collectives import changed, mean
 from samfn.distributed.group import everyone, size
 from samfn.distributed.shards import on_parts, require_all_ranks
@@ -134,7 +133,8 @@ def _mean_descent(
         "buffers": changed(seen.clean.buffers, point.buffers),
         "memory": changed(memory, before),
     }
-    found, _ = mean(shared, point.weigh(point.batch), group, point.params)
+    rows = point.weigh(point.batch)
+    found, _ = mean(shared, rows, group, point.params)
     buffers = {**seen.clean.buffers, **found["buffers"]}
     return Descent(
         grads=found["grads"],
@@ -143,16 +143,16 @@ def _mean_descent(
         perturbation_norm=found["length"],
         beside=found["beside"],
         grad_norm=found["grad_norm"],
-        watched=seen.watched and _mean_layers(seen.watched, point.batch, group),
+        watched=seen.watched and _mean_layers(seen.watched, rows, group),
     ), {**memory, **found["memory"]}
 
 
 def _mean_layers(
-    watched: Callable[[Params], Any], batch: Batch, group: str
+    watched: Callable[[Params], Any], rows: int | Tensor, group: str
 ) -> Callable[[Params], Any]:
     def on_all(new_params: Params) -> Any:
         own = watched(new_params)
-        found, _ = mean(own._asdict(), length_of(batch), group, {})
+        found, _ = mean(own._asdict(), rows, group, {})
         return type(own)(**found)
 
     return on_all

@@ -207,8 +207,9 @@ def test_what_outlives_a_step_keeps_no_message_alive(placement):
     assert set(on_ranks(2, kept_memory, placement)) == {0}
 
 
-def one_step(placement, rows=slice(None)):
+def one_step(placement, rows=slice(None), ignored=None):
     """Take a watched step, on a rank or, without a placement, on some rows alone."""
+    loss = criterion if ignored is None else nn.CrossEntropyLoss(ignore_index=ignored)
     model = network(False)
     params, buffers = samfn.split(model)
     method = samfn.watched(samfn.sam())
@@ -219,12 +220,23 @@ def one_step(placement, rows=slice(None)):
     _, metrics = samfn.sam_update(
         samfn.init(params, buffers, optimizer=optimizer),
         (images[rows], labels[rows]),
-        loss_fn=samfn.supervised(model, criterion),
+        loss_fn=samfn.supervised(model, loss),
         optimizer=optimizer,
         lr=0.1,
         method=method,
     )
     return metrics
+
+
+def test_norms_of_replicas_weigh_what_their_losses_are_means_over():
+    ignored = int(batch_of(0)[1][0])
+    found, _ = on_ranks(2, one_step, "replica", slice(None), ignored)
+    halves = [slice(8), slice(8, 16)]
+    counts = [int((batch_of(0)[1][half] != ignored).sum()) for half in halves]
+    assert counts[0] != counts[1]
+    alone = [one_step(None, half, ignored).layers.gradient for half in halves]
+    mean = sum(n * norms for n, norms in zip(counts, alone, strict=True)) / sum(counts)
+    assert torch.allclose(found.layers.gradient, mean)
 
 
 def test_norms_of_replicas_are_means_over_them():

@@ -31,6 +31,12 @@ RECOMPUTES = (
     " backward pass is done"
 )
 
+UNSEEN = (
+    "no pass has shown yet what this criterion's loss is a mean over, as none does inside"
+    " of torch.compile: call samfn.evaluate before, or say weigh=lambda batch: ... to"
+    " samfn.supervised"
+)
+
 
 class _Supervised:
     """What makes the functions of `supervised`: a model that lends its forward pass."""
@@ -119,7 +125,9 @@ class _Supervised:
         return self._known().counts(batch)
 
     def _known(self) -> weighing.Weighing:
-        return self._seen.get(self._model.training, weighing.Weighing())
+        if self._model.training not in self._seen:
+            raise RuntimeError(UNSEEN)
+        return self._seen[self._model.training]
 
     def _look_again(self) -> None:
         """Take note of the layers and hooks that the model has now."""

@@ -12,6 +12,7 @@ from samfn.batches import length_of, pair_of
 from samfn.modules.memory import address
 from samfn.tree import Batch
 
+LOSSES = "torch.nn.functional", "torch.nn.modules.loss"
 IGNORED = -100  # by the losses of PyTorch, unless they are told another
 
 SAY = (
@@ -98,7 +99,7 @@ def _rows_of_whole(batch: Batch) -> int | Tensor:
 
 
 def of_criterion(criterion: Any) -> Weighing | None:
-    """Return what a criterion of PyTorch is a mean over, if it is one of classes."""
+    """Return what a criterion is a mean over, if it is one of PyTorch's own."""
     given: dict[str, Any] = {}
     while isinstance(criterion, partial) and not criterion.args:
         given, criterion = {**criterion.keywords, **given}, criterion.func
@@ -107,7 +108,7 @@ def of_criterion(criterion: Any) -> Weighing | None:
         return of_classes(lambda: {**vars(criterion), "weight": criterion.weight})
     if criterion in (nn.functional.cross_entropy, nn.functional.nll_loss):
         return of_classes(lambda: given)
-    return None
+    return Weighing() if getattr(criterion, "__module__", None) in LOSSES else None
 
 
 def of_classes(options: Callable[[], dict[str, Any]]) -> Weighing:
@@ -138,6 +139,7 @@ def of_classes(options: Callable[[], dict[str, Any]]) -> Weighing:
         if (weights := said.get("weight")) is None:
             number: Tensor = count.sum()
             return number
-        return torch.where(count, weights[torch.where(count, targets, 0)], 0).sum()
+        classes = torch.where(count, targets, 0).long()  # Bytes would be a mask.
+        return torch.where(count, weights[classes], 0).sum()
 
     return Weighing(weigh, counts)

@@ -558,7 +558,13 @@ def test_what_a_mean_is_over_follows_the_criterion_and_sums_are_none():
     class Focal(nn.CrossEntropyLoss):
         """Reduces in a way of its own."""
 
-    assert samfn.supervised(nn.Linear(6, 3), Focal(ignore_index=2)).weigh(batch) == 4
+        def forward(self, outputs, targets):
+            return F.cross_entropy(outputs, targets, reduction="none").mean()
+
+    model = nn.Linear(6, 3)
+    loss_fn = samfn.supervised(model, Focal(ignore_index=2))
+    samfn.evaluate(loss_fn, *samfn.split(model), batch)
+    assert loss_fn.weigh(batch) == 4
     summed = partial(F.cross_entropy, reduction="sum")
     with pytest.raises(ValueError, match="expected a mean of the examples' losses"):
         samfn.supervised(nn.Linear(6, 3), summed).weigh(batch)

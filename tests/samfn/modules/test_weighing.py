@@ -161,6 +161,30 @@ def test_bytes_are_never_taken_for_the_number_that_is_ignored():
     assert loss_fn.weigh((torch.ones(4, 2), images[:, 0])) == 4
 
 
+def test_classes_in_bytes_have_the_weights_of_their_numbers():
+    model, (inputs, _) = problem()
+    targets = torch.tensor([0, 2, 2, 0, 2, 0, 1, 1, 1])
+    criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 4.0]).double())
+    loss_fn = samfn.supervised(model, criterion)
+    assert loss_fn.weigh((inputs, targets)) == 3 * 1 + 3 * 2 + 3 * 4
+    assert loss_fn.weigh((inputs, targets.to(torch.uint8))) == 3 * 1 + 3 * 2 + 3 * 4
+
+
+def test_a_graph_does_not_guess_what_no_pass_has_shown():
+    method = samfn.accumulated(samfn.sam(), 3)
+    model, batch = problem()
+    whole, _ = stepped(model, batch, CRITERIA["lambda"], method)
+    loss_fn, optimizer = samfn.supervised(model, CRITERIA["lambda"]), samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    step = torch.compile(samfn.sam_update, backend="eager")
+    given = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    with pytest.raises(RuntimeError, match="no pass has shown yet what this criterion's"):
+        step(state, batch, **given, lr=torch.tensor(0.1))
+    samfn.evaluate(loss_fn, state.params, state.buffers, batch)
+    found, _ = step(state, batch, **given, lr=torch.tensor(0.1))
+    assert_close(dict(found.params), dict(whole.params))
+
+
 def test_a_compiled_step_weighs_alike():
     method = samfn.accumulated(samfn.sam(), 3)
     model, batch = problem()

@@ -1,11 +1,11 @@
 """BatchNorm over the batches of all ranks."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from samfn.distributed.collectives import all_reduce
 from samfn.distributed.group import everyone, size
@@ -50,16 +50,22 @@ def synchronised(model: nn.Module) -> nn.Module:
     Args:
         model: the same module on all ranks; unchanged.
     """
-    return normalised_over(model, total, size())
+    copied = copy.deepcopy(model)
+    if isinstance(copied, _BatchNorm):
+        return SyncBatchNorm(copied)
+    for name, module in [*copied.named_modules()]:
+        if isinstance(module, _BatchNorm):
+            copied.set_submodule(name, SyncBatchNorm(module))
+    return copied
 
 
-class PartedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm by the mean and variance of several parts of a batch, of one length."""
+class SyncBatchNorm(_BatchNorm):
+    """BatchNorm by the mean and variance over the batches of all ranks, of one length."""
 
-    def __init__(self, like: Any, total: Callable[[Tensor], Tensor], parts: int) -> None:
+    def __init__(self, like: Any) -> None:
         super().__init__(1)
         vars(self).update(vars(like))
-        self._like, self._total, self._parts = type(like), total, parts
+        self._like, self._ranks = type(like), size()
 
     def _check_input_dim(self, inputs: Tensor) -> None:
         self._like._check_input_dim(self, inputs)
@@ -72,14 +78,14 @@ class PartedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(inputs)
         others = [place for place in range(inputs.ndim) if place != 1]
         shape = [1, -1, *[1] * (inputs.ndim - 2)]
-        count = self._parts * (inputs.numel() // inputs.shape[1])
+        count = self._ranks * (inputs.numel() // inputs.shape[1])
         wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         # Squares of the distance from a number nearby lose fewer digits.
         near = self.running_mean
         if near is None:
             near = wide.new_zeros(wide.shape[1])
         shifted = wide - near.view(shape)
-        sums = self._total(torch.stack([shifted.sum(others), shifted.square().sum(others)]))
+        sums = total(torch.stack([shifted.sum(others), shifted.square().sum(others)]))
         mean, square = sums / count
         variance = square - mean.square()
         self._remember(near + mean.detach(), variance.detach() * (count / (count - 1)))
@@ -97,23 +103,3 @@ class PartedBatchNorm(nn.modules.batchnorm._BatchNorm):
         share = 1 / kept.num_batches_tracked if kept.momentum is None else kept.momentum
         kept.running_mean.lerp_(mean, share)
         kept.running_var.lerp_(variance, share)
-
-
-def normalised_over(
-    model: nn.Module, total: Callable[[Tensor], Tensor], parts: int
-) -> nn.Module:
-    """Return a copy of a model whose BatchNorm normalises by several parts of a batch.
-
-    Args:
-        model: unchanged.
-        total: sums a tensor over the parts, and can be differentiated.
-        parts: how many there are, of one length.
-    """
-    kind = nn.modules.batchnorm._BatchNorm
-    copied = copy.deepcopy(model)
-    if isinstance(copied, kind):
-        return PartedBatchNorm(copied, total, parts)
-    for name, module in [*copied.named_modules()]:
-        if isinstance(module, kind):
-            copied.set_submodule(name, PartedBatchNorm(module, total, parts))
-    return copied

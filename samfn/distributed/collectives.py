@@ -40,14 +40,14 @@ def mean(
         parts of one long vector; all that may outlive the step has memory of its own.
     """
     leaves = [(name, leaf) for name, leaf in _leaves(values) if leaf.is_floating_point()]
-    dtype = wide(leaf for _, leaf in leaves)
+    dtype = _wide(leaf for _, leaf in leaves)
     layouts = [Layout.of(leaf, params.get(name)) for name, leaf in leaves]
     parts = [
         layout.flat(leaf).to(dtype)
         for layout, (_, leaf) in zip(layouts, leaves, strict=True)
     ]
     count = torch.ones(1, dtype=dtype, device=parts[0].device)
-    flat, examples = _mean_of(weighted([*parts, count], rows), group)
+    flat, examples = _mean_of(_weighted([*parts, count], rows), group)
     pieces = torch.split(flat, [part.numel() for part in parts])
     found = iter(
         layout.whole(piece).to(leaf.dtype)
@@ -63,13 +63,13 @@ def mean(
 # graph plans its memory itself, and fuses what makes a part with its weight.
 
 
-def weighted(parts: list[Tensor], rows: int | Tensor, dim: int = 0) -> Tensor:
+def _weighted(parts: list[Tensor], rows: int | Tensor) -> Tensor:
     """Return the parts as one tensor, times the number of examples they are from."""
     if isinstance(rows, Tensor):  # The mean over nothing is NaN, and counts as 0.
         parts = [torch.where(rows > 0, part, 0) for part in parts]
     if torch.compiler.is_compiling():
-        return torch.cat([rows * part for part in parts], dim)
-    return torch.cat(parts, dim).mul_(rows)
+        return torch.cat([rows * part for part in parts])
+    return torch.cat(parts).mul_(rows)
 
 
 def _mean_of(vector: Tensor, group: str) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def _replaced(node: Any, found: Iterator[Tensor]) -> Any:
     return node if node is None or not node.is_floating_point() else next(found)
 
 
-def wide(leaves: Iterable[Tensor]) -> torch.dtype:
+def _wide(leaves: Iterable[Tensor]) -> torch.dtype:
     """Return the widest dtype, at least float32: half precision loses what it adds up."""
     return reduce(torch.promote_types, {leaf.dtype for leaf in leaves}, torch.float32)
 
@@ -129,16 +129,6 @@ def wide(leaves: Iterable[Tensor]) -> torch.dtype:
 def all_reduce(values: Tensor, group: str) -> Tensor:
     """Return the sum over the ranks of a process group, which is given by its name."""
     return _done(_OPERATIONS.all_reduce(values, "sum", group))
-
-
-def all_gather(values: Tensor, ranks: int, group: str) -> Tensor:
-    """Return the rows of all ranks one after the other."""
-    return _done(_OPERATIONS.all_gather_into_tensor(values, ranks, group))
-
-
-def reduce_scatter(values: Tensor, ranks: int, group: str) -> Tensor:
-    """Return this rank's rows of the sum over the ranks."""
-    return _done(_OPERATIONS.reduce_scatter_tensor(values, "sum", ranks, group))
 
 
 def _done(begun: Tensor) -> Tensor:

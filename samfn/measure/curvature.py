@@ -107,9 +107,6 @@ class _Replacing(TorchFunctionMode):
     met_selective = False
     """Whether one came from within a selective checkpoint."""
 
-    met_selective = False
-    """Whether one came from what is checkpointed selectively."""
-
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -7,7 +7,6 @@ between two epochs, and `kept` and `order` have a generator each, made of seed a
 
     kept = sampling.kept(counts, generator(seed, "kept", epoch))
     indices = sampling.order(kept, examples, generator(seed, "order", epoch))
-    mine = sampling.shard(indices, rank, world, epoch)
     ...  # the epoch, and after every few of them a scan:
     counts = sampling.update(counts, easy)
 
@@ -239,39 +238,6 @@ def order(indices: Tensor, examples: int, generator: Generator) -> Tensor:
         twice = len(indices) - len(ordered)
         raise ValueError(f"indices must come once each, {twice} came again")
     return ordered
-
-
-def shard(indices: Tensor, rank: int, world: int, epoch: int) -> Tensor:
-    """Return one replica's part of an epoch: the same length on every replica.
-
-    Replica r has every `world`-th index from its r-th on, so that a batch of all replicas
-    together is a piece of the order. What is left of the division by `world` is left out,
-    and no index is on two replicas; it moves on with the epoch, so that over as many
-    epochs as there are indices each is left out equally often.
-
-    Args:
-        indices: shape (kept,), the same on every replica.
-        rank: number of this replica, from 0.
-        world: how many replicas there are.
-        epoch: number of the epoch, from 0.
-
-    Raises:
-        ValueError: a number is outside of its range, or there are fewer indices than
-            replicas.
-    """
-    checks.require_count("world", world)
-    checks.require_count("rank", rank, 0)
-    checks.require_count("epoch", epoch, 0)
-    if rank >= world:
-        raise ValueError(f"rank must be below world, got {rank} of {world}")
-    if indices.ndim != 1 or len(indices) < world:
-        raise ValueError(
-            f"expected at least one index for each of {world} replicas, got shape"
-            f" {tuple(indices.shape)}"
-        )
-    remainder = len(indices) % world
-    rolled = indices.roll(-(epoch * remainder % len(indices)))
-    return rolled[: len(indices) - remainder][rank::world]
 
 
 class Report(NamedTuple):

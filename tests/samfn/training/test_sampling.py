@@ -331,44 +331,6 @@ def test_a_resumed_run_goes_on_exactly():
     assert min(map(len, orders)) < 30
 
 
-lists = st.lists(st.integers(0, 999), min_size=1, max_size=40, unique=True)
-
-
-@given(lists, st.integers(1, 9), st.integers(0, 50))
-def test_shards_are_equally_long_and_share_nobody(values, world, epoch):
-    assume(len(values) >= world)
-    indices = torch.tensor(values)
-    parts = [sampling.shard(indices, rank, world, epoch) for rank in range(world)]
-    assert {len(part) for part in parts} == {len(values) // world}
-    together = [index for part in parts for index in part.tolist()]
-    assert len(set(together)) == len(together)
-    assert set(together) <= set(values)
-
-
-@given(lists, st.integers(1, 9))
-def test_everyone_is_left_out_equally_often(values, world):
-    assume(len(values) >= world)
-    indices = torch.tensor(values)
-    seen = Counter(
-        index
-        for epoch in range(len(values))
-        for rank in range(world)
-        for index in sampling.shard(indices, rank, world, epoch).tolist()
-    )
-    each = len(values) - len(values) % world
-    assert seen == {index: each for index in values}
-
-
-def test_a_batch_of_all_replicas_together_is_a_piece_of_the_order():
-    indices = torch.randperm(24, generator=source(1))
-    for world in (1, 2, 3, 4):
-        local = 12 // world
-        parts = [sampling.shard(indices, rank, world, 5) for rank in range(world)]
-        for start, piece in ((0, indices[:12]), (local, indices[12:])):
-            together = torch.cat([part[start : start + local] for part in parts])
-            assert set(together.tolist()) == set(piece.tolist())
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_work_stays_on_the_device_of_its_tensors():
     counts = sampling.init(50)
@@ -386,7 +348,6 @@ def test_the_work_stays_on_the_device_of_its_tensors():
             new,
             left,
             ordered,
-            sampling.shard(ordered, 1, 3, 2),
             sampling.hardest(values.to(device), 0.3),
             sampling.draw(values.to(device), 0.3, source(5)),
         )
@@ -462,11 +423,6 @@ HALF = torch.ones(3) / 2
         (lambda: sampling.order(LABELS, 3, source(0)), ValueError, "once each, 2 came ag"),
         (lambda: sampling.order(HALF, 3, source(0)), TypeError, "indices must be integers"),
         (lambda: sampling.order(LABELS, 0, source(0)), ValueError, "examples must be"),
-        (lambda: sampling.shard(LABELS, 2, 2, 0), ValueError, "below world, got 2 of 2"),
-        (lambda: sampling.shard(LABELS, -1, 2, 0), ValueError, "rank must be"),
-        (lambda: sampling.shard(LABELS, 0, 0, 0), ValueError, "world must be"),
-        (lambda: sampling.shard(LABELS, 0, 2, -1), ValueError, "epoch must be"),
-        (lambda: sampling.shard(LABELS, 0, 4, 0), ValueError, r"4 replicas, got .*\(3,\)"),
         (lambda: sampling.Report(9, 3).after(10, 3), ValueError, "has 9 examples, not 10"),
         (lambda: sampling.Report(9, 3).after(9, -1), ValueError, "taken must be"),
     ],

@@ -101,6 +101,28 @@ def parts(
     return found.items()
 
 
+def named(node: Any, place: str = "") -> dict[str, Tensor]:
+    """Name every tensor of nested mappings by the path that leads to it, as "a/b".
+
+    Raises:
+        TypeError: something in it is neither a tensor nor a mapping.
+        ValueError: two paths are the same, as those of 1 and "1".
+    """
+    if isinstance(node, Tensor):
+        return {place: node}
+    if not isinstance(node, Mapping):
+        raise TypeError(
+            f"expected a tensor or a mapping as {place}, got {type(node).__name__}"
+        )
+    flat: dict[str, Tensor] = {}
+    for key, child in node.items():
+        found = named(child, f"{place}/{key}" if place else str(key))
+        if twice := flat.keys() & found.keys():
+            raise ValueError(f"two tensors would be called {min(twice)}")
+        flat |= found
+    return flat
+
+
 def scale(tree: Params, factor: float | Tensor) -> dict[str, Tensor]:
     """Return factor * v."""
     return _like(tree, torch._foreach_mul(list(tree.values()), factor))

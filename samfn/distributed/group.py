@@ -13,6 +13,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
+from samfn import tree
 from samfn.checks import some
 from samfn.tree import Batch
 
@@ -200,25 +201,17 @@ def require_alike(values: Any) -> None:
     if size() == 1:
         return
     if isinstance(values, tuple) and hasattr(values, "_asdict"):
-        values = values._asdict()
-    named = _paths(values)
+        found = values._asdict().items()
+        values = {name: value for name, value in found if value is not None}
+    named = tree.named(values)
     own = torch.stack([_digest(leaf) for leaf in named.values()])
-    found = [torch.empty_like(own) for _ in range(size())]
-    dist.all_gather(found, own)
-    differs = torch.stack(found).ne(found[0]).any(0).tolist()
+    digests = [torch.empty_like(own) for _ in range(size())]
+    dist.all_gather(digests, own)
+    differs = torch.stack(digests).ne(digests[0]).any(0).tolist()
     if names := [name for name, differ in zip(named, differs, strict=True) if differ]:
         raise RanksDifferError(
             f"expected the same state on all {size()} ranks, but {some(names)} differ"
         )
-
-
-def _paths(node: Any, place: str = "") -> dict[str, Tensor]:
-    if isinstance(node, Tensor):
-        return {place: node}
-    found: dict[str, Tensor] = {}
-    for key, child in (node or {}).items():
-        found |= _paths(child, f"{place}/{key}" if place else key)
-    return found
 
 
 def _digest(leaf: Tensor) -> Tensor:

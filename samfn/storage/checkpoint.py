@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samfn import checks
+from samfn import checks, tree
 from samfn.step import NonFiniteError, TrainState
 from samfn.storage import files, tensorfile
 
@@ -79,7 +79,7 @@ def save(path: str | os.PathLike[str], state: TrainState, **metadata: Any) -> No
         if _holds_tensors(value):
             if "/" in key:
                 raise ValueError(f"metadata of tensors must have no / in its name: {key!r}")
-            tensors |= _flatten(value, f"{METADATA}/{key}")
+            tensors |= tree.named(value, f"{METADATA}/{key}")
         elif len(text := _to_json(value, key)) > LONG:
             content = bytearray(text.encode())
             tensors[f"{LONG_KEY}/{key}"] = torch.frombuffer(content, dtype=torch.uint8)
@@ -137,7 +137,7 @@ def restore(
         else:
             metadata[key] = tensors.pop(name)
     checks.require_same_layout(expected, tensors, names=f"the state and {path}")
-    return _rebuild(like, tensors, ""), metadata
+    return _rebuild(like, tensors), metadata
 
 
 Scores = dict[Path, dict[str, float]]  # of checkpoints, by their names
@@ -417,32 +417,17 @@ def _require_json(value: Any, place: str, levels: int) -> None:
             _require_json(item, f"{place}/{key}", levels - 1)
 
 
-def _flatten(node: Any, place: str = "") -> dict[str, Tensor]:
-    """Name every tensor of a nested state by the path that leads to it."""
-    if isinstance(node, Tensor):
-        return {place: node}
-    if not isinstance(node, Mapping | TrainState):
-        raise TypeError(
-            f"expected a tensor or a mapping as {place}, got {type(node).__name__}"
-        )
-    flat: dict[str, Tensor] = {}
-    for key, child in _children(node).items():
-        named = _flatten(child, f"{place}/{key}" if place else str(key))
-        if twice := flat.keys() & named.keys():
-            raise ValueError(f"two tensors would be called {min(twice)}")
-        flat |= named
-    return flat
+def _flatten(state: Any) -> dict[str, Tensor]:
+    return tree.named(state._asdict() if isinstance(state, TrainState) else state)
 
 
-def _rebuild(like: Any, tensors: dict[str, Tensor], place: str) -> Any:
+def _rebuild(like: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
+    """Return nested mappings, or a state, with other tensors, named as by `_flatten`."""
     if isinstance(like, Tensor):
         return tensors[place]
-    children = {
+    if isinstance(like, TrainState):
+        return TrainState(**_rebuild(like._asdict(), tensors))
+    return {
         key: _rebuild(child, tensors, f"{place}/{key}" if place else key)
-        for key, child in _children(like).items()
+        for key, child in like.items()
     }
-    return TrainState(**children) if isinstance(like, TrainState) else children
-
-
-def _children(node: Any) -> Mapping[str, Any]:
-    return node._asdict() if isinstance(node, TrainState) else node

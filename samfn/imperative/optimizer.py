@@ -14,6 +14,8 @@ from torch._compile import _disable_dynamo
 
 from samfn import checks, tree
 from samfn.imperative.guard import COPY_LATER, Guard, Mark
+from samfn.loss import dense
+from samfn.methods.base import is_number_zero
 from samfn.perturb import rate
 from samfn.tree import Params
 
@@ -211,7 +213,7 @@ class SAM(torch.optim.Optimizer):
         if not params:
             raise RuntimeError("no parameter has a gradient: call backward before")
         # The way up has an entry for every weight, also where the gradient is sparse.
-        up = {name: _dense(p.grad) for name, p in params.items()}
+        up = {name: dense(p.grad) for name, p in params.items()}
         metric = {n: params[n].abs() for n, group in groups.items() if group["adaptive"]}
         up |= _multiplied(metric, up)
         length = tree.norm_of_any(up)
@@ -222,7 +224,7 @@ class SAM(torch.optim.Optimizer):
             # The second pass must leave no NaN in BatchNorm's statistics.
             finite = {name: self._finite.to(way.device) for name, way in up.items()}
             up = {name: torch.where(finite[name], way, 0.0) for name, way in up.items()}
-        moved = [name for name, group in groups.items() if not _is_zero(group["rho"])]
+        moved = [name for name, group in groups.items() if not is_number_zero(group["rho"])]
         clean = tree.clone(tree.only(params, moved)) if moved else {}
         self._clean = {params[name]: weight for name, weight in clean.items()}
         try:
@@ -292,7 +294,8 @@ class SAM(torch.optim.Optimizer):
                 " leave that pass out, since step calls the closure for both. If they are"
                 " accumulated from other batches, the closure has to go through all of them"
             )
-        one_pass = all(_is_zero(group.get("rho")) for group in self.param_groups)
+        rhos = [cast(float, group.get("rho")) for group in self.param_groups]
+        one_pass = all(map(is_number_zero, rhos))
         self.zero_grad()
         with torch.enable_grad():
             loss = closure()
@@ -344,7 +347,7 @@ class SAM(torch.optim.Optimizer):
             self.skipped += 1
 
     def _is_finite(self, finite: Tensor) -> bool:
-        grads = {name: _dense(grad) for name, grad in self._grads().items()}
+        grads = {name: dense(grad) for name, grad in self._grads().items()}
         if grads:
             finite = finite & tree.norm_of_any(grads).isfinite().to(finite.device)
         return bool(finite)
@@ -485,16 +488,6 @@ def _require_usable(group: dict[str, Any]) -> None:
         raise ValueError(
             "differentiable must be False: samfn.SAM takes its steps outside of autograd"
         )
-
-
-def _dense(grad: Any) -> Tensor:
-    dense: Tensor = grad if grad.layout is torch.strided else grad.to_dense()
-    return dense
-
-
-def _is_zero(rho: Any) -> bool:
-    # What a tensor holds is not looked at: that would make a GPU wait.
-    return not isinstance(rho, Tensor) and rho == 0
 
 
 def _multiplied(metric: Params, up: Params) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from bench.candidates import (
 )
 from bench.networks import Network, build
 from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, Overwriting, peers
+from recipes.roles import Options
 from recipes.settings import method_expression
 from recipes.terminal.hardware import emulated
 from recipes.train.layers import LayerMeter
@@ -72,7 +73,7 @@ LONGEST = 60  # steps after which a method has come round
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class Cost(Options):
     """What is measured of each case."""
 
     case: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -284,7 +285,6 @@ class Monitor(Cost):
         ratios = measure.ratios(seen["watched"], seen["plain"])
         return [
             {
-                "case": case,
                 "ms": measure.milliseconds(seen["plain"])["ms"],
                 "ms watched": measure.milliseconds(seen["watched"])["ms"],
                 "ratio": ratios["median"],
@@ -427,4 +427,5 @@ def runners(case: str) -> dict[str, Callable[[], Any]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Steps | Methods | Monitor | Compiling | Memory, description=__doc__))
+    parts: Any = Steps | Methods | Monitor | Compiling | Memory
+    main(tyro.cli(parts, prog="python -m bench.cost", description=__doc__))

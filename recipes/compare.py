@@ -23,7 +23,7 @@ from recipes.sharpness import Measuring, Record
 from recipes.study import report
 from recipes.study.groups import Group, Value, grouped
 from recipes.study.report import EXPLAINED, TABLES, Page, Tables, numeric
-from recipes.study.runs import among, checkpoint_of, labels, real, require_runs
+from recipes.study.runs import among, checkpoint_of, labels, real, validate
 from recipes.terminal import cli
 from recipes.terminal.console import Display
 from recipes.train import recorded
@@ -61,8 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def compare(settings: Settings, command: str, display: Display) -> int:
     """Read, measure, write the report, and show what it says."""
     settings = replace(settings, runs=among(settings.runs, display))
-    require_runs(settings, 2)
-    sharpness.validate(settings)
+    validate(settings, 2)
     if files_given := [path for path in settings.runs if path.is_file()]:
         raise ConfigError(f"expected directories of runs, got the file {files_given[0]}")
     output = settings.output or real(settings.runs[0]).parent / NAME

@@ -23,7 +23,7 @@ from recipes.roles import (
     Role,
     Rule,
     at_least,
-    flag,
+    require,
     setting,
 )
 from recipes.settings import method_expression
@@ -227,9 +227,7 @@ def validate(config: Config) -> None:
     """
     require_model(config.model)
     values = config.flat()
-    for name, holds, expected in _rules(config, values):
-        if not holds:
-            raise ConfigError(f"{flag(name)}: expected {expected}, got {values[name]!r}")
+    require(_rules(config, values), values)
     try:
         method_expression.parse(config.method, steps=1, norm_layers=())
     except ValueError as error:

@@ -23,7 +23,7 @@ import samfn
 from recipes import errors
 from recipes.data.sources import Dataset, Say, Track
 from recipes.errors import ConfigError, DivergedError
-from recipes.roles import Role
+from recipes.roles import Options, Role
 from recipes.settings.config import SETTINGS, Config, differing, plain_values, validate
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, of_run
@@ -60,7 +60,7 @@ Report = Callable[[Sequence[Group]], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Options):
     """What every study has."""
 
     seeds: int = 3

@@ -63,3 +63,13 @@ def test_all_arms_are_run_and_reported(study, tmp_path, capsys):
 def test_wrong_arms_are_refused(study, capsys, flags, message):
     assert study(*flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_default_of_its_own_has_the_help_of_all_studies_as_one_paragraph(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        arms.main(["--help"])
+    text = "What it holds of this study is not run again. (default: runs/arms)"
+    assert text in capsys.readouterr().out

@@ -172,4 +172,4 @@ An epoch of SAM takes {seconds:,.0f} s here, reckoned from a step of
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="python -m bench.checkpoints", description=__doc__))

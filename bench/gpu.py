@@ -111,7 +111,9 @@ WITH_COMPILED_MODEL = (
 def main() -> None:
     """Run the cases that are not finished, and report on all that are."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--smoke", action="store_true", help="toy size, on a CPU")
     parser.add_argument("--minutes", type=float, default=7.5, help="start no case after")

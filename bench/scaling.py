@@ -302,7 +302,7 @@ def started(worker: str, ranks: int, options: Options, *more: str) -> list[Row]:
         for flag, values in (("--placement", options.placement), ("--mode", options.mode)):
             command += [text for value in values for text in (flag, value)]
         variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if worker == "memory":  # See `memory` in bench/cost.py; it makes steps slow.
+        if worker == "memory":  # See `Memory` in bench/cost.py; it makes steps slow.
             variables["MALLOC_MMAP_THRESHOLD_"] = "65536"
         subprocess.run(command, env=os.environ | variables, check=True)
         return [json.loads(line) for line in lines.read_text().splitlines()]
@@ -521,4 +521,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="python -m bench.scaling", description=__doc__))

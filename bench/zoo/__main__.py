@@ -1,7 +1,9 @@
 """samfn on the networks that people use, each way held against a plain loop.
 
-python -m bench.zoo --report bench/results
-python -m bench.zoo --only habits --only transformers --no-compiled
+    python -m bench.zoo --report bench/results
+    python -m bench.zoo --only habits transformers --no-compiled
+
+A network whose line is in --output already is not tried again.
 """
 
 import contextlib
@@ -167,4 +169,4 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         one(sys.argv[2], sys.argv[3] == "1")
     else:
-        main(tyro.cli(Options))
+        main(tyro.cli(Options, prog="python -m bench.zoo", description=__doc__))

@@ -43,18 +43,27 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def arms(settings: Settings, common: Common) -> list[Arm]:
-    """Return all arms.
+    """Return all arms."""
+    return [read(text, common) for text in settings.arm]
+
+
+def read(text: str, common: Common) -> Arm:
+    """Return the arm that a label, a colon and flags mean.
 
     Raises:
-        ConfigError: one is no label with flags.
+        ConfigError: they mean none, or the flags cannot be used.
     """
-    found = []
-    for text in settings.arm:
-        label, colon, flags = text.partition(":")
-        if not colon:
-            raise ConfigError(f"--arm: expected 'label: flags', got {text!r}")
-        found.append((label.strip(), common(*shlex.split(flags))))
-    return found
+    label, colon, flags = text.partition(":")
+    if not colon:
+        raise ConfigError(f"--arm: expected 'label: flags', got {text!r}")
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise ConfigError(f"--arm: cannot read {text!r}: {error}") from error
+    try:
+        return label.strip(), common(*words)
+    except ConfigError as error:
+        raise ConfigError(f"{label.strip()}: {error}") from error
 
 
 def page(settings: Settings, groups: Sequence[Group]) -> Page:

@@ -57,7 +57,9 @@ def test_all_arms_are_run_and_reported(study, tmp_path, capsys):
         ([], "expected at least one arm, got none"),
         (["--arm", "SGD"], "--arm: expected 'label: flags', got 'SGD'"),
         (["--arm", "a:", "--arm", "a : --rho 0"], "expected different arms, got a twice"),
-        (["--arm", "a: --resume x"], "--resume: it is for one run alone"),
+        (["--arm", "a: --resume x"], "a: --resume: it is for one run alone"),
+        (["--arm", "a: --epochs 0"], "a: --epochs: expected at least 1, got 0"),
+        (["--arm", 'a: --lr "'], "--arm: cannot read 'a: --lr \"': No closing quotation"),
     ],
 )
 def test_wrong_arms_are_refused(study, capsys, flags, message):

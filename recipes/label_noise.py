@@ -19,7 +19,6 @@ from pathlib import Path
 
 from recipes import plots
 from recipes.errors import ConfigError
-from recipes.settings.config import Config
 from recipes.study import grid
 from recipes.study.grid import Arm, Common
 from recipes.study.groups import Group, arranged, best, last, number, series_of, summary
@@ -84,11 +83,6 @@ def read(text: str) -> tuple[str, float]:
 def label(method: str, rho: float) -> str:
     """Return what a method is called."""
     return f"{method}, rho {number(rho)}" if rho else "SGD"
-
-
-def method_of(config: Config) -> str:
-    """Return what the method of a run is called."""
-    return label(config.method, config.rho)
 
 
 def by_method(groups: Sequence[Group]) -> dict[str, dict[float, Group]]:

@@ -219,6 +219,18 @@ def differing(
     return {n: (before[n], now[n]) for n in names if before[n] != now[n]}
 
 
+def changes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    roles: frozenset[Role] = DECIDING,
+) -> dict[str, str]:
+    """Return what `differing` does, each in a few words."""
+    return {
+        name: f"{name} was {one!r}, is now {other!r}"
+        for name, (one, other) in differing(before, now, roles).items()
+    }
+
+
 def validate(config: Config) -> None:
     """Raise unless every value is in its range, and has an effect.
 

@@ -24,7 +24,7 @@ from recipes import errors
 from recipes.data.sources import Dataset, Say, Track
 from recipes.errors import ConfigError, DivergedError
 from recipes.roles import Options, Role
-from recipes.settings.config import SETTINGS, Config, differing, plain_values, validate
+from recipes.settings.config import SETTINGS, Config, changes, plain_values, validate
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, of_run
 from recipes.study.groups import DIVERGED, Group, best, diverged, group_of, last, seconds
@@ -279,13 +279,10 @@ def read(cell: Cell, warn: Say) -> Recorded | None:
 
 def _require_same_settings(cell: Cell) -> None:
     before, now = plain_values(of_run(cell.path)), plain_values(cell.config)
-    changes = [
-        f"{name} was {one!r}, is now {other!r}"
-        for name, (one, other) in differing(before, now).items()
-    ]
-    if changes:
+    if changed := changes(before, now):
+        listed = "; ".join(changed.values())
         raise ConfigError(
-            f"{cell.path} holds a run of other settings: {'; '.join(changes)}; move it"
+            f"{cell.path} holds a run of other settings: {listed}; move it"
             " away, or choose another --output"
         )
 

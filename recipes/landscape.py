@@ -28,7 +28,7 @@ from recipes.roles import ABOVE_0, Range, setting
 from recipes.settings.config import plain_values
 from recipes.settings.saved import run_of
 from recipes.study.runs import (
-    Selection,
+    Inspection,
     Solution,
     among,
     named,
@@ -51,7 +51,7 @@ ODD = Range(lambda n: n % 2 == 1 and n >= 5, "an odd number of at least 5")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Selection):
+class Settings(Inspection):
     """Draw the loss around what runs have learned, side by side and on one scale."""
 
     points: int = setting(15, ODD)

@@ -33,7 +33,7 @@ from recipes.settings.config import Config, of_roles, plain_values
 from recipes.settings.saved import of_run, run_of
 from recipes.study.groups import MISSING, quantity
 from recipes.study.runs import (
-    Selection,
+    Inspection,
     Solution,
     among,
     checkpoint_of,
@@ -73,7 +73,7 @@ Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring(Selection):
+class Measuring(Inspection):
     """What is measured, and how thoroughly."""
 
     rho: float = setting(0.05, ABOVE_0)

@@ -35,7 +35,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection(Options):
+class Inspection(Options):
     """Which runs, which of their checkpoints, and which images."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -81,7 +81,7 @@ class Solution(NamedTuple):
         return list(zip(*parts, strict=True))
 
 
-def validate(settings: Selection, least: int = 1) -> None:
+def validate(settings: Inspection, least: int = 1) -> None:
     """Raise unless every value is in its range, and there are enough runs, different ones.
 
     Raises:
@@ -116,7 +116,7 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def read(path: Path, settings: Selection, display: Display) -> Solution:
+def read(path: Path, settings: Inspection, display: Display) -> Solution:
     """Read what a run has learned, and choose its images.
 
     Raises:

@@ -228,7 +228,7 @@ def test_what_ranks_take_is_measured_and_reported(monkeypatch, tmp_path, capsys)
     options = scaling.Options(
         case=("mlp:8",), mode=("eager",), rounds=2, held="mlp", held_by=(1, 2)
     )
-    placed = options.replace(placement=scaling.PLACEMENTS)
+    placed = replace(options, placement=scaling.PLACEMENTS)
     found = {count: on_ranks(count, scaled, placed)[0] for count in (1, 2)}
 
     def started(worker, ranks, options, *more):

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 class Setup(NamedTuple):
-    """What is measured where."""
+    """Size of all measurements, and their device."""
 
     device: str
     batch: int
@@ -49,9 +49,9 @@ class Setup(NamedTuple):
     stages: dict[str, tuple[tuple[int, int], ...]]
     """Network -> channels and side of its stages' convolutions."""
     steps: int
-    """Of the checks of correctness."""
+    """Steps in the checks of correctness."""
     seconds: float
-    """Spent on timing a case."""
+    """Time spent on each case."""
 
     @property
     def precision(self) -> str:

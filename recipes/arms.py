@@ -2,7 +2,7 @@
 
     python -m recipes.arms --arm "SGD: --rho 0" --arm "SAM: --rho 0.05" -- --data digits
 
-What follows the lone -- are flags of recipes.cifar_wrn, for all arms. The same command goes
+Flags of recipes.cifar_wrn, for all arms, follow the lone --. The same command goes
 on where it was ended, and one with more arms or seeds adds these.
 """
 
@@ -25,14 +25,14 @@ from recipes.study.report import TABLES, Page, rank, side_by_side, task
 
 @dataclass(frozen=True)
 class Settings(grid.Settings):
-    """Train arms. What follows a lone -- are flags of recipes.cifar_wrn."""
+    """Train arms. Flags of recipes.cifar_wrn follow a lone --."""
 
     arm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A label, a colon, and flags of the recipe; once for each arm."""
+    """Label, colon, and flags of the recipe; once for each arm."""
     title: str = ""
     """Title of the report; empty is data, network and epochs."""
     times: bool = True
-    """Report what an epoch costs; not where runs shared the machine."""
+    """Cost of an epoch in the report; off where runs shared the machine."""
     output: Path = Path("runs/arms")
 
 

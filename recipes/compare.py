@@ -5,7 +5,7 @@
     python -m recipes.compare runs/digits-* --output report
 
 Runs that differ in nothing but the seed are one row: mean ± standard deviation of a sample.
-What sharpness.json in a run's directory holds of the same checkpoint is not measured again.
+Sharpness that sharpness.json in a run's directory holds is not measured again.
 """
 
 import math
@@ -39,11 +39,10 @@ class Settings(Measuring):
     """Put runs side by side: curves, accuracy, cost and sharpness."""
 
     sharpness: bool = True
-    """Also measure how sharp the minima are, where sharpness.json in a run's directory
-    does not say it."""
+    """Measurement of sharpness, unless sharpness.json in a run's directory has it."""
     output: Path | None = None
-    """Directory of the report; what it holds of another call is replaced. None is compare,
-    beside the first run."""
+    """Directory of the report, in place of that of another call. None is compare, beside
+    the first run."""
 
 
 def main(args: Sequence[str] | None = None) -> int:

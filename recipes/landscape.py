@@ -62,8 +62,8 @@ class Settings(Inspection):
     rho: float = setting(0.5, ABOVE_0)
     """Largest distance along SAM's perturbation, in units of the weights."""
     output: Path | None = None
-    """Directory of the pictures and data; what it holds of another call is replaced. None
-    is landscape, beside the first run."""
+    """Directory of pictures and data, in place of those of another call. None is landscape,
+    beside the first run."""
 
 
 class Explored(NamedTuple):

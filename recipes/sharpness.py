@@ -67,19 +67,19 @@ BATCHES = 4  # fewer would not show how far the variance among them is off
 LEAST = {"loss": 0.0, "noise": 0.0}  # of numbers that have a bound
 
 Record = dict[str, Any]
-"""What is known of one run that was measured, as JSON holds it."""
+"""Measurements of one run, as JSON holds them."""
 Advance = Callable[[float], None]
 """Is told how many more gradients were spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring(Inspection):
-    """What is measured, and how thoroughly."""
+    """Measures of sharpness, and how thoroughly each is taken."""
 
     rho: float = setting(0.05, ABOVE_0)
     """Radius of the ball in which the loss rises, in units of the weights."""
     adaptive_rho: float = setting(0.5, ABOVE_0)
-    """Radius of the ball that is measured by the size of each weight."""
+    """Radius of ASAM's ball, in which each weight is measured by its own size."""
     sigma: float = setting(0.01, ABOVE_0)
     """Standard deviation of a weight in random perturbations."""
     steps: int = setting(10, at_least(1))
@@ -90,9 +90,9 @@ class Measuring(Inspection):
     """Random perturbations of the average case, and random vectors of the trace; 0 leaves
     both out."""
     eigenvalues: int = setting(1, at_least(0))
-    """Largest eigenvalues of the Hessian; 0 leaves them out."""
+    """Number of the Hessian's largest eigenvalues; 0 leaves them out."""
     iterations: int = 30
-    """Products with the Hessian that are spent on its eigenvalues, at most."""
+    """Products with the Hessian that the eigenvalues may take."""
 
     def relations(self) -> Iterator[Rule]:
         """Yield what holds of several values together."""
@@ -105,8 +105,8 @@ class Settings(Measuring):
     """Measure how sharp the minima are that runs ended in."""
 
     output: Path | None = None
-    """File to write. None is sharpness.json in the directory of each run. What a file
-    holds of other settings or checkpoints stays in it."""
+    """File to write. None is sharpness.json in the directory of each run. Records of other
+    settings or checkpoints stay in it."""
 
 
 class Number(NamedTuple):

@@ -46,7 +46,7 @@ COMPILED = [
 
 @dataclass(frozen=True)
 class Options:
-    """What is tried."""
+    """Networks and ways to try."""
 
     only: list[Group] = field(default_factory=list)
     """Groups of networks; all of them by default."""

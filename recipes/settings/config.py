@@ -148,7 +148,7 @@ class Config(Group, role=Role.RESULT):
 
 
 class Setting(NamedTuple):
-    """What is known of a setting beside its value."""
+    """A setting but for its value."""
 
     group: str
     """The attribute of `Config` that holds it; "" is `Config` itself."""

@@ -45,9 +45,9 @@ class Cell(NamedTuple):
     """One run of a study."""
 
     label: str
-    """Of the arm."""
+    """Label of the arm."""
     config: Config
-    """Of the arm, with the seed of this run."""
+    """Settings of the arm, with the seed of this run."""
     path: Path
 
 
@@ -61,20 +61,20 @@ Report = Callable[[Sequence[Group]], None]
 
 @dataclass(frozen=True)
 class Settings(Options):
-    """What every study has."""
+    """Settings of every study."""
 
     seeds: int = 3
     """Runs of each arm, with seeds from the recipe's --seed on."""
     output: Path = Path("runs/study")
-    """Directory of all runs, tables and pictures. What it holds of this study is not run
-    again."""
+    """Directory of all runs, tables and pictures. Runs of this study that it holds are not
+    run again."""
 
 
 class Study(NamedTuple):
-    """What makes arms, and says what they are about."""
+    """A command that makes arms, and its page about them."""
 
     name: str
-    """Of the module of recipes, and of the report's files."""
+    """Name of the module of recipes, and of the report's files."""
     settings: type[Settings]
     varied: Collection[str]
     """Settings of the recipe that differ from arm to arm."""

@@ -54,12 +54,12 @@ class Inspection(Options):
 
     @property
     def kind(self) -> str:
-        """What the images are called in words."""
+        """The split in words."""
         return {"train": "training", "test": "test"}[self.split]
 
 
 class Solution(NamedTuple):
-    """What a run has learned, and what its loss is of."""
+    """Weights that a run has learned, and the images of their loss."""
 
     name: str
     """In pictures; different for each of the runs."""
@@ -100,7 +100,7 @@ def validate(settings: Inspection, least: int = 1) -> None:
 def among(paths: Iterable[Path], display: Display) -> tuple[Path, ...]:
     """Return the paths without directories that hold no run, as a pattern finds them.
 
-    What a command here writes lies beside the runs, so that runs/* finds it, too.
+    Reports lie beside the runs, so that runs/* finds them, too.
     """
     found = []
     for path in paths:
@@ -202,8 +202,8 @@ def distinct(items: Sequence[Item], *ways: Callable[[Item], str]) -> list[str]:
 def write_json(path: Path, found: Mapping[str, Any]) -> None:
     """Write numbers, texts, lists and mappings of them to a JSON file.
 
-    Lists of numbers are one line. What is not finite is the text "nan", "inf" or "-inf",
-    which JSON has no numbers for and `float` and `numpy.array(..., dtype=float)` read.
+    Lists of numbers are one line. JSON has no NaN and no infinity: they are the texts
+    "nan", "inf" and "-inf", which `float` and `numpy.array(..., dtype=float)` read.
 
     Raises:
         OSError: the file cannot be written; it is what it was.

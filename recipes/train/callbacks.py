@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: callbacks, each with one duty.
+"""Callbacks around the steps of a run, each with one duty.
 
 They are told of the events of `samfn.training.loop`, in the order of `around`.
 """
@@ -45,8 +45,9 @@ def around(
 ) -> list[Callback]:
     """Return the callbacks of a run, in the order in which they are told.
 
-    What changes the state, the memory or the row comes before it is written. The row is
-    written before its checkpoint: a run that is killed between them takes the epoch again.
+    Those that change the state, the memory or the row come before those that write it. The
+    row is written before its checkpoint: a run that is killed between them takes the epoch
+    again.
     """
     config, meter = task.config, Meter(task)
     by = column(config, task.chosen_by.name)  # of the average, if there is one
@@ -116,7 +117,7 @@ class Meter:
     def add(self, metrics: samfn.Metrics, labels: Tensor) -> None:
         """Add one step; one that was skipped counts for nothing.
 
-        Of labels that are shares of several classes, the largest share is the right one.
+        Where labels are shares of several classes, the largest share is the right one.
         """
         if labels.ndim == 2:
             labels = labels.argmax(1)

@@ -199,7 +199,7 @@ def _opened(
 ) -> Iterator[tuple[RunDirectory, Training]]:
     """Hold the directory of a new run or of one that goes on; yield where it stands.
 
-    Of several ranks, the first holds it and writes.
+    The first rank alone holds it and writes.
     """
     config, first = task.config, distributed.rank() == distributed.FIRST
     if config.resume is None:

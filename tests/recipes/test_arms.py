@@ -73,5 +73,5 @@ def test_a_default_of_its_own_has_the_help_of_all_studies_as_one_paragraph(
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         arms.main(["--help"])
-    text = "What it holds of this study is not run again. (default: runs/arms)"
+    text = "Runs of this study that it holds are not run again. (default: runs/arms)"
     assert text in capsys.readouterr().out

@@ -171,7 +171,7 @@ def test_a_flat_buffer_trains_alike():
     plain, flat = (Samfn(network, None, 0.05, None, flat=flat) for flat in (False, True))
     for runner in (plain, flat):
         runner.step()
-    assert measure.distance(start, flat.weights(), plain.network.weights()) < 1e-5
+    assert measure.distance(start, flat.weights(), plain.weights()) < 1e-5
 
 
 def test_what_checkpoints_cost_is_measured(tmp_path):

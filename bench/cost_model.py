@@ -255,7 +255,7 @@ def wrn() -> Network:
     )
 
 
-def transformer(parameters: float = 1e9, length: int = 2048) -> Network:
+def transformer() -> Network:
     """Return a transformer; an example is a sequence, a batch a million tokens.
 
     6 operations per parameter and token: attention's own are left out.
@@ -264,6 +264,7 @@ def transformer(parameters: float = 1e9, length: int = 2048) -> Network:
         Kaplan et al., 2020, arXiv:2001.08361, section 2.1; for length and batch the
         network of 1.3e9 parameters in Brown et al., 2020, arXiv:2005.14165, table 2.1.
     """
+    parameters, length = 1e9, 2048
     total = 2**20 // length
     work = 6 * parameters * length
     return Network("transformer", parameters, work, total=total, each=total // 64)

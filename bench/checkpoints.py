@@ -1,4 +1,4 @@
-r"""What saving and restoring cost, at the size of WRN-28-10 with momentum.
+r"""Cost of saving and restoring, at the size of WRN-28-10 with momentum.
 
     python -m bench.checkpoints
 
@@ -33,16 +33,16 @@ IMAGES = 50_000
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how often."""
+    """Size of the network, and how often it is saved and restored."""
 
     model: str = "28-10"
     """Depth and width of the Wide ResNet."""
     rounds: int = 15
-    """Turns that everything takes."""
+    """Turns of each measurement."""
     batch: int = 8
     """Images in the step that the epoch is reckoned from."""
     directory: Path = Path(tempfile.gettempdir())
-    """On the disk that is measured."""
+    """Directory on the disk that is measured."""
     report: Path | None = None
     """Markdown file to write."""
 
@@ -172,4 +172,4 @@ An epoch of SAM takes {seconds:,.0f} s here, reckoned from a step of
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="python -m bench.checkpoints", description=__doc__))

@@ -1,4 +1,4 @@
-r"""What a step costs: its time, its compilation, its memory.
+r"""Cost of a step: its time, its compilation, its memory.
 
     python -m bench.cost steps --case mlp:16:float32 --case wrn-16-2:64:bf16
     python -m bench.cost steps --designs             # samfn's own ways, not the peers
@@ -41,6 +41,7 @@ from bench.candidates import (
 )
 from bench.networks import Network, build
 from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, Overwriting, peers
+from recipes.roles import Options
 from recipes.settings import method_expression
 from recipes.terminal.hardware import emulated
 from recipes.train.layers import LayerMeter
@@ -72,11 +73,11 @@ LONGEST = 60  # steps after which a method has come round
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What is measured of each case."""
+class Cost(Options):
+    """A measurement of each case."""
 
     case: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NETWORK:BATCH:PRECISION; once for each case. None is those of the reports, but for
+    """NETWORK:BATCH:PRECISION; once for each case. None is those of the reports, without
     bf16 on a CPU that has no instructions for it."""
     output: Path | None = None
     """File that the JSON lines are appended to."""
@@ -131,7 +132,7 @@ def load(case: str, device: str = "cpu") -> tuple[Network, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(Cost):
-    """How long a step takes, beside every peer.
+    """Time of a step, beside every peer.
 
     All candidates are made in one process, checked to train alike, and timed in turns.
     """
@@ -139,7 +140,7 @@ class Steps(Cost):
     seconds: float = 20.0
     """Time spent on each case, after everything is compiled."""
     designs: bool = False
-    """Compare the designs of the compiled step instead of the peers."""
+    """Designs of the compiled step as candidates, in place of the peers."""
 
     cases: ClassVar[tuple[str, ...]] = (
         "mlp:16:float32",
@@ -223,13 +224,13 @@ def period(method: samfn.Method) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Methods(Cost):
-    """What a step of each method costs, relative to one of SGD.
+    """Cost of a step of each method, relative to one of SGD.
 
     All are compiled, in one process, and timed in turns. "of SGD" is the median over the
-    rounds of the ratio in a round; of methods whose steps differ, of the mean step until
-    they come round. What ae_sam takes depends on the gradients: here, on one batch again
-    and again, its gate is shut, and one that is open costs what sam does. "first s" is the
-    time of the first two rounds, in which everything is compiled.
+    rounds of the ratio in a round; where steps of a method differ, of their mean until they
+    come round. The cost of ae_sam depends on the gradients: on one batch again and again,
+    as here, its gate is shut; while it is open, a step costs what one of sam does.
+    "first s" is the time of the first two rounds, in which everything is compiled.
     """
 
     seconds: float = 300.0
@@ -261,7 +262,7 @@ class Methods(Cost):
 
 @dataclass(frozen=True, kw_only=True)
 class Monitor(Cost):
-    """What watching every layer costs.
+    """Cost of watching every layer.
 
     A compiled step of SAM that also measures each parameter's gradient, perturbation,
     update, weight and cosine, and adds them up, against the same step without; in turns,
@@ -284,7 +285,6 @@ class Monitor(Cost):
         ratios = measure.ratios(seen["watched"], seen["plain"])
         return [
             {
-                "case": case,
                 "ms": measure.milliseconds(seen["plain"])["ms"],
                 "ms watched": measure.milliseconds(seen["watched"])["ms"],
                 "ratio": ratios["median"],
@@ -297,7 +297,7 @@ class Monitor(Cost):
 
 @dataclass(frozen=True, kw_only=True)
 class Apart(Cost):
-    """What is measured of each candidate in a process of its own."""
+    """A measurement of each candidate in a process of its own."""
 
     only: tyro.conf.Suppress[str | None] = None
     """Measure this candidate in this process, and print the number."""
@@ -321,10 +321,10 @@ class Apart(Cost):
 
 @dataclass(frozen=True, kw_only=True)
 class Compiling(Apart):
-    """How long compiling takes, in fresh processes: with an empty cache, and a full one.
+    """Time of compilation, in fresh processes: with an empty cache, and a full one.
 
-    Measured is the first call of a step less a later one: tracing, compiling and, with a
-    full cache, loading. "one gradient" is what a single pass would cost.
+    It is the first call of a step less a later one: tracing, compiling and, with a full
+    cache, loading. "one gradient" is what a single pass would cost.
     """
 
     cases: ClassVar[tuple[str, ...]] = (
@@ -383,7 +383,7 @@ def makers(case: str) -> dict[str, Callable[[], Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(Apart):
-    """How much memory a step takes at its peak, beside every peer.
+    """Memory of a step at its peak, beside every peer.
 
     Each candidate runs in a process of its own. On a GPU it is what PyTorch allocated at
     the peak; on a CPU (Linux) what the process grew by while it took three steps, after
@@ -427,4 +427,5 @@ def runners(case: str) -> dict[str, Callable[[], Any]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Steps | Methods | Monitor | Compiling | Memory, description=__doc__))
+    parts: Any = Steps | Methods | Monitor | Compiling | Memory
+    main(tyro.cli(parts, prog="python -m bench.cost", description=__doc__))

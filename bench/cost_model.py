@@ -11,7 +11,7 @@ A step takes one after the other
     messages   each around a ring or through a tree, `duration`
 
 since samfn sends a message when the whole gradient is there: no communication is hidden
-behind computation. What is compared are the placements of `samfn.distributed`. Utilisation
+behind computation. It compares the placements of `samfn.distributed`. Utilisation
 is assumed, and the same for large and small batches; `bench/scaling.py` measures.
 """
 
@@ -40,7 +40,7 @@ VECTORS = 10
 
 @dataclass(frozen=True)
 class Link:
-    """What a message goes through."""
+    """A connection of ranks."""
 
     bandwidth: float
     """Bytes a second, in one direction."""
@@ -66,24 +66,24 @@ class Machine:
     memory_bandwidth: float = 3.35e12
     """Bytes a second."""
     gpus: int = 8
-    """Of a node."""
+    """GPUs of a node."""
     inside: Link = Link(450e9, 3.4e-6)
-    """Of a GPU in its node: NVLink 4, half of the 900 GB/s of both directions."""
+    """Link of a GPU in its node: NVLink 4, half of the 900 GB/s of both directions."""
     between: Link = Link(8 * 50e9, 9.6e-6)
-    """Of a whole node: eight ports of 400 Gbit/s, one for each GPU. NCCL lays rings
+    """Link of a whole node: eight ports of 400 Gbit/s, one for each GPU. NCCL lays rings
     through all of them, so that they add up."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is trained, how, and on how many examples."""
+    """A network, how it is trained, and on how many examples."""
 
     name: str = "own"
-    """What the tables call it."""
+    """Name in the tables."""
     parameters: float = 0
     """Numbers that are trained."""
     operations: float = 0
-    """In the gradient of one example; a multiply-add is two."""
+    """Operations of the gradient of one example; a multiply-add is two."""
     total: int = 256
     """Examples in a step on all ranks together, where these are held fixed."""
     each: int = 32
@@ -91,7 +91,7 @@ class Network:
     buffers: float = 0
     """Floating-point numbers that are not trained, as BatchNorm's."""
     tensors: int = 1
-    """That the parameters are."""
+    """Number of tensors of the parameters."""
     optimizer: int = 2
     """Vectors that the optimizer remembers: sgd 1, adam 2."""
     method: int = 0
@@ -101,7 +101,7 @@ class Network:
 
 
 class Message(NamedTuple):
-    """What some ranks exchange at once."""
+    """An exchange of some ranks."""
 
     operation: str
     """A key of `HALVES`."""
@@ -255,7 +255,7 @@ def wrn() -> Network:
     )
 
 
-def transformer(parameters: float = 1e9, length: int = 2048) -> Network:
+def transformer() -> Network:
     """Return a transformer; an example is a sequence, a batch a million tokens.
 
     6 operations per parameter and token: attention's own are left out.
@@ -264,6 +264,7 @@ def transformer(parameters: float = 1e9, length: int = 2048) -> Network:
         Kaplan et al., 2020, arXiv:2001.08361, section 2.1; for length and batch the
         network of 1.3e9 parameters in Brown et al., 2020, arXiv:2005.14165, table 2.1.
     """
+    parameters, length = 1e9, 2048
     total = 2**20 // length
     work = 6 * parameters * length
     return Network("transformer", parameters, work, total=total, each=total // 64)
@@ -339,7 +340,7 @@ def verdict(network: Network, machine: Machine) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What is predicted."""
+    """Network and machine of the prediction."""
 
     own: Network = Network()
     """A network of your own, instead of the two; parameters and operations make one."""
@@ -362,4 +363,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="python -m bench.cost_model", description=__doc__))

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 class Setup(NamedTuple):
-    """What is measured where."""
+    """Size of all measurements, and their device."""
 
     device: str
     batch: int
@@ -49,9 +49,9 @@ class Setup(NamedTuple):
     stages: dict[str, tuple[tuple[int, int], ...]]
     """Network -> channels and side of its stages' convolutions."""
     steps: int
-    """Of the checks of correctness."""
+    """Steps in the checks of correctness."""
     seconds: float
-    """Spent on timing a case."""
+    """Time spent on each case."""
 
     @property
     def precision(self) -> str:
@@ -111,7 +111,9 @@ WITH_COMPILED_MODEL = (
 def main() -> None:
     """Run the cases that are not finished, and report on all that are."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--smoke", action="store_true", help="toy size, on a CPU")
     parser.add_argument("--minutes", type=float, default=7.5, help="start no case after")

@@ -1,4 +1,4 @@
-"""What is timed: networks with a batch, from bound by arithmetic to bound by overhead."""
+"""Networks to time, with a batch, from bound by arithmetic to bound by overhead."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""How the step of SAM scales over processes of this machine, and what bounds it.
+"""Scaling of a SAM step over processes of this machine, and its bounds.
 
     python -m bench.scaling --case wrn-16-2:128 --case mlp-2048:64
 
@@ -51,7 +51,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how often."""
+    """Cases, placements and modes, and how often each is timed."""
 
     case: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NETWORK:BATCH, the batch being that of all ranks; once for each case."""
@@ -66,13 +66,13 @@ class Options:
     mode: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """eager or compiled; none is both."""
     rounds: int = 3
-    """How often each has its turn, at least 2."""
+    """Turns of each, at least 2."""
     output: Path | None = None
     """File that the JSON lines are appended to."""
     report: Path | None = None
     """Markdown file to write."""
     worker: str = ""
-    """What torchrun starts: measure this, a name of `WORKERS`, on this rank."""
+    """Name in `WORKERS`, which torchrun starts on this rank."""
 
 
 class Line(NamedTuple):
@@ -302,7 +302,7 @@ def started(worker: str, ranks: int, options: Options, *more: str) -> list[Row]:
         for flag, values in (("--placement", options.placement), ("--mode", options.mode)):
             command += [text for value in values for text in (flag, value)]
         variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if worker == "memory":  # See `memory` in bench/cost.py; it makes steps slow.
+        if worker == "memory":  # See `Memory` in bench/cost.py; it makes steps slow.
             variables["MALLOC_MMAP_THRESHOLD_"] = "65536"
         subprocess.run(command, env=os.environ | variables, check=True)
         return [json.loads(line) for line in lines.read_text().splitlines()]
@@ -521,4 +521,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Options, prog="python -m bench.scaling", description=__doc__))

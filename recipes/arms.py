@@ -2,7 +2,7 @@
 
     python -m recipes.arms --arm "SGD: --rho 0" --arm "SAM: --rho 0.05" -- --data digits
 
-What follows the lone -- are flags of recipes.cifar_wrn, for all arms. The same command goes
+Flags of recipes.cifar_wrn, for all arms, follow the lone --. The same command goes
 on where it was ended, and one with more arms or seeds adds these.
 """
 
@@ -25,14 +25,14 @@ from recipes.study.report import TABLES, Page, rank, side_by_side, task
 
 @dataclass(frozen=True)
 class Settings(grid.Settings):
-    """Train arms. What follows a lone -- are flags of recipes.cifar_wrn."""
+    """Train arms. Flags of recipes.cifar_wrn follow a lone --."""
 
     arm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A label, a colon, and flags of the recipe; once for each arm."""
+    """Label, colon, and flags of the recipe; once for each arm."""
     title: str = ""
     """Title of the report; empty is data, network and epochs."""
     times: bool = True
-    """Report what an epoch costs; not where runs shared the machine."""
+    """Cost of an epoch in the report; off where runs shared the machine."""
     output: Path = Path("runs/arms")
 
 
@@ -43,18 +43,27 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def arms(settings: Settings, common: Common) -> list[Arm]:
-    """Return all arms.
+    """Return all arms."""
+    return [read(text, common) for text in settings.arm]
+
+
+def read(text: str, common: Common) -> Arm:
+    """Return the arm that a label, a colon and flags mean.
 
     Raises:
-        ConfigError: one is no label with flags.
+        ConfigError: they mean none, or the flags cannot be used.
     """
-    found = []
-    for text in settings.arm:
-        label, colon, flags = text.partition(":")
-        if not colon:
-            raise ConfigError(f"--arm: expected 'label: flags', got {text!r}")
-        found.append((label.strip(), common(*shlex.split(flags))))
-    return found
+    label, colon, flags = text.partition(":")
+    if not colon:
+        raise ConfigError(f"--arm: expected 'label: flags', got {text!r}")
+    try:
+        words = shlex.split(flags)
+    except ValueError as error:
+        raise ConfigError(f"--arm: cannot read {text!r}: {error}") from error
+    try:
+        return label.strip(), common(*words)
+    except ConfigError as error:
+        raise ConfigError(f"{label.strip()}: {error}") from error
 
 
 def page(settings: Settings, groups: Sequence[Group]) -> Page:

@@ -5,7 +5,7 @@
     python -m recipes.compare runs/digits-* --output report
 
 Runs that differ in nothing but the seed are one row: mean ± standard deviation of a sample.
-What sharpness.json in a run's directory holds of the same checkpoint is not measured again.
+Sharpness that sharpness.json in a run's directory holds is not measured again.
 """
 
 import math
@@ -23,7 +23,7 @@ from recipes.sharpness import Measuring, Record
 from recipes.study import report
 from recipes.study.groups import Group, Value, grouped
 from recipes.study.report import EXPLAINED, TABLES, Page, Tables, numeric
-from recipes.study.runs import among, checkpoint_of, labels, real, require_runs
+from recipes.study.runs import among, checkpoint_of, labels, real, validate
 from recipes.terminal import cli
 from recipes.terminal.console import Display
 from recipes.train import recorded
@@ -39,11 +39,10 @@ class Settings(Measuring):
     """Put runs side by side: curves, accuracy, cost and sharpness."""
 
     sharpness: bool = True
-    """Also measure how sharp the minima are, where sharpness.json in a run's directory
-    does not say it."""
+    """Measurement of sharpness, unless sharpness.json in a run's directory has it."""
     output: Path | None = None
-    """Directory of the report; what it holds of another call is replaced. None is compare,
-    beside the first run."""
+    """Directory of the report, in place of that of another call. None is compare, beside
+    the first run."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -61,8 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def compare(settings: Settings, command: str, display: Display) -> int:
     """Read, measure, write the report, and show what it says."""
     settings = replace(settings, runs=among(settings.runs, display))
-    require_runs(settings, 2)
-    sharpness.validate(settings)
+    validate(settings, 2)
     if files_given := [path for path in settings.runs if path.is_file()]:
         raise ConfigError(f"expected directories of runs, got the file {files_given[0]}")
     output = settings.output or real(settings.runs[0]).parent / NAME

@@ -3,7 +3,7 @@
     python -m recipes.label_noise -- --data digits
     python -m recipes.label_noise --noise 0 0.4 --methods sgd "every(sam, 5) 1"
 
-What follows the lone -- are flags of recipes.cifar_wrn, for all runs. The same command goes
+Flags of recipes.cifar_wrn, for all runs, follow the lone --. The same command goes
 on where it was ended, and one with more noise, methods or seeds adds these. The defaults
 are for the digits; for other data, `recipes.sweep -- --label-noise 0.4` finds good rhos.
 
@@ -19,7 +19,6 @@ from pathlib import Path
 
 from recipes import plots
 from recipes.errors import ConfigError
-from recipes.settings.config import Config
 from recipes.study import grid
 from recipes.study.grid import Arm, Common
 from recipes.study.groups import Group, arranged, best, last, number, series_of, summary
@@ -30,7 +29,7 @@ SGD = "sgd"
 
 @dataclass(frozen=True)
 class Settings(grid.Settings):
-    """Train with wrong labels. What follows a lone -- are flags of recipes.cifar_wrn."""
+    """Train with wrong labels. Flags of recipes.cifar_wrn follow a lone --."""
 
     noise: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
     """Shares of the training labels that are wrong, 0 to 1."""
@@ -84,11 +83,6 @@ def read(text: str) -> tuple[str, float]:
 def label(method: str, rho: float) -> str:
     """Return what a method is called."""
     return f"{method}, rho {number(rho)}" if rho else "SGD"
-
-
-def method_of(config: Config) -> str:
-    """Return what the method of a run is called."""
-    return label(config.method, config.rho)
 
 
 def by_method(groups: Sequence[Group]) -> dict[str, dict[float, Group]]:

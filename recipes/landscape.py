@@ -24,17 +24,17 @@ from torch import Tensor
 
 from recipes import errors, plots
 from recipes.errors import ConfigError
+from recipes.roles import ABOVE_0, Range, setting
 from recipes.settings.config import plain_values
 from recipes.settings.saved import run_of
 from recipes.study.runs import (
-    Selection,
+    Inspection,
     Solution,
     among,
     named,
     read,
     real,
-    require,
-    require_runs,
+    validate,
     write_json,
 )
 from recipes.terminal import cli
@@ -47,22 +47,23 @@ from samfn.storage import files
 
 PROGRAM = "python -m recipes.landscape"
 DATA, SURFACES, LINES = "landscape.json", "surfaces.png", "lines.png"
+ODD = Range(lambda n: n % 2 == 1 and n >= 5, "an odd number of at least 5")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Selection):
+class Settings(Inspection):
     """Draw the loss around what runs have learned, side by side and on one scale."""
 
-    points: int = 15
+    points: int = setting(15, ODD)
     """Points of each axis; odd, so that one of them is the solution. A surface has points
     times points of them, a line almost 2 times points; each is a pass over the images."""
-    span: float = 1.0
+    span: float = setting(1.0, ABOVE_0)
     """Largest coordinate along each of the random directions, in norms of a filter."""
-    rho: float = 0.5
+    rho: float = setting(0.5, ABOVE_0)
     """Largest distance along SAM's perturbation, in units of the weights."""
     output: Path | None = None
-    """Directory of the pictures and data; what it holds of another call is replaced. None
-    is landscape, beside the first run."""
+    """Directory of pictures and data, in place of those of another call. None is landscape,
+    beside the first run."""
 
 
 class Explored(NamedTuple):
@@ -104,25 +105,6 @@ def draw(settings: Settings, display: Display) -> int:
         return errors.NOT_WRITTEN
     display.facts("loss landscape", summarise(settings, explored, output))
     return 0
-
-
-def validate(settings: Settings) -> None:
-    """Raise unless every value is in its range.
-
-    Raises:
-        ConfigError: names the flag, what was expected and what came.
-    """
-    finite = float("inf")
-    odd = settings.points % 2 == 1 and settings.points >= 5
-    require(
-        settings,
-        [
-            ("points", odd, "an odd number of at least 5"),
-            ("span", 0 < settings.span < finite, "a finite number above 0"),
-            ("rho", 0 < settings.rho < finite, "a finite number above 0"),
-        ],
-    )
-    require_runs(settings)
 
 
 def explore(

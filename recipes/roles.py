@@ -1,14 +1,16 @@
-"""Groups of settings: the role of each on resuming, and the values that it may have."""
+"""Settings of commands: their help, their values, and the role of each on resuming."""
 
 import ast
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, cast
 
 import tyro
+
+from recipes.errors import ConfigError
 
 Value = TypeVar("Value")
 Rule = tuple[str, bool, str]
@@ -49,26 +51,32 @@ FROM_0 = Range(lambda value: 0 <= value < float("inf"), "a finite number of at l
 ABOVE_0 = Range(lambda value: 0 < value < float("inf"), "a finite number above 0")
 
 
-class Group:
-    """Settings that one part of the recipes reads: a base of frozen dataclasses.
+def _docstrings(cls: type) -> Iterator[tuple[str, str]]:
+    (found,) = ast.parse(inspect.getsource(cls)).body
+    for field, text in pairwise(cast(ast.ClassDef, found).body):
+        match field, text:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str() as lines)),
+            ):
+                yield name, " ".join(lines.split())
 
-    A field's default stands in its group alone, its docstring is the help of its flag, and
-    the docstring of the class heads its panel.
 
-    Args:
-        role: of all fields, but for those that say another.
-        choice: the field that decides which of the others are read.
+class Options:
+    """Settings of a command: a base of frozen dataclasses.
+
+    A field's docstring is the help of its flag, also where a class below has another
+    default.
     """
 
-    role: ClassVar[Role]
-    choice: ClassVar[str]
+    helps: ClassVar[Mapping[str, str]] = {}
 
-    def __init_subclass__(cls, *, role: Role, choice: str = "") -> None:
+    def __init_subclass__(cls) -> None:
         """Let the help show docstrings as paragraphs, without the breaks of the source."""
-        cls.role, cls.choice = role, choice
-        for name, text in _docstrings(cls):
-            kind = cls.__annotations__[name]
-            cls.__annotations__[name] = Annotated[kind, tyro.conf.arg(help=text)]
+        cls.helps = {**cls.helps, **dict(_docstrings(cls))}
+        for name, kind in cls.__annotations__.items():
+            if text := cls.helps.get(name):
+                cls.__annotations__[name] = Annotated[kind, tyro.conf.arg(help=text)]
 
     def ranges(self) -> Iterator[Rule]:
         """Yield that each value is in its range; None is where it is the default."""
@@ -83,6 +91,26 @@ class Group:
     def relations(self) -> Iterator[Rule]:
         """Yield what holds of several values together."""
         return iter(())
+
+
+class Group(Options):
+    """Settings of a run that one part of the recipes reads.
+
+    A field's default stands in its group alone, and the docstring of the class heads its
+    panel of the help.
+
+    Args:
+        role: of all fields, but for those that say another.
+        choice: the field that decides which of the others are read.
+    """
+
+    role: ClassVar[Role]
+    choice: ClassVar[str]
+
+    def __init_subclass__(cls, *, role: Role, choice: str = "") -> None:
+        """Remember the role, and the choice."""
+        super().__init_subclass__()
+        cls.role, cls.choice = role, choice
 
     def unread(self) -> Iterator[Rule]:
         """Yield that no field is given which the value of `choice` does not read."""
@@ -113,17 +141,17 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def require(rules: Iterable[Rule], values: Mapping[str, Any]) -> None:
+    """Raise unless every rule holds.
+
+    Raises:
+        ConfigError: names the flag, what was expected and what came.
+    """
+    for name, holds, expected in rules:
+        if not holds:
+            raise ConfigError(f"{flag(name)}: expected {expected}, got {values[name]!r}")
+
+
 def flag(name: str) -> str:
     """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
-
-
-def _docstrings(cls: type) -> Iterator[tuple[str, str]]:
-    (found,) = ast.parse(inspect.getsource(cls)).body
-    for field, text in pairwise(cast(ast.ClassDef, found).body):
-        match field, text:
-            case (
-                ast.AnnAssign(target=ast.Name(id=name)),
-                ast.Expr(value=ast.Constant(value=str() as lines)),
-            ):
-                yield name, " ".join(lines.split())

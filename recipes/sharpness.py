@@ -28,11 +28,12 @@ import tyro
 import samfn
 from recipes import errors
 from recipes.errors import ConfigError, DataError
+from recipes.roles import ABOVE_0, Range, Rule, at_least, setting
 from recipes.settings.config import Config, of_roles, plain_values
 from recipes.settings.saved import of_run, run_of
 from recipes.study.groups import MISSING, quantity
 from recipes.study.runs import (
-    Selection,
+    Inspection,
     Solution,
     among,
     checkpoint_of,
@@ -40,8 +41,7 @@ from recipes.study.runs import (
     labels,
     numbers,
     read,
-    require,
-    require_runs,
+    validate,
     write_json,
 )
 from recipes.terminal import cli
@@ -67,32 +67,37 @@ BATCHES = 4  # fewer would not show how far the variance among them is off
 LEAST = {"loss": 0.0, "noise": 0.0}  # of numbers that have a bound
 
 Record = dict[str, Any]
-"""What is known of one run that was measured, as JSON holds it."""
+"""Measurements of one run, as JSON holds them."""
 Advance = Callable[[float], None]
 """Is told how many more gradients were spent."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring(Selection):
-    """What is measured, and how thoroughly."""
+class Measuring(Inspection):
+    """Measures of sharpness, and how thoroughly each is taken."""
 
-    rho: float = 0.05
+    rho: float = setting(0.05, ABOVE_0)
     """Radius of the ball in which the loss rises, in units of the weights."""
-    adaptive_rho: float = 0.5
-    """Radius of the ball that is measured by the size of each weight."""
-    sigma: float = 0.01
+    adaptive_rho: float = setting(0.5, ABOVE_0)
+    """Radius of ASAM's ball, in which each weight is measured by its own size."""
+    sigma: float = setting(0.01, ABOVE_0)
     """Standard deviation of a weight in random perturbations."""
-    steps: int = 10
+    steps: int = setting(10, at_least(1))
     """Gradients that the thorough search follows, beside the one step that SAM takes."""
-    m: int = 128
+    m: int = setting(128, at_least(1))
     """Examples in a group of m-sharpness, and in the gradients whose noise is measured."""
-    probes: int = 10
+    probes: int = setting(10, Range(lambda n: n == 0 or n >= 2, "0, or at least 2"))
     """Random perturbations of the average case, and random vectors of the trace; 0 leaves
     both out."""
-    eigenvalues: int = 1
-    """Largest eigenvalues of the Hessian; 0 leaves them out."""
+    eigenvalues: int = setting(1, at_least(0))
+    """Number of the Hessian's largest eigenvalues; 0 leaves them out."""
     iterations: int = 30
-    """Products with the Hessian that are spent on its eigenvalues, at most."""
+    """Products with the Hessian that the eigenvalues may take."""
+
+    def relations(self) -> Iterator[Rule]:
+        """Yield what holds of several values together."""
+        enough = self.iterations >= max(1, self.eigenvalues)
+        yield "iterations", enough, "at least 1, and --eigenvalues"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +105,8 @@ class Settings(Measuring):
     """Measure how sharp the minima are that runs ended in."""
 
     output: Path | None = None
-    """File to write. None is sharpness.json in the directory of each run. What a file
-    holds of other settings or checkpoints stays in it."""
+    """File to write. None is sharpness.json in the directory of each run. Records of other
+    settings or checkpoints stay in it."""
 
 
 class Number(NamedTuple):
@@ -163,33 +168,6 @@ def require_writable(file: Path) -> None:
     if not os.access(file.parent, os.W_OK | os.X_OK):
         text = f"--output: {file.parent} is no directory that can be written"
         raise ConfigError(text)
-
-
-def validate(settings: Measuring) -> None:
-    """Raise unless every value is in its range.
-
-    Raises:
-        ConfigError: names the flag, what was expected and what came.
-    """
-    positive = "a finite number above 0"
-    require(
-        settings,
-        [
-            ("rho", 0 < settings.rho < math.inf, positive),
-            ("adaptive_rho", 0 < settings.adaptive_rho < math.inf, positive),
-            ("sigma", 0 < settings.sigma < math.inf, positive),
-            ("steps", settings.steps >= 1, "at least 1"),
-            ("m", settings.m >= 1, "at least 1"),
-            ("probes", settings.probes == 0 or settings.probes >= 2, "0, or at least 2"),
-            ("eigenvalues", settings.eigenvalues >= 0, "at least 0"),
-            (
-                "iterations",
-                settings.iterations >= max(1, settings.eigenvalues),
-                "at least 1, and --eigenvalues",
-            ),
-        ],
-    )
-    require_runs(settings)
 
 
 def measured(

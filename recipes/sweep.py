@@ -3,7 +3,7 @@
     python -m recipes.sweep --output runs/sweep -- --data digits --epochs 20
     python -m recipes.sweep --rhos 0 0.1 1 --methods sam "asam(0.01)" -- --validation 0.1
 
-What follows the lone -- are flags of recipes.cifar_wrn, for all runs. A rho of 0 is SGD,
+Flags of recipes.cifar_wrn, for all runs, follow the lone --. A rho of 0 is SGD,
 and is run once for all methods. The same command goes on where it was ended, and one with
 more rhos, methods or seeds adds these.
 """
@@ -37,13 +37,13 @@ BY = {"validation": "the validation set", "test": "the test set itself, which fl
 
 @dataclass(frozen=True)
 class Settings(grid.Settings):
-    """Train at several rho. What follows a lone -- are flags of recipes.cifar_wrn."""
+    """Train at several rho. Flags of recipes.cifar_wrn follow a lone --."""
 
     # The grid of Foret et al., 2021, arXiv:2010.01412, table 6.
     rhos: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     """Radii of the perturbation. 0 is the plain optimizer."""
     methods: tuple[str, ...] = ("sam",)
-    """As --method of the recipe has them."""
+    """Methods, as --method of the recipe takes them."""
     output: Path = Path("runs/sweep")
 
 

@@ -6,12 +6,14 @@ import runpy
 import shlex
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+import bench.cost
 import samfn
 from bench.faults.rows import ROWS
 from recipes.models import networks
@@ -191,6 +193,15 @@ def test_every_folder_is_on_a_page_and_every_file_of_the_algorithm_on_the_front(
                 assert path.stem in page, f"{path} is not on its folder's page"
     for name in ("tree.py", "loss.py", "perturb.py", "methods/", "descend.py", "step.py"):
         assert f"samfn/{name}" in FRONT
+
+
+def test_every_command_is_there():
+    named = re.findall(r"python -m ((?:recipes|bench)\.\w+(?:\.\w+)*)(?: (\w+))?", README)
+    assert ("bench.cost", "methods") in named
+    for module, part in named:
+        assert find_spec(module), module
+        if module == "bench.cost":
+            assert issubclass(getattr(bench.cost, part.capitalize()), bench.cost.Cost)
 
 
 def test_every_link_leads_somewhere():

@@ -33,7 +33,7 @@ class Options:
     soak: float | None = None
     """Seconds of faults of any kind, which are not among the rows."""
     share: float = 1.0
-    """Of the trials."""
+    """Factor of the number of trials."""
     report: Path | None = None
     """Markdown file to write."""
 
@@ -87,4 +87,4 @@ recipes/README.md says, or a trial in which the fault did not happen at all."""
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(main(tyro.cli(Options, prog="python -m bench.faults", description=__doc__)))

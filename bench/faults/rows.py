@@ -22,7 +22,7 @@ class Row(NamedTuple):
     run: Callable[[int, Path], Outcome]
     """(trials, an empty directory) -> what came of them."""
     trials: int
-    """Of the full tier; tests have as many as they have."""
+    """Number of trials; tests have their own."""
 
 
 def by_tests(*selected: str) -> Callable[[int, Path], Outcome]:

@@ -1,4 +1,4 @@
-"""What all fault trials share: their outcome, and processes that may be killed."""
+"""Outcomes of all fault trials, and processes that may be killed."""
 
 import contextlib
 import functools
@@ -27,15 +27,15 @@ RECIPE = EPOCHS + " --save-steps 1"
 
 
 class Outcome(NamedTuple):
-    """What came of many trials of one fault."""
+    """Outcome of many trials of one fault."""
 
     trials: int
     landed: int
     """Trials in which the fault really happened."""
     failures: tuple[str, ...]
-    """What went wrong, one line each."""
+    """Failures, one line each."""
     notes: str = ""
-    """What else was measured."""
+    """Other measurements."""
 
 
 Process = Any

@@ -1,7 +1,9 @@
 """samfn on the networks that people use, each way held against a plain loop.
 
-python -m bench.zoo --report bench/results
-python -m bench.zoo --only habits --only transformers --no-compiled
+    python -m bench.zoo --report bench/results
+    python -m bench.zoo --only habits transformers --no-compiled
+
+A network whose line is in --output already is not tried again.
 """
 
 import contextlib
@@ -44,7 +46,7 @@ COMPILED = [
 
 @dataclass(frozen=True)
 class Options:
-    """What is tried."""
+    """Networks and ways to try."""
 
     only: list[Group] = field(default_factory=list)
     """Groups of networks; all of them by default."""
@@ -167,4 +169,4 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         one(sys.argv[2], sys.argv[3] == "1")
     else:
-        main(tyro.cli(Options))
+        main(tyro.cli(Options, prog="python -m bench.zoo", description=__doc__))

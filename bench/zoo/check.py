@@ -24,7 +24,7 @@ PRODUCT = {torch.float64: 1e-4, torch.float32: 5e-2}
 
 
 class Seen(NamedTuple):
-    """What three steps lead to."""
+    """State after three steps, and what they returned."""
 
     losses: list[Tensor]
     outputs: Any
@@ -68,8 +68,8 @@ def _narrow(leaf: Tensor) -> Tensor:
 def plain_loop(case: Case, *, unused: bool) -> Seen:
     """Train by writing to the weights and putting them back, BatchNorm by one pass.
 
-    What the loss does not depend on has gradient zero if it is `unused`, and so decays;
-    otherwise it has none, as in most loops.
+    A parameter that the loss does not depend on has gradient zero if `unused`, and so
+    decays; otherwise it has no gradient, as in most loops.
     """
     problem = Problem(case)
     model = problem.model
@@ -238,7 +238,7 @@ def apart(found: Seen, expected: Seen, start: dict[str, Tensor]) -> float:
 
 
 class Fingerprint:
-    """What a model and a batch hold, to the bit, and in which objects."""
+    """Contents of a model and a batch, to the bit, and the objects that hold them."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem, self._before = problem, self._taken(problem)

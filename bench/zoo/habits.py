@@ -29,9 +29,9 @@ class Case(NamedTuple):
     refused: str | None = None
     """Part of the error where no step can be right; None where it must be exact."""
     dtype: torch.dtype | None = torch.float64
-    """What the network is cast to; None leaves it."""
+    """Dtype that the network is cast to; None leaves it."""
     momentum: dict[str, float] = {"momentum": 0.9, "weight_decay": 0.01}  # noqa: RUF012
-    """Of the base optimizer."""
+    """Settings of the base optimizer."""
 
 
 def vectors() -> Tensor:

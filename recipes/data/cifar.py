@@ -29,13 +29,13 @@ class CifarError(Exception):
 
 
 class Form(NamedTuple):
-    """How one of the two data sets is laid out."""
+    """Files and records of one of the two data sets."""
 
     archive: str
     sha256: str
-    """Of the archive; matches the MD5 that its authors publish."""
+    """Digest of the archive; matches the MD5 that its authors publish."""
     size: int
-    """Of the archive, in bytes."""
+    """Bytes of the archive."""
     folder: str
     """In the archive."""
     train: tuple[str, ...]

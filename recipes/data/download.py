@@ -80,7 +80,7 @@ def download(
 
 
 class _WrongError(Exception):
-    """What came is not the file."""
+    """The bytes that came are not the file."""
 
 
 def _copy(answer: Any, path: Path, sha256: str, size: int, slack: int) -> None:

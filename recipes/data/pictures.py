@@ -37,14 +37,14 @@ REMARKS: dict[Remark, str] = {
     "channels": "images of more channels than three, which were left out",
     "blank": "images that are nothing but black, or nothing but white",
 }
-"""What a reader is told of some images. Of "deep" ones, of 16 bits, nothing is told, unless
-all are "dim": a sixteenth of their range holds them."""
+"""Remarks about images, in words. "deep" ones, of 16 bits, have none, unless all are "dim":
+a sixteenth of their range holds them."""
 LONGEST = 64  # times the shorter side, so that resizing needs no memory without bounds
 DIM = 16  # of 255, to which the largest value of 12 bits falls where 16 are expected
 
 
 class Picture(NamedTuple):
-    """What was read of a file."""
+    """An image that was read from a file."""
 
     pixels: Tensor
     """3 x H x W, uint8."""

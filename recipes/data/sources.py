@@ -65,7 +65,7 @@ class Dataset(NamedTuple):
     test_labels: Tensor
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Of how images were read, what whoever trains on them should know; a line each."""
+    """Remarks about how images were read, a line each."""
 
 
 def choose_source(
@@ -145,7 +145,7 @@ def load(
 ) -> Dataset:
     """Load a data set, from its cache if it was read before.
 
-    Of several processes that want the same at once, one reads or downloads it.
+    If several processes want the same at once, one reads or downloads it.
 
     Args:
         source: as `choose_source` gives it.

@@ -47,7 +47,7 @@ class Photographs(NamedTuple):
     side: int
     """Pixels."""
     mean: tuple[float, ...]
-    """Of the pixels of each channel, in [0, 1]."""
+    """Mean pixel of each channel, in [0, 1]."""
     std: tuple[float, ...]
 
 

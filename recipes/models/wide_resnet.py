@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 
 class Layout(NamedTuple):
-    """What a reading of "WRN-depth-width" adds to the paper's."""
+    """A reading of "WRN-depth-width", against the paper's."""
 
     more_blocks: int
     """Blocks in each stage beyond those that the depth counts."""
     fan: Literal["fan_in", "fan_out"]
-    """What the variance of the initial convolutions is divided by."""
+    """Divisor of the variance of the initial convolutions."""
 
 
 LAYOUTS = {

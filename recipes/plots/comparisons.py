@@ -55,9 +55,9 @@ class Series(NamedTuple):
     """Accuracies of a method in percent, at each place one for each seed."""
 
     last: Mapping[float, Sequence[float]]
-    """Of the last epoch, by rho or share of noise."""
+    """Accuracies of the last epoch, by rho or share of noise."""
     best: Mapping[float, Sequence[float]]
-    """Of the best epoch."""
+    """Accuracies of the best epoch."""
 
 
 def sweep(

@@ -87,12 +87,12 @@ def layers(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
 
 
 class Curve(NamedTuple):
-    """What was measured of a run at the end of each epoch."""
+    """Measurements of a run at the end of each epoch."""
 
     x: Mapping[str, Sequence[float]]
-    """Where, by the label of an axis."""
+    """Abscissas by the label of their axis."""
     y: Mapping[str, Sequence[float]]
-    """What, by the label of an axis."""
+    """Ordinates by the label of their axis."""
 
 
 def side_by_side(curves: Mapping[str, Sequence[Curve]], path: Path, title: str) -> None:

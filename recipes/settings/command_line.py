@@ -17,12 +17,12 @@ PROGRAM = "python -m recipes.cifar_wrn"
 
 
 class Asked(NamedTuple):
-    """What a command asks for, where "auto" is not yet what it comes to."""
+    """The request of a command, in which "auto" is not resolved yet."""
 
     values: dict[str, Any]
     """Settings that were given: those of a TOML file, and over them those of flags."""
     preset: str
-    """What the others are of. "auto" depends on the images."""
+    """Preset of the other settings. "auto" depends on the images."""
     run: Path | None
     """The run to go on with, or one of its checkpoints."""
 

@@ -23,7 +23,7 @@ from recipes.roles import (
     Role,
     Rule,
     at_least,
-    flag,
+    require,
     setting,
 )
 from recipes.settings import method_expression
@@ -148,7 +148,7 @@ class Config(Group, role=Role.RESULT):
 
 
 class Setting(NamedTuple):
-    """What is known of a setting beside its value."""
+    """A setting but for its value."""
 
     group: str
     """The attribute of `Config` that holds it; "" is `Config` itself."""
@@ -219,6 +219,18 @@ def differing(
     return {n: (before[n], now[n]) for n in names if before[n] != now[n]}
 
 
+def changes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    roles: frozenset[Role] = DECIDING,
+) -> dict[str, str]:
+    """Return what `differing` does, each in a few words."""
+    return {
+        name: f"{name} was {one!r}, is now {other!r}"
+        for name, (one, other) in differing(before, now, roles).items()
+    }
+
+
 def validate(config: Config) -> None:
     """Raise unless every value is in its range, and has an effect.
 
@@ -227,9 +239,7 @@ def validate(config: Config) -> None:
     """
     require_model(config.model)
     values = config.flat()
-    for name, holds, expected in _rules(config, values):
-        if not holds:
-            raise ConfigError(f"{flag(name)}: expected {expected}, got {values[name]!r}")
+    require(_rules(config, values), values)
     try:
         method_expression.parse(config.method, steps=1, norm_layers=())
     except ValueError as error:

@@ -31,7 +31,7 @@ BETAS = Range(
 
 @dataclass(frozen=True, kw_only=True)
 class Perturbation(Group, role=Role.RESULT):
-    """How the perturbation is found."""
+    """The perturbation: its radius over time, and its dropout masks."""
 
     rho_schedule: Literal["constant", "linear", "proportional"] = "constant"
     """Radius over time: linear goes from rho to rho-final at the end, proportional from rho
@@ -153,7 +153,7 @@ class Selection(Group, role=Role.RESULT, choice="select"):
 
 @dataclass(frozen=True, kw_only=True)
 class Stopping(Group, role=Role.FREE):
-    """When a run ends before its last epoch."""
+    """Ends of a run before its last epoch."""
 
     patience: int | None = setting(None, at_least(1), role=Role.RESULT)
     """Epochs without a new best accuracy after which the run ends. None is never."""
@@ -167,7 +167,7 @@ class Stopping(Group, role=Role.FREE):
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic(Group, role=Role.RESULT):
-    """How a device computes."""
+    """Precision, compilation and kernels."""
 
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     """Arithmetic of the passes. Weights and perturbation stay float32; fp16 scales the

@@ -1,4 +1,4 @@
-"""What `--method` says: an expression over the methods and combinators of samfn.
+"""Expressions of `--method`, over the methods and combinators of samfn.
 
 "asam(eta=0.1)" or "every(on_parameters(sam, norm_layers), 5)" are read as Python would read
 them, and nothing else is: only the names below, numbers, strings and lists of them. A

@@ -22,7 +22,7 @@ from recipes.settings.command_line import PROGRAM, Asked, parse
 from recipes.settings.config import (
     SETTINGS,
     Config,
-    differing,
+    changes,
     plain_values,
     require_model,
     validate,
@@ -158,16 +158,13 @@ def require_same_settings(before: Mapping[str, Any], config: Config) -> None:
         ConfigError: lists what differs, of what may never differ, or else of what needs
             `resume_override`.
     """
-    changed = {
-        name: f"{name} was {one!r}, is now {other!r}"
-        for name, (one, other) in differing(before, plain_values(config), EXACT).items()
-    }
+    changed = changes(before, plain_values(config), EXACT)
     if fixed := [text for n, text in changed.items() if SETTINGS[n].role is Role.FIXED]:
         raise ConfigError(f"--resume: no run can go on so: {'; '.join(fixed)}")
     if changed and not config.call.resume_override:
-        changes = "; ".join(changed.values())
+        listed = "; ".join(changed.values())
         raise ConfigError(
-            f"--resume: the run had other settings: {changes}; --resume-override goes on"
+            f"--resume: the run had other settings: {listed}; --resume-override goes on"
             " with these"
         )
 

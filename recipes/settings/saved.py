@@ -33,8 +33,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
-    if unknown := sorted(values.keys() - of_roles(SETTINGS, KEPT).keys()):
-        close = difflib.get_close_matches(unknown[0], SETTINGS, 3)
+    known = of_roles(SETTINGS, KEPT)
+    if unknown := sorted(values.keys() - known.keys()):
+        close = difflib.get_close_matches(unknown[0], known, 3)
         hint = f"; close to {unknown[0]}: {', '.join(close)}" if close else ""
         raise ConfigError(f"{path} has unknown settings: {', '.join(unknown)}{hint}")
     return {key: _typed(path, key, value) for key, value in values.items()}

@@ -23,8 +23,8 @@ import samfn
 from recipes import errors
 from recipes.data.sources import Dataset, Say, Track
 from recipes.errors import ConfigError, DivergedError
-from recipes.roles import Role
-from recipes.settings.config import SETTINGS, Config, differing, plain_values, validate
+from recipes.roles import Options, Role
+from recipes.settings.config import SETTINGS, Config, changes, plain_values, validate
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, of_run
 from recipes.study.groups import DIVERGED, Group, best, diverged, group_of, last, seconds
@@ -45,9 +45,9 @@ class Cell(NamedTuple):
     """One run of a study."""
 
     label: str
-    """Of the arm."""
+    """Label of the arm."""
     config: Config
-    """Of the arm, with the seed of this run."""
+    """Settings of the arm, with the seed of this run."""
     path: Path
 
 
@@ -60,21 +60,21 @@ Report = Callable[[Sequence[Group]], None]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What every study has."""
+class Settings(Options):
+    """Settings of every study."""
 
     seeds: int = 3
     """Runs of each arm, with seeds from the recipe's --seed on."""
     output: Path = Path("runs/study")
-    """Directory of all runs, tables and pictures. What it holds of this study is not run
-    again."""
+    """Directory of all runs, tables and pictures. Runs of this study that it holds are not
+    run again."""
 
 
 class Study(NamedTuple):
-    """What makes arms, and says what they are about."""
+    """A command that makes arms, and its page about them."""
 
     name: str
-    """Of the module of recipes, and of the report's files."""
+    """Name of the module of recipes, and of the report's files."""
     settings: type[Settings]
     varied: Collection[str]
     """Settings of the recipe that differ from arm to arm."""
@@ -279,13 +279,10 @@ def read(cell: Cell, warn: Say) -> Recorded | None:
 
 def _require_same_settings(cell: Cell) -> None:
     before, now = plain_values(of_run(cell.path)), plain_values(cell.config)
-    changes = [
-        f"{name} was {one!r}, is now {other!r}"
-        for name, (one, other) in differing(before, now).items()
-    ]
-    if changes:
+    if changed := changes(before, now):
+        listed = "; ".join(changed.values())
         raise ConfigError(
-            f"{cell.path} holds a run of other settings: {'; '.join(changes)}; move it"
+            f"{cell.path} holds a run of other settings: {listed}; move it"
             " away, or choose another --output"
         )
 

@@ -31,7 +31,7 @@ class Spread(NamedTuple):
 
     mean: float
     deviation: float | None
-    """Of a sample; None is that of a single run."""
+    """Standard deviation of a sample; None for a single run."""
     values: list[float]
 
     @classmethod

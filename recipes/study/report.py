@@ -43,7 +43,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 class Page(NamedTuple):
-    """What is said of runs, and drawn."""
+    """Tables, remarks and a picture of runs."""
 
     title: str
     groups: Sequence[Group]
@@ -53,13 +53,13 @@ class Page(NamedTuple):
     draw: Callable[[Path], bool]
     """Draws to a file; returns whether there was anything to draw."""
     remarks: Sequence[str] = ()
-    """What a reader of the tables must know."""
+    """Warnings to a reader of the tables."""
     notes: Sequence["Note"] = ()
-    """What cannot be compared."""
+    """Rows that cannot be compared."""
 
 
 class Column(NamedTuple):
-    """What a table says of each group."""
+    """A column of a table with a row for each group."""
 
     head: str
     cell: Callable[[Group, Group], str]
@@ -102,12 +102,12 @@ EXPLAINED = {
 
 
 class Note(NamedTuple):
-    """What cannot be compared with the first row."""
+    """A row that cannot be compared with the first."""
 
     table: str
     """Accuracy, cost or sharpness."""
     name: str
-    """Of which row."""
+    """Name of the row."""
     text: str
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import samfn
 from recipes.data import augment
 from recipes.errors import ConfigError
+from recipes.roles import Options, at_least, require, setting
 from recipes.settings.config import Config
 from recipes.settings.saved import CONFIG_FILE, run_of
 from recipes.terminal.console import Display
@@ -34,31 +35,31 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class Inspection(Options):
     """Which runs, which of their checkpoints, and which images."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Directories of runs, of which the best epoch counts, or checkpoints of runs."""
     last: bool = False
-    """Of a directory, take the last checkpoint and not the best."""
-    images: int = 1000
-    """Images that the loss is the mean of; those of all runs are the same if their data
-    are."""
+    """Last checkpoint of a directory, in place of the best."""
+    images: int = setting(1000, at_least(1))
+    """Number of images that the loss is the mean of. Runs on the same data have the same
+    images."""
     split: Literal["train", "test"] = "train"
     """Images of the training set, with the labels trained on, or of the test set."""
     seed: int = 0
-    """Of all random directions and of the choice of images."""
+    """Seed of all random directions, and of the choice of images."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
+    """Device: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
 
     @property
     def kind(self) -> str:
-        """What the images are called in words."""
+        """The split in words."""
         return {"train": "training", "test": "test"}[self.split]
 
 
 class Solution(NamedTuple):
-    """What a run has learned, and what its loss is of."""
+    """Weights that a run has learned, and the images of their loss."""
 
     name: str
     """In pictures; different for each of the runs."""
@@ -80,31 +81,13 @@ class Solution(NamedTuple):
         return list(zip(*parts, strict=True))
 
 
-def require(settings: Any, checks: Sequence[tuple[str, bool, str]]) -> None:
-    """Raise unless every check holds.
-
-    Args:
-        settings: has the values.
-        checks: field, whether it holds, what was expected.
-
-    Raises:
-        ConfigError: names the flag, what was expected and what came.
-    """
-    for field, holds, expected in checks:
-        if not holds:
-            flag = "--" + field.replace("_", "-")
-            raise ConfigError(
-                f"{flag}: expected {expected}, got {getattr(settings, field)}"
-            )
-
-
-def require_runs(settings: Selection, least: int = 1) -> None:
-    """Raise unless there are runs, different ones, and images.
+def validate(settings: Inspection, least: int = 1) -> None:
+    """Raise unless every value is in its range, and there are enough runs, different ones.
 
     Raises:
         ConfigError: names what was expected and what came.
     """
-    require(settings, [("images", settings.images >= 1, "at least 1")])
+    require([*settings.ranges(), *settings.relations()], vars(settings))
     if len(settings.runs) < least:
         number = {1: "one run", 2: "two runs"}[least]
         found = len(settings.runs) or "none"
@@ -117,7 +100,7 @@ def require_runs(settings: Selection, least: int = 1) -> None:
 def among(paths: Iterable[Path], display: Display) -> tuple[Path, ...]:
     """Return the paths without directories that hold no run, as a pattern finds them.
 
-    What a command here writes lies beside the runs, so that runs/* finds it, too.
+    Reports lie beside the runs, so that runs/* finds them, too.
     """
     found = []
     for path in paths:
@@ -133,7 +116,7 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def read(path: Path, settings: Selection, display: Display) -> Solution:
+def read(path: Path, settings: Inspection, display: Display) -> Solution:
     """Read what a run has learned, and choose its images.
 
     Raises:
@@ -219,8 +202,8 @@ def distinct(items: Sequence[Item], *ways: Callable[[Item], str]) -> list[str]:
 def write_json(path: Path, found: Mapping[str, Any]) -> None:
     """Write numbers, texts, lists and mappings of them to a JSON file.
 
-    Lists of numbers are one line. What is not finite is the text "nan", "inf" or "-inf",
-    which JSON has no numbers for and `float` and `numpy.array(..., dtype=float)` read.
+    Lists of numbers are one line. JSON has no NaN and no infinity: they are the texts
+    "nan", "inf" and "-inf", which `float` and `numpy.array(..., dtype=float)` read.
 
     Raises:
         OSError: the file cannot be written; it is what it was.

@@ -1,4 +1,4 @@
-"""How every command begins and ends: standard streams, signals, and exit codes."""
+"""The beginning and end of every command: standard streams, signals, and exit codes."""
 
 from collections.abc import Callable
 
@@ -41,12 +41,11 @@ def run(
 ) -> int:
     """Call the body of a command; return its exit code, or that of what it raises.
 
-    What is expected to go wrong ends in one line on standard error, all else in a
-    traceback.
+    Expected errors end in one line on standard error, all others in a traceback.
 
     Args:
         body: of the command.
-        left: what is told when a signal ends it, about what it leaves.
+        left: the message about what is left when a signal ends it.
         ranks: whether it can be one of several processes that torchrun starts.
     """
     open_standard_streams()

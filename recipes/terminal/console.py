@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: the one module that knows rich.
+"""Output in the terminal: the one module that knows rich.
 
 Where the output is no terminal, the same rows are plain lines, and nothing moves.
 """
@@ -173,7 +173,7 @@ class Display:
             done: what was done before.
 
         Yields:
-            What is called without arguments when one more is done, or with a number.
+            A function that is called when one more is done, or with their number.
         """
         bar = Progress(
             TextColumn(plain(text)),

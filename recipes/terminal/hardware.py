@@ -1,4 +1,4 @@
-"""What a run or a report says of the machine that it is made on."""
+"""The machine: its name, the dtypes that it emulates, and whether its memory is full."""
 
 import functools
 import platform

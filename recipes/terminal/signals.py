@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGUSR1 ask of a run.
+"""SIGINT, SIGTERM and SIGUSR1, and what they ask of a run.
 
 While a run trains, a handler only takes a note, which the loop reads between two steps.
 Before and after that nothing can be lost, and SIGINT and SIGTERM end the program at once.
@@ -24,7 +24,7 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """What was asked for since the start."""
+    """Signals that came since the start."""
 
     def __init__(self) -> None:
         self.stop: int | None = None

@@ -1,4 +1,4 @@
-"""What a run trains: network, loss, optimizer, method, schedule and data, assembled."""
+"""A run assembled: network, loss, optimizer, method, schedule and data."""
 
 import hashlib
 import os
@@ -64,7 +64,7 @@ class Task(NamedTuple):
     find_nonfinite: Callable[[samfn.TrainState, Any], str | None]
     """(state, batch) of a step that was skipped -> what of it was not finite."""
     sharing: int | None
-    """How many ranks share a perturbation; None where there is one process."""
+    """Ranks that share a perturbation; None where there is one process."""
     compiling: str
     """Whether `update` is compiled, and why."""
     lr: schedules.Schedule
@@ -72,7 +72,7 @@ class Task(NamedTuple):
     classes: int
     steps_per_epoch: int
     fingerprint: str
-    """Of the data, before labels were corrupted or images held out."""
+    """Digest of the data, before labels were corrupted or images held out."""
 
 
 def read_data(config: Config, track: Track, warn: Say) -> Dataset:

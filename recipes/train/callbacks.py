@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: callbacks, each with one duty.
+"""Callbacks around the steps of a run, each with one duty.
 
 They are told of the events of `samfn.training.loop`, in the order of `around`.
 """
@@ -41,12 +41,13 @@ def around(
     keeper: Keeper,
     display: Display,
     live: Live,
-    asked: "Asked",
+    interrupts: "Interrupts",
 ) -> list[Callback]:
     """Return the callbacks of a run, in the order in which they are told.
 
-    What changes the state, the memory or the row comes before it is written. The row is
-    written before its checkpoint: a run that is killed between them takes the epoch again.
+    Those that change the state, the memory or the row come before those that write it. The
+    row is written before its checkpoint: a run that is killed between them takes the epoch
+    again.
     """
     config, meter = task.config, Meter(task)
     by = column(config, task.chosen_by.name)  # of the average, if there is one
@@ -65,16 +66,16 @@ def around(
         found.append(partial(monitor, layers, display))
     look = callbacks.finite(config.stopping.max_skipped + 1, every=CHUNK)
     found += [compare_ranks, partial(require_finite, task, meter, look)]
-    found.append(partial(evaluate, task, asked))
+    found.append(partial(evaluate, task, interrupts))
     if config.selection.select != "all":
-        found.append(partial(scan, task, asked))
+        found.append(partial(scan, task, interrupts))
     return [
         *found,
         partial(record, run, display),
-        asked.between_steps,
+        interrupts.between_steps,
         callbacks.saving(keeper, score=score, every=config.recording.save_steps),
         partial(show, task, live, meter),
-        asked.after_epoch,
+        interrupts.after_epoch,
     ]
 
 
@@ -116,7 +117,7 @@ class Meter:
     def add(self, metrics: samfn.Metrics, labels: Tensor) -> None:
         """Add one step; one that was skipped counts for nothing.
 
-        Of labels that are shares of several classes, the largest share is the right one.
+        Where labels are shares of several classes, the largest share is the right one.
         """
         if labels.ndim == 2:
             labels = labels.argmax(1)
@@ -222,7 +223,7 @@ def _where(task: Task, training: Training, back: int, batch: Any) -> str:
     return f"step {position + 1}, {found}: " if found else ""
 
 
-def evaluate(task: Task, asked: "Asked", event: Event) -> None:
+def evaluate(task: Task, interrupts: "Interrupts", event: Event) -> None:
     """Add loss and accuracy of the weights, and of their average, to an epoch's row."""
     if not isinstance(event, Evaluation):
         return
@@ -233,14 +234,14 @@ def evaluate(task: Task, asked: "Asked", event: Event) -> None:
     try:
         for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
             for prefix, state in states.items():
-                loss, accuracy = loop.evaluate(task, state, split, asked.amid)
+                loss, accuracy = loop.evaluate(task, state, split, interrupts.amid)
                 name = f"{prefix}{split.name}"
                 row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
     except StopError:
         training.stop = "signal"
 
 
-def scan(task: Task, asked: "Asked", event: Event) -> None:
+def scan(task: Task, interrupts: "Interrupts", event: Event) -> None:
     """Look at all images where it is time for that, so that some can be selected."""
     if not isinstance(event, Evaluation) or event.training.stop:
         return
@@ -251,9 +252,10 @@ def scan(task: Task, asked: "Asked", event: Event) -> None:
     started = time.perf_counter()
     average = task.config.selection.select_with == "average"
     state = model_of(task, training) if average else training.state
+    rho, stopping = row["rho"], interrupts.amid
     try:
         with loop.evaluating(task.model):
-            found = selection.scan(task, training.memory, state, row["rho"], asked.amid)
+            found = selection.scan(task, training.memory, state, rho, stopping)
         training.memory |= found
     except StopError:
         training.stop = "signal"
@@ -284,8 +286,8 @@ def show(task: Task, live: Live, meter: Meter, event: Event) -> None:
             live.epoch(training.row)
 
 
-class Asked:
-    """What signals ask of a run, so that all ranks do it after the same step."""
+class Interrupts:
+    """Requests of signals, which all ranks meet after the same step."""
 
     def __init__(self, signals: Signals) -> None:
         self._signals, self._agreement = signals, Agreement(2)

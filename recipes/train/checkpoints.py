@@ -1,4 +1,4 @@
-"""What a run keeps, so that it can go on: its checkpoints, written and read."""
+"""Checkpoints of a run, written and read: what it needs to go on."""
 
 import platform
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whether a run compiles its step, and where what is compiled is kept."""
+"""Compilation of a run's step: whether it pays, and the cache of compiled code."""
 
 import atexit
 import contextlib
@@ -61,10 +61,9 @@ def decide(
 def keep_compiled(warn: Callable[[str], None]) -> None:
     """Let PyTorch keep what it compiles in the user's cache, closed to everyone else.
 
-    What is kept there is code, and pickles, and it is run. So a directory that others
-    could have put something into is refused, and everything compiled anew, in one that
-    goes with this process. Left alone, PyTorch takes one below /tmp under a name that
-    everyone can guess.
+    The cache holds code, and pickles, which are run. So a directory that others could have
+    put something into is refused, and everything compiled anew, in one that goes with this
+    process. Left alone, PyTorch takes one below /tmp under a name that everyone can guess.
 
     Args:
         warn: is told in one line what was refused, and why.

@@ -1,4 +1,4 @@
-"""What each layer did in an epoch, where a run is monitored."""
+"""Norms and angles of each layer in an epoch, where a run is monitored."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -62,12 +62,12 @@ class Alarm(NamedTuple):
     """A layer whose gradient vanishes or explodes."""
 
     name: str
-    """Of the parameter."""
+    """Name of the parameter."""
     kind: Literal["vanishing", "exploding"]
     gradient: float
     """||g||."""
     expected: float
-    """What ||g|| was compared with."""
+    """The norm that ||g|| was compared with."""
 
     def __str__(self) -> str:
         """Return it as a phrase."""

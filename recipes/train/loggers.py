@@ -24,7 +24,7 @@ Settings = Mapping[str, Any]
 
 
 class Logger(Protocol):
-    """What is told of each epoch; made with the run's directory and its settings."""
+    """A listener to epochs, made with the run's directory and its settings."""
 
     def log(self, row: Row) -> None:
         """Write the numeric columns of a row, at its step."""

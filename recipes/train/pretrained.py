@@ -1,4 +1,4 @@
-"""What a run starts from: new weights, torchvision's published ones, or those of a file.
+"""The first weights of a run: new ones, torchvision's published ones, or those of a file.
 
 No file that is read can run code: safetensors holds tensors alone, and of a pickled file
 PyTorch's restricted reader takes tensors and plain containers, and refuses the rest.
@@ -180,8 +180,8 @@ def filled(tree: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str,
 def fetch(model: str, display: Display) -> Path:
     """Return the file of torchvision's weights of a network, downloaded once.
 
-    What torchvision itself has downloaded is taken. Names end with how the SHA-256 of the
-    file begins, eight digits or more, and are verified by it.
+    A file that torchvision itself has downloaded is taken. Its name ends with the first
+    digits of its SHA-256, eight or more, which are verified.
 
     Raises:
         ConfigError: they are not here, and cannot be downloaded.

@@ -1,4 +1,4 @@
-"""What a run recorded, its files held against each other.
+"""The record of a run, its files held against each other.
 
 Anybody may have edited, cut or swapped the texts in a run's directory. A checkpoint is
 verified by the SHA-256 in it, and says which settings, images and epoch it is of: so it is
@@ -25,7 +25,7 @@ Warn = Callable[[str], None]
 
 
 class Said(NamedTuple):
-    """What a checkpoint says of its run."""
+    """Texts of a checkpoint about its run."""
 
     path: Path
     settings: dict[str, Any]
@@ -33,15 +33,15 @@ class Said(NamedTuple):
     epoch: int
     """Epochs that were finished."""
     row: Row
-    """Of the last of them; empty before the first."""
+    """Metrics of the last of them; empty before the first."""
     data: str
     """Fingerprint of the images and labels."""
     versions: dict[str, str]
-    """Of torch and hardware."""
+    """Versions of torch and hardware."""
 
 
 class Recorded(NamedTuple):
-    """What a run left behind, as far as its files agree."""
+    """The record of a run, as far as its files agree."""
 
     path: Path
     config: Config
@@ -52,7 +52,7 @@ class Recorded(NamedTuple):
     data: str | None
     """Fingerprint of the images and labels, if a checkpoint says it."""
     versions: Mapping[str, str]
-    """Of torch and hardware, if a checkpoint says them."""
+    """Versions of torch and hardware, if a checkpoint says them."""
 
     @property
     def done(self) -> int:

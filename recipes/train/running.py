@@ -25,7 +25,7 @@ from recipes.terminal.signals import Signals
 from recipes.train import recorded, selection
 from recipes.train.batches import augmented
 from recipes.train.build import Read, Task, assemble, read_data
-from recipes.train.callbacks import Asked, around
+from recipes.train.callbacks import Interrupts, around
 from recipes.train.checkpoints import (
     Keeper,
     mean_of_best,
@@ -180,14 +180,14 @@ def train(
         CheckpointWriteError, DivergedError, NonFiniteError: a checkpoint cannot be written,
             steps are not finite, or weights. The last checkpoint is older, and whole.
     """
-    epochs, asked = task.config.epochs, Asked(signals)
+    epochs, interrupts = task.config.epochs, Interrupts(signals)
     prepare(task, training, display)
     with (
         signals.deferred(),
         display.training(epochs, task.steps_per_epoch, training.step) as live,
     ):
-        fit(task, training, around(task, training, run, keeper, display, live, asked))
-        stopped = asked.to_stop()
+        fit(task, training, around(task, training, run, keeper, display, live, interrupts))
+        stopped = interrupts.to_stop()
     if training.stop and not stopped:
         display.say(training.stop)
     return training.epoch >= epochs or not stopped
@@ -199,7 +199,7 @@ def _opened(
 ) -> Iterator[tuple[RunDirectory, Training]]:
     """Hold the directory of a new run or of one that goes on; yield where it stands.
 
-    Of several ranks, the first holds it and writes.
+    The first rank alone holds it and writes.
     """
     config, first = task.config, distributed.rank() == distributed.FIRST
     if config.resume is None:

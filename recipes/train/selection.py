@@ -1,4 +1,4 @@
-"""Which images an epoch trains on, where easy ones are skipped or hard ones preferred.
+"""Selection of images: an epoch skips easy ones, or prefers hard ones.
 
 A scan, at the end of every few epochs, looks at all images without augmentation. What it
 found is in `Training.memory`, and what an epoch trains on is a function of that, of the

@@ -171,7 +171,7 @@ def test_a_flat_buffer_trains_alike():
     plain, flat = (Samfn(network, None, 0.05, None, flat=flat) for flat in (False, True))
     for runner in (plain, flat):
         runner.step()
-    assert measure.distance(start, flat.weights(), plain.network.weights()) < 1e-5
+    assert measure.distance(start, flat.weights(), plain.weights()) < 1e-5
 
 
 def test_what_checkpoints_cost_is_measured(tmp_path):
@@ -228,7 +228,7 @@ def test_what_ranks_take_is_measured_and_reported(monkeypatch, tmp_path, capsys)
     options = scaling.Options(
         case=("mlp:8",), mode=("eager",), rounds=2, held="mlp", held_by=(1, 2)
     )
-    placed = options.replace(placement=scaling.PLACEMENTS)
+    placed = replace(options, placement=scaling.PLACEMENTS)
     found = {count: on_ranks(count, scaled, placed)[0] for count in (1, 2)}
 
     def started(worker, ranks, options, *more):

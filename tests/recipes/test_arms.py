@@ -57,9 +57,21 @@ def test_all_arms_are_run_and_reported(study, tmp_path, capsys):
         ([], "expected at least one arm, got none"),
         (["--arm", "SGD"], "--arm: expected 'label: flags', got 'SGD'"),
         (["--arm", "a:", "--arm", "a : --rho 0"], "expected different arms, got a twice"),
-        (["--arm", "a: --resume x"], "--resume: it is for one run alone"),
+        (["--arm", "a: --resume x"], "a: --resume: it is for one run alone"),
+        (["--arm", "a: --epochs 0"], "a: --epochs: expected at least 1, got 0"),
+        (["--arm", 'a: --lr "'], "--arm: cannot read 'a: --lr \"': No closing quotation"),
     ],
 )
 def test_wrong_arms_are_refused(study, capsys, flags, message):
     assert study(*flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_default_of_its_own_has_the_help_of_all_studies_as_one_paragraph(
+    monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        arms.main(["--help"])
+    text = "Runs of this study that it holds are not run again. (default: runs/arms)"
+    assert text in capsys.readouterr().out

@@ -473,6 +473,7 @@ def test_a_directory_of_images_stays_the_same_from_wherever_a_run_goes_on(
         ("milestones = 60", "milestones cannot be 60"),
         ("epochs = ", "is no TOML"),
         ('resume = "run"', "unknown settings: resume"),
+        ('config = "c.toml"', "unknown settings: config$"),
         ("dry_run = true", "unknown settings: dry_run"),
     ],
 )

@@ -299,7 +299,7 @@ class Monitor(Cost):
 class Apart(Cost):
     """A measurement of each candidate in a process of its own."""
 
-    only: tyro.conf.Suppress[str | None] = None
+    only: str | None = None
     """Measure this candidate in this process, and print the number."""
 
     def here(self, case: str, name: str) -> float:

@@ -50,7 +50,9 @@ def parse(
     flags = {name: values[name] for name in _named(args)}
     for name, value in flags.items():
         if "\0" in str(value):
-            raise ConfigError(f"{flag(name)}: expected a text without NUL, got {value!r}")
+            raise ConfigError(
+                f"{flag(name)}: expected a text without NUL, got {str(value)!r}"
+            )
     run = _to_resume(flags, base)
     given = (read_toml(flags["config"]) if flags.get("config") else {}) | flags
     preset = given.get("preset", base)

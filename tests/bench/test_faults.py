@@ -19,9 +19,9 @@ def test_nothing_is_lost_whatever_happens(tmp_path, name):
 
 @pytest.mark.slow
 def test_nothing_is_lost_in_a_while_of_anything(tmp_path):
-    outcome = soak(15, tmp_path)
+    outcome = soak(30, tmp_path)
     assert outcome.failures == ()
-    assert outcome.trials > 3
+    assert outcome.trials
 
 
 def test_the_rows_are_those_of_the_matrix():

@@ -37,6 +37,7 @@ def start(output, *flags, restarts=0):
 def torchrun(*arguments, cwd=ROOT):
     """Start torchrun, in a session of its own and at a port of its own."""
     said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    OPEN.append(said)
     streams = {"stdout": said.fileno(), "stderr": said.fileno()}
     command = ("-c", TORCHRUN, "--standalone", *arguments)
     process = commands.start(*command, **streams, cwd=cwd)
@@ -44,6 +45,7 @@ def torchrun(*arguments, cwd=ROOT):
     return process
 
 
+OPEN = []  # files of processes
 TORCHRUN = """
 import os
 os.setsid()
@@ -65,6 +67,14 @@ def finish(process, code=0):
 def all_of(process):
     process.said.seek(0)
     return process.said.read()
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    """Close what was written to, since a warning of an open file fails a test."""
+    yield
+    while OPEN:
+        OPEN.pop().close()
 
 
 def run(output, *flags, **how):
@@ -249,7 +259,7 @@ def refuse(flags):
     ("flags", "told"),
     [
         (("--placement", "group:3"), "3 does not divide the number of ranks, 2"),
-        (("--placement", "sharded"), "expected replica, group:n or global"),
+        (("--placement", "sharded"), 'placement must be "replica", "group:n" or "global"'),
         (("--batch-size", "3"), "at least two images for each of the 2 ranks"),
     ],
 )

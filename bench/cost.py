@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +74,7 @@ LONGEST = 60  # steps after which a method has come round
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost(Options):
+class Cost(Options, ABC):
     """A measurement of each case."""
 
     case: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -86,9 +87,9 @@ class Cost(Options):
 
     cases: ClassVar[tuple[str, ...]] = ("wrn-16-2:64:float32",)
 
+    @abstractmethod
     def rows(self, case: str) -> list[Row]:
         """Return a row for each candidate."""
-        raise NotImplementedError
 
 
 def main(options: Cost) -> None:
@@ -302,9 +303,9 @@ class Apart(Cost):
     only: str | None = None
     """Measure this candidate in this process, and print the number."""
 
+    @abstractmethod
     def here(self, case: str, name: str) -> float:
         """Return what this process measures of a candidate."""
-        raise NotImplementedError
 
     def apart(self, case: str, name: str, **variables: str) -> float:
         """Return what a process of its own measures of a candidate."""

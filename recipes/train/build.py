@@ -98,18 +98,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     digest = fingerprint(dataset)
     device = torch.device(config.device)
     _choose_kernels(config.arithmetic.deterministic, device)
-    test = Split("test", dataset.test_images, dataset.test_labels)
-    chosen_by = test
-    if config.images.validation:
-        source = generator(config.seed, "validation")
-        dataset, images, labels = hold_out(dataset, config.images.validation, source)
-        chosen_by = Split("validation", images, labels)
-    if config.images.label_noise:
-        source = generator(config.seed, "label noise")
-        count = len(dataset.classes)
-        share = config.images.label_noise
-        noisy = corrupt_labels(dataset.train_labels, count, share, source)
-        dataset = dataset._replace(train_labels=noisy)
+    dataset, chosen_by, test = _splits(config, dataset)
     steps_per_epoch = len(dataset.train_labels) // config.batch_size
     if not steps_per_epoch:
         raise ConfigError(
@@ -123,13 +112,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     optimizer, method = _optimizer(descent, model), _method(config, model, steps)
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
     dtype = DTYPES[config.arithmetic.precision]
-    criterion = partial(
-        F.cross_entropy, label_smoothing=descent.label_smoothing, reduction="none"
-    )
-    loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
-    if descent.decay_in_loss:
-        spared = _spared(descent, model)
-        loss_fn = samfn.l2_regularized(loss_fn, descent.weight_decay, without=spared)
+    loss_fn = _loss_fn(descent, model, dtype)
     sharing = _sharing(config)
     if config.recording.monitor:
         method = samfn.watched(method)
@@ -174,6 +157,20 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         fingerprint=digest,
     )
     return task, state
+
+
+def _splits(config: Config, dataset: Dataset) -> tuple[Dataset, Split, Split]:
+    """Return the data to train on, the split that chooses epochs, and the test set."""
+    test = chosen_by = Split("test", dataset.test_images, dataset.test_labels)
+    if share := config.images.validation:
+        source = generator(config.seed, "validation")
+        dataset, images, labels = hold_out(dataset, share, source)
+        chosen_by = Split("validation", images, labels)
+    if share := config.images.label_noise:
+        source, count = generator(config.seed, "label noise"), len(dataset.classes)
+        noisy = corrupt_labels(dataset.train_labels, count, share, source)
+        dataset = dataset._replace(train_labels=noisy)
+    return dataset, chosen_by, test
 
 
 def _sharing(config: Config) -> int | None:
@@ -249,6 +246,16 @@ def _normalisation(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:
         return statistics(dataset.train_images)
     _, mean, std = networks.photographs(config.model)
     return torch.tensor(mean), torch.tensor(std)
+
+
+def _loss_fn(descent: Descent, model: torch.nn.Module, dtype: torch.dtype | None) -> LossFn:
+    smoothing = descent.label_smoothing
+    criterion = partial(F.cross_entropy, label_smoothing=smoothing, reduction="none")
+    loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
+    if descent.decay_in_loss:
+        spared = _spared(descent, model)
+        loss_fn = samfn.l2_regularized(loss_fn, descent.weight_decay, without=spared)
+    return loss_fn
 
 
 def _optimizer(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:

@@ -5,7 +5,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,7 @@ class RunDirectory:
         self._keep_aside(plain_toml(values))
 
     def _keep_aside(self, text: str) -> None:
-        numbered = (self.path / f"{CONFIG_FILE}.{number}" for number in count(1))
-        with files.replacing(next(p for p in numbered if not p.exists())) as temporary:
+        with files.replacing(files.free_name(self.path / CONFIG_FILE)) as temporary:
             temporary.write_text(text, **AS_TOML)
 
     def older_settings(self) -> list[Path]:

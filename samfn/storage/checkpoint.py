@@ -197,7 +197,8 @@ class Checkpoints:
         """Write a checkpoint, and delete those that are neither new nor good any more.
 
         What is deleted is decided by what others hold as it was written: one that is
-        damaged is renamed to *.corrupt, with a warning, and neither counts nor goes.
+        damaged is renamed to *.corrupt, with a warning, and neither counts nor goes. One of
+        that name that is there already stays, and the new one has a number.
 
         Args:
             state: names the file by its step; one of the same step is replaced.
@@ -307,9 +308,11 @@ class Checkpoints:
         return None
 
     def _put_aside(self, path: Path, error: Exception, then: str = "") -> None:
-        aside = path.with_name(f"{path.name}.corrupt")
-        path.rename(aside)
-        self._warn(f"{error}; kept as {aside.name}{then}")
+        try:
+            kept = f"kept as {files.put_aside(path, 'corrupt').name}"
+        except OSError as failed:  # In a read-only directory, say.
+            kept = f"it cannot be renamed, {failed.strerror}, and stays"
+        self._warn(f"{error}; {kept}{then}")
 
     def _remember(self, path: Path, score: Any) -> None:
         """Know what was just written without reading it."""
@@ -331,10 +334,17 @@ class Checkpoints:
         self._swept = True
 
     def drop_after(self, step: int) -> None:
-        """Rename to *.superseded what is newer than a step that a run goes on from."""
+        """Rename to *.superseded what is newer than a step that a run goes on from.
+
+        Raises:
+            CheckpointWriteError: one cannot be renamed.
+        """
         for path in self.paths():
             if _step(path) > step:
-                path.rename(path.with_name(f"{path.name}.superseded"))
+                try:
+                    files.put_aside(path, "superseded")
+                except OSError as error:
+                    raise CheckpointWriteError(f"cannot rename {path}: {error}") from error
 
 
 def _require_finite(state: TrainState) -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -147,6 +148,26 @@ def make_directory(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in made:
         sync(folder.parent)
+
+
+def put_aside(path: Path, ending: str) -> Path:
+    """Rename a file to its name with an ending, and return that: "a" to "a.corrupt".
+
+    What has that name already keeps it, and the new name ends in a number.
+
+    Raises:
+        OSError: it cannot be renamed, or is not there any more.
+    """
+    named = path.with_name(f"{path.name}.{ending}")
+    aside = free_name(named, named)
+    path.rename(aside)
+    return aside
+
+
+def free_name(path: Path, *first: Path) -> Path:
+    """Return the first of these names, and of `path` with .1, .2, ..., that nothing has."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    return next(place for place in chain(first, numbered) if not os.path.lexists(place))
 
 
 def sweep(directory: Path) -> None:

@@ -296,6 +296,43 @@ def test_the_newest_whole_checkpoint_counts_and_a_damaged_one_is_set_aside(tmp_p
     assert newest.with_name(newest.name + ".corrupt").read_bytes() == content
 
 
+def test_what_is_set_aside_takes_the_place_of_nothing(tmp_path):
+    checkpoints = samfn.Checkpoints(tmp_path, warn=lambda line: None)
+    for content in (b"first", b"second", b"third"):
+        checkpoints.save(counted(1))
+        checkpoints.save(counted(2))
+        checkpoints.paths()[-1].write_bytes(content)
+        assert checkpoints.latest(counted(0)).state.step == 1
+        checkpoints.save(counted(2))
+        checkpoints.drop_after(1)
+    corrupt = {p.name: p.read_bytes() for p in tmp_path.glob("*.corrupt*")}
+    assert corrupt == {
+        "step_000000002.safetensors.corrupt": b"first",
+        "step_000000002.safetensors.corrupt.1": b"second",
+        "step_000000002.safetensors.corrupt.2": b"third",
+    }
+    assert len(list(tmp_path.glob("*.superseded*"))) == 3
+
+
+def test_what_cannot_be_set_aside_keeps_nobody_from_the_one_before(tmp_path, monkeypatch):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)
+    for step in (1, 2):
+        checkpoints.save(counted(step))
+    newest = checkpoints.paths()[-1]
+    newest.write_bytes(b"")
+
+    def refuse(path, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert checkpoints.latest(counted(0)).state.step == 1
+    assert newest.exists()
+    assert "cannot be renamed, Permission denied, and stays, going on with" in said[0]
+    with pytest.raises(samfn.CheckpointWriteError, match=r"cannot rename .* denied"):
+        checkpoints.drop_after(1)
+
+
 def test_what_is_no_damage_is_not_set_aside(tmp_path):
     checkpoints = samfn.Checkpoints(tmp_path)
     checkpoints.save(counted(1))

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 import samfn
 from bench import measure
 from recipes.models.wide_resnet import WideResNet
+from recipes.terminal import cli
 from samfn.storage import tensorfile
 
 IMAGES = 50_000
@@ -172,4 +172,4 @@ An epoch of SAM takes {seconds:,.0f} s here, reckoned from a step of
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m bench.checkpoints", description=__doc__))
+    main(cli.parsed(Options, prog="python -m bench.checkpoints", description=__doc__))

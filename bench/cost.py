@@ -44,6 +44,7 @@ from bench.networks import Network, build
 from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, Overwriting, peers
 from recipes.roles import Options
 from recipes.settings import method_expression
+from recipes.terminal import cli
 from recipes.terminal.hardware import emulated
 from recipes.train.layers import LayerMeter
 
@@ -429,4 +430,4 @@ def runners(case: str) -> dict[str, Callable[[], Any]]:
 
 if __name__ == "__main__":
     parts: Any = Steps | Methods | Monitor | Compiling | Memory
-    main(tyro.cli(parts, prog="python -m bench.cost", description=__doc__))
+    main(cli.parsed(parts, prog="python -m bench.cost", description=__doc__))

@@ -19,12 +19,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import tyro
 from torch.nn import functional as F
 
 import samfn
 from bench import measure
 from bench.networks import build
+from recipes.terminal import cli
 from samfn.compiled import operations
 
 FLOAT = 4  # bytes; parameters, memory and messages are float32, whatever computes
@@ -363,4 +363,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m bench.cost_model", description=__doc__))
+    main(cli.parsed(Options, prog="python -m bench.cost_model", description=__doc__))

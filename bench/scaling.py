@@ -32,6 +32,7 @@ from bench import cost_model, measure
 from bench.cost_model import Message
 from bench.networks import Network, build
 from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY
+from recipes.terminal import cli
 from samfn import distributed
 from samfn.tree import is_sharded
 
@@ -521,4 +522,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="python -m bench.scaling", description=__doc__))
+    main(cli.parsed(Options, prog="python -m bench.scaling", description=__doc__))

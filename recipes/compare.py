@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tyro
-
 from recipes import errors, sharpness
 from recipes.errors import ConfigError
 from recipes.settings.resolve import choose_device
@@ -50,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if args is None else args
     return cli.run(
         lambda display, _: compare(
-            tyro.cli(Settings, prog=PROGRAM, args=given),
+            cli.parsed(Settings, prog=PROGRAM, args=given),
             report.called(PROGRAM, given),
             display,
         )

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 from torch import Tensor
 
 from recipes import errors, plots
@@ -81,7 +80,7 @@ class Explored(NamedTuple):
 def main(args: Sequence[str] | None = None) -> int:
     """Draw; return the exit code."""
     return cli.run(
-        lambda display, _: draw(tyro.cli(Settings, prog=PROGRAM, args=args), display)
+        lambda display, _: draw(cli.parsed(Settings, prog=PROGRAM, args=args), display)
     )
 
 

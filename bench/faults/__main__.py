@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from bench import measure
 from bench.faults.rows import ROWS, Row
 from bench.faults.soak import soak
 from bench.faults.trial import Outcome
+from recipes.terminal import cli
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,4 +87,4 @@ recipes/README.md says, or a trial in which the fault did not happen at all."""
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, prog="python -m bench.faults", description=__doc__)))
+    sys.exit(main(cli.parsed(Options, prog="python -m bench.faults", description=__doc__)))

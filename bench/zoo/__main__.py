@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from bench import measure
 from bench.zoo import habits, networks
 from bench.zoo.check import check
 from bench.zoo.habits import Case
+from recipes.terminal import cli
 
 Group = Literal["habits", "torchvision", "timm", "transformers"]
 WAYS = "eager", "compiled", "drop-in", "Hessian"
@@ -169,4 +169,4 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         one(sys.argv[2], sys.argv[3] == "1")
     else:
-        main(tyro.cli(Options, prog="python -m bench.zoo", description=__doc__))
+        main(cli.parsed(Options, prog="python -m bench.zoo", description=__doc__))

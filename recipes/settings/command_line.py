@@ -12,6 +12,7 @@ from recipes.roles import flag
 from recipes.settings.config import SETTINGS, Config
 from recipes.settings.presets import preset_of
 from recipes.settings.saved import CONFIG_FILE, read_toml
+from recipes.terminal import cli
 
 PROGRAM = "python -m recipes.cifar_wrn"
 
@@ -46,7 +47,8 @@ def parse(
     args = sys.argv[1:] if args is None else args
     default = Config.of({"preset": base} | preset_of(base))
     flat = (tyro.conf.OmitArgPrefixes,)
-    values = tyro.cli(Config, prog=program, args=args, default=default, config=flat).flat()
+    options = {"prog": program, "args": args, "default": default, "config": flat}
+    values = cli.parsed(Config, **options).flat()
     flags = {name: values[name] for name in _named(args)}
     for name, value in flags.items():
         if "\0" in str(value):

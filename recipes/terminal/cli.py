@@ -1,8 +1,11 @@
 """The beginning and end of every command: standard streams, signals, and exit codes."""
 
+import sys
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+import tyro
 
 import samfn
 from recipes.errors import (
@@ -16,7 +19,13 @@ from recipes.errors import (
     DivergedError,
     Failed,
 )
-from recipes.terminal.console import Display, Silent, open_standard_streams
+from recipes.terminal.console import (
+    Display,
+    Silent,
+    is_broken,
+    open_standard_streams,
+    write_to_nobody,
+)
 from recipes.terminal.hardware import lacks_memory
 from recipes.terminal.legible import replace_what_streams_lack
 from recipes.terminal.signals import Signals, Stopped, watched
@@ -31,6 +40,37 @@ EXPECTED = (
     Stopped,
     Failed,
 )
+
+
+Kind = TypeVar("Kind")
+
+
+def parsed(kind: type[Kind], **options: Any) -> Kind:
+    """Return what the command line asks for, as `tyro.cli` does.
+
+    Help that nobody reads to its end, as of `--help | head`, ends without an error.
+
+    Raises:
+        SystemExit: the command line is wrong, or asks for help.
+        OSError: the help cannot be written.
+    """
+    try:
+        try:
+            found: Kind = tyro.cli(kind, **options)
+            return found
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # Help goes to standard output, what is wrong to standard error.
+        code = 0 if is_broken(sys.stdout) else WRONG_INPUT
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                write_to_nobody(stream)
+        if not isinstance(error, BrokenPipeError):
+            raise
+        raise SystemExit(code) from None
 
 
 def run(

@@ -5,10 +5,11 @@ Where the output is no terminal, the same rows are plain lines, and nothing move
 
 import contextlib
 import os
+import select
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -52,6 +53,19 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # It takes the lowest number that is free.
 
 
+def is_broken(stream: IO[str]) -> bool:
+    """Return whether a stream is a pipe that nobody reads any more."""
+    asked = select.poll()
+    asked.register(stream, 0)  # It tells of errors whatever one asks for.
+    return any(event & select.POLLERR for _, event in asked.poll(0))
+
+
+def write_to_nobody(stream: IO[str]) -> None:
+    """Drop what a stream still writes: the rest of its buffer would fail once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class QuietConsole(Console):
     """A console that falls silent when nobody reads it any more, or its disk is full."""
 
@@ -69,9 +83,7 @@ class QuietConsole(Console):
     def on_broken_pipe(self) -> None:
         """Print nothing from now on; rich would end the program."""
         self.quiet = True
-        # Python writes the rest of its buffer at the end, and would fail once more.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        write_to_nobody(self.file)
 
 
 class Display:

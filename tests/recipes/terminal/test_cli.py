@@ -1,0 +1,47 @@
+"""How commands end where nobody reads what they say."""
+
+import os
+
+import pytest
+
+from tests import commands
+
+RECIPES = ["cifar_wrn", "finetune", "sweep", "label_noise", "arms"]
+RECIPES += ["compare", "sharpness", "landscape"]
+BENCH = ["checkpoints", "cost", "cost_model", "faults", "scaling", "zoo"]
+COMMANDS = [*(f"recipes.{name}" for name in RECIPES), *(f"bench.{name}" for name in BENCH)]
+
+
+def ended(*arguments, out=None, err=None):
+    """Return exit code and standard error; nobody reads a stream that is "pipe"."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    streams = {"pipe": writing, "full": full}
+    seen, told = os.pipe()
+    process = commands.start(
+        *arguments, stdout=streams.get(out), stderr=streams.get(err, told)
+    )
+    for handle in (writing, full, told):
+        os.close(handle)
+    with os.fdopen(seen) as file:
+        text = file.read()
+    process.join()
+    return process.exitcode, text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_that_nobody_reads_to_its_end_ends_quietly(command):
+    assert ended("-m", command, "--help", out="pipe") == (0, "")
+
+
+def test_help_that_cannot_be_written_is_told():
+    code, said = ended("-m", "recipes.cifar_wrn", "--help", out="full")
+    assert code == 2
+    assert "No space left on device" in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [["--nonsense"], ["--rho", "x"], ["--resume", "nowhere"]])
+def test_what_is_wrong_is_wrong_though_nobody_reads_it(flags):
+    assert ended("-m", "recipes.cifar_wrn", *flags, err="pipe")[0] == 2

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 
 import samfn
 from recipes import errors
@@ -122,7 +121,7 @@ class Number(NamedTuple):
 def main(args: Sequence[str] | None = None) -> int:
     """Measure; return the exit code."""
     return cli.run(
-        lambda display, _: measure(tyro.cli(Settings, prog=PROGRAM, args=args), display)
+        lambda display, _: measure(cli.parsed(Settings, prog=PROGRAM, args=args), display)
     )
 
 
@@ -480,13 +479,20 @@ def file_of(path: Path, output: Path | None = None) -> Path:
 def keep(record: Record, file: Path, display: Display) -> None:
     """Write a record to a file, beside those of other settings and checkpoints.
 
+    A file that holds no records, as one of another program, is renamed and not replaced.
+
     Raises:
         OSError: the file cannot be written; it is what it was.
     """
     same = ("path", *IDENTITY)
+    try:
+        before = _measurements(file)
+    except UNREADABLE:
+        before, aside = [], files.put_aside(file, "corrupt")
+        display.warn(f"{file} held no records; kept as {aside.name}")
     others = [
         one
-        for one in measurements(file, display)
+        for one in before
         # Older versions wrote no checksum; what they measured is kept, not believed.
         if (is_whole(one) or "checksum" not in one)
         and any(one.get(key) != record[key] for key in same)
@@ -495,6 +501,7 @@ def keep(record: Record, file: Path, display: Display) -> None:
 
 
 IDENTITY = ("version", "sha256", "settings", "config")
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, RecursionError)
 
 
 def known(
@@ -524,15 +531,21 @@ def kept(file: Path, display: Display) -> list[Record]:
 
 
 def measurements(file: Path, display: Display) -> list[Record]:
-    """Return the records in a file as they are there."""
+    """Return the records in a file as they are there; one that cannot be read has none."""
     try:
-        found = parsed(files.read_text(file))["measurements"]
-        return [one if isinstance(one, dict) else {} for one in found]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        return _measurements(file)
+    except UNREADABLE as error:
         display.warn(f"{file} cannot be read, and is measured anew: {error}")
         return []
+
+
+def _measurements(file: Path) -> list[Record]:
+    """Return the records in a file, of which there are none where it is not there."""
+    try:
+        found = parsed(files.read_text(file))["measurements"]
+    except FileNotFoundError:
+        return []
+    return [one if isinstance(one, dict) else {} for one in found]
 
 
 def is_whole(record: Record) -> bool:

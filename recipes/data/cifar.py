@@ -97,14 +97,6 @@ def is_there(source: str, root: Path) -> bool:
     return (root / form.archive).exists() or (root / form.pickles).is_dir()
 
 
-def stamp(source: str, root: Path) -> list[list[Any]]:
-    """Return names, sizes and times of the files that `read` may read."""
-    form = FORMS[source]
-    paths = [root / form.archive, *sorted((root / form.pickles).glob("*"))]
-    found = [(path, path.stat()) for path in paths if path.exists()]
-    return [[path.name, status.st_size, status.st_mtime_ns] for path, status in found]
-
-
 def fetch(source: str, root: Path) -> None:
     """Download the archive into `root`.
 

@@ -123,11 +123,11 @@ def _found(
     )
 
 
-def _require_there(source: Source, root: Path) -> None:
+def _require_there(source: Source, root: Path, warn: Say = warnings.warn) -> None:
     """Download CIFAR if need be; of several processes, one."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with files.held(root, wait=True):
+        with files.held(root, wait=True, tell=warn):
             if not cifar.is_there(source, root):
                 cifar.fetch(source, root)
     except (OSError, DownloadError) as error:
@@ -143,7 +143,7 @@ def load(
     track: Track = lambda items, total, text: items,
     warn: Say = warnings.warn,
 ) -> Dataset:
-    """Load a data set, from its cache if it was read before.
+    """Load a data set; a folder's images from their cache, if they were read before.
 
     If several processes want the same at once, one reads or downloads it.
 
@@ -179,10 +179,7 @@ def load(
         for line in dataset.notes:
             warn(line)
         return dataset
-    key: dict[str, Any] = {"source": source}
-    if modified:
-        key["files"] = cifar.stamp(source, root)
-    return _cached(root, key, lambda: read_cifar(source, root, modified), warn)
+    return read_cifar(source, root, modified, warn)
 
 
 def user_cache() -> Path:
@@ -235,13 +232,19 @@ def read_digits() -> Dataset:
     )
 
 
-def read_cifar(source: Source, root: Path, modified: bool = False) -> Dataset:
-    """Read CIFAR-10 or CIFAR-100, downloading it if need be; see `recipes.data.cifar`."""
+def read_cifar(
+    source: Source, root: Path, modified: bool = False, warn: Say = warnings.warn
+) -> Dataset:
+    """Read CIFAR-10 or CIFAR-100, downloading it if need be; see `recipes.data.cifar`.
+
+    No cache stands for its files: it could hold other labels than they do, and a second is
+    all that it would spare.
+    """
+    if not cifar.is_there(source, root):
+        _require_there(source, root, warn)
     try:
-        if not cifar.is_there(source, root):
-            cifar.fetch(source, root)
         train, test, classes = cifar.read(source, root, modified=modified)
-    except (OSError, DownloadError, cifar.CifarError) as error:
+    except (OSError, cifar.CifarError) as error:
         raise DataError(f"cannot read or download {source} in {root}: {error}") from error
     return Dataset(*train, *test, classes)
 
@@ -359,7 +362,7 @@ def _cached(
     key: dict[str, Any],
     read: Callable[[], Dataset],
     warn: Say,
-    samples: Samples | None = None,
+    samples: Samples,
 ) -> Dataset:
     """Return what `read` returns, from `root`'s cache where it was kept under `key`.
 
@@ -388,7 +391,7 @@ def _cached(
         return dataset
 
 
-def _read_cache(path: Path, key: str, samples: Samples | None, warn: Say) -> Dataset | None:
+def _read_cache(path: Path, key: str, samples: Samples, warn: Say) -> Dataset | None:
     if not path.exists():
         return None
     try:
@@ -400,7 +403,7 @@ def _read_cache(path: Path, key: str, samples: Samples | None, warn: Say) -> Dat
             **tensors, classes=tuple(json.loads(texts["classes"])), notes=notes
         )
         _require_whole(path, dataset)
-        if samples is not None and not _agree(samples, dataset):
+        if not _agree(samples, dataset):
             raise ValueError(f"{path} has other labels than the folders")
         return dataset
     except CACHE_ERRORS as error:

@@ -264,6 +264,8 @@ def test_a_damaged_file_is_measured_anew_and_replaced(measured, tmp_path, capsys
     (record,) = records(measured)
     recipe.keep(record, run / "sharpness.json", Display())
     assert recipe.known(run, of_run(run), settings_of(run), Display()) == record
+    kept = [path.read_bytes() for path in run.glob("sharpness.json.corrupt*")]
+    assert kept == [text.encode("latin-1")] * (not text.startswith('{"measurements": ['))
 
 
 def test_a_damaged_record_hides_no_other(measured, tmp_path):

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import torch
 
+import samfn
 from recipes.data.sources import user_cache
 from recipes.settings.config import Config
 from samfn.compiled.plan import ARITHMETIC, missing_compiler
+from samfn.storage import files
 
 # On a CPU, the saving must be more than compiling takes: half a minute for WRN-10-1 on two
 # cores, without a cache. Where a compiled step is faster at all, it saves about 5 ms of
@@ -27,6 +29,7 @@ SHARE_OF_ARITHMETIC = 1 / 6
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 USUAL = "torchinductor_"  # and the user's name: what PyTorch sets it to, below /tmp
+TEMPORARY = "samfn-compiled-"  # and what nobody can guess: the cache of one process
 
 
 def decide(
@@ -63,11 +66,13 @@ def keep_compiled(warn: Callable[[str], None]) -> None:
 
     The cache holds code, and pickles, which are run. So a directory that others could have
     put something into is refused, and everything compiled anew, in one that goes with this
-    process. Left alone, PyTorch takes one below /tmp under a name that everyone can guess.
+    process, or, where that is killed, with the next. Left alone, PyTorch takes one below
+    /tmp under a name that everyone can guess.
 
     Args:
         warn: is told in one line what was refused, and why.
     """
+    _sweep()
     try:
         named = _named()
         path = named or (user_cache() / "compiled").absolute()
@@ -79,9 +84,33 @@ def keep_compiled(warn: Callable[[str], None]) -> None:
         reason = str(error)
     if reason:
         warn(f"{reason}: what was compiled before is not used, nor this kept")
-        path = Path(tempfile.mkdtemp(prefix="samfn-compiled-"))
-        atexit.register(shutil.rmtree, path, ignore_errors=True)
+        path = _temporary()
     os.environ[VARIABLE] = str(path)
+
+
+def _temporary() -> Path:
+    """Return a new directory, which this process holds, and deletes when it ends."""
+    holding = contextlib.ExitStack()
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=TEMPORARY))
+        try:
+            holding.enter_context(files.held(path))
+        except (FileNotFoundError, samfn.InUseError):
+            continue  # Another process swept it before it was held.
+        except OSError:
+            pass  # Where nothing can be held, nothing is swept.
+        atexit.register(holding.close)
+        atexit.register(shutil.rmtree, path, ignore_errors=True)  # This comes first.
+        return path
+
+
+def _sweep() -> None:
+    """Delete what processes of this user that were killed left of `_temporary`."""
+    for path in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # One that is held, is gone, or is no directory.
+            if path.lstat().st_uid == os.geteuid() and not _exposed_by_place(path):
+                with files.held(path):
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def exposed(path: Path) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 from recipes.data.sources import user_cache
 from recipes.train.compiling import exposed, keep_compiled
 from samfn.compiled.plan import HEADERS
-from tests import ROOT
+from tests import ROOT, commands
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 SOMEBODY = 65534  # who is not the user
@@ -181,6 +181,40 @@ def test_what_others_may_have_changed_is_refused_in_one_line(
     assert re.search(expected, said)
     assert "\n" not in said
     assert kept() == (path, [])  # Said once in a process.
+
+
+LEAVES_ITS_CACHE = """
+import os, signal
+from recipes.train.compiling import keep_compiled
+keep_compiled(lambda text: None)
+print(os.environ["TORCHINDUCTOR_CACHE_DIR"], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one(cache, monkeypatch, tmp_path):
+    widened(cache)  # So that it is refused.
+    shared = tmp_path / "temporary"
+    shared.mkdir(mode=0o700)
+    monkeypatch.setenv("TMPDIR", str(shared))
+    monkeypatch.setattr("tempfile.tempdir", str(shared))
+    left = Path(commands.run("-c", LEAVES_ITS_CACHE).stdout.strip())
+    assert left.parent == shared
+    assert left.is_dir()
+    mine, _ = kept()
+    assert not left.exists()
+    (others := shared / "samfn-compiled-others").mkdir()
+    others.chmod(0o777)
+    (target := tmp_path / "target").mkdir()
+    (target / "file").touch()
+    (shared / "samfn-compiled-link").symlink_to(target)
+    (shared / "samfn-compiled-file").touch()
+    monkeypatch.delenv(VARIABLE)
+    kept()
+    assert mine.is_dir()  # It is in use.
+    assert others.is_dir()
+    assert [*target.iterdir()] == [target / "file"]
+    assert (shared / "samfn-compiled-file").exists()
 
 
 def in_a_directory_for_all(path):

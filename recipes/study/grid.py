@@ -7,6 +7,7 @@ one with more arms or seeds adds these.
 """
 
 import hashlib
+import os
 import re
 import statistics
 import sys
@@ -17,8 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tyro
-
 import samfn
 from recipes import errors
 from recipes.data.sources import Dataset, Say, Track
@@ -27,7 +26,7 @@ from recipes.roles import Options, Role
 from recipes.settings.config import SETTINGS, Config, changes, plain_values, validate
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, of_run
-from recipes.study.groups import DIVERGED, Group, best, diverged, group_of, last, seconds
+from recipes.study.groups import Group, best, group_of, last, seconds
 from recipes.study.report import Page, called, show, write
 from recipes.terminal import cli
 from recipes.terminal.console import Display
@@ -91,7 +90,7 @@ def conduct(study: Study, about: str | None, args: Sequence[str] | None) -> int:
     own, flags = split(given)
 
     def body(display: Display, signals: Signals) -> int:
-        settings = tyro.cli(study.settings, prog=program, args=own, description=about)
+        settings = cli.parsed(study.settings, prog=program, args=own, description=about)
         say = cache(display.say)  # Once, not for each arm.
         arms = study.arms(settings, lambda *f: common([*flags, *f], study.varied, say))
         cells = plan(arms, settings.seeds, settings.output)
@@ -248,7 +247,7 @@ def _run_each(
         count, after = total - len(missing) + index + 1, missing[index + 1 :]
         about = f"{count}/{total} {cell.label}, seed {cell.config.seed}"
         ended = _finish(cell, display.brief(about), signals, reader)
-        if fresh and diverged(cell.path) is None:
+        if fresh and ended.diverged is None:
             took[cell.label] = time.perf_counter() - started
         rest = remaining([other.label for other in after], took)
         display.say(f"{about}: {outcome(ended)}{rest}")
@@ -267,11 +266,15 @@ def read(cell: Cell, warn: Say) -> Recorded | None:
     if not (cell.path / CONFIG_FILE).exists():
         return None
     _require_same_settings(cell)
-    if diverged(cell.path) is not None:
-        return recorded.read(cell.path, warn)
-    if not recorded.holds_best_model(directory, cell.config):  # It is written at the end.
+    # It is written at the end.
+    has_model = recorded.holds_best_model(directory, cell.config)
+    if not has_model and not os.path.lexists(cell.path / recorded.DIVERGED):
         return None
     run = recorded.read(cell.path, warn)
+    if run.diverged is not None:
+        return run
+    if not has_model:
+        return None
     if not run.rows or len(run.rows) < run.done:
         raise ConfigError(f"{directory.metrics} is damaged or gone: move {cell.path} away")
     return run if run.ended else None
@@ -293,11 +296,14 @@ def _finish(cell: Cell, display: Display, signals: Signals, reader: Read) -> Rec
     if (cell.path / CONFIG_FILE).exists():
         compiles = of_run(cell.path).arithmetic.compile
         config = cell.config.replace(resume=cell.path, compile=compiles)
+    if os.path.lexists(cell.path / recorded.DIVERGED):  # It did not count.
+        with running.writing():
+            files.put_aside(cell.path / recorded.DIVERGED, "superseded")
     try:
         code = running.run(config, display, signals, reader)
     except (DivergedError, samfn.NonFiniteError) as error:
-        with running.writing(), files.replacing(cell.path / DIVERGED) as temporary:
-            temporary.write_text(f"{error}\n", encoding="utf-8")
+        with running.writing():
+            recorded.write_divergence(cell.path, " ".join(str(error).splitlines()))
         code = 0
     if code:
         raise errors.Failed(code) if signals.stop is None else Stopped(signals.stop)
@@ -350,7 +356,7 @@ def duration(seconds: float) -> str:
 
 def outcome(run: Recorded) -> str:
     """Return what came of a run, in one line."""
-    if (why := diverged(run.path)) is not None:
-        return f"diverged, {why}"
+    if run.diverged is not None:
+        return f"diverged, {run.diverged}"
     took = duration(seconds(run))
     return f"last epoch {last(run):.2f} %, best {best(run):.2f} %, {took}"

@@ -16,9 +16,7 @@ from recipes.settings.config import Config, of_roles, plain_values
 from recipes.study.runs import distinct, real
 from recipes.train.recorded import Recorded, chosen_by, column
 from recipes.train.running import name
-from samfn.storage import files
 
-DIVERGED = "diverged.txt"  # in the directory of a run that did: why
 MISSING = "-"
 NAMED = {"method", "rho", "rho_schedule", "rho_final"}  # what `name` says
 
@@ -71,17 +69,9 @@ class Group(NamedTuple):
 
 
 def group_of(label: str, runs: Sequence[Recorded]) -> Group:
-    """Return runs as a group, with what their directories say of those that diverged."""
-    found = {run.path: diverged(run.path) for run in runs}
-    return Group(label, [*runs], {path: why for path, why in found.items() if why})
-
-
-def diverged(run: Path) -> str | None:
-    """Return why a run diverged, if it did."""
-    try:
-        return files.read_text(run / DIVERGED, errors="replace").strip() or "unknown"
-    except FileNotFoundError:
-        return None
+    """Return runs as a group, with why some of them diverged."""
+    diverged = {run.path: run.diverged for run in runs if run.diverged is not None}
+    return Group(label, [*runs], diverged)
 
 
 def last(run: Recorded) -> float | None:

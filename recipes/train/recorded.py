@@ -6,6 +6,7 @@ believed, and what stands beside it is compared with it.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from recipes.errors import ConfigError
-from recipes.settings.config import Config, differing, plain_values
+from recipes.roles import EXACT
+from recipes.settings.config import Config, differing, of_roles, plain_values
 from recipes.settings.saved import CONFIG_FILE, of_run, read_toml, run_of
 from recipes.train.directory import Row, RunDirectory, parsed
-from samfn.storage import tensorfile
+from samfn.storage import files, tensorfile
 
 Warn = Callable[[str], None]
+DIVERGED = "diverged.txt"  # in the directory of a run of a study that did: why
 
 
 class Said(NamedTuple):
@@ -53,6 +56,8 @@ class Recorded(NamedTuple):
     """Fingerprint of the images and labels, if a checkpoint says it."""
     versions: Mapping[str, str]
     """Versions of torch and hardware, if a checkpoint says them."""
+    diverged: str | None = None
+    """Why the run diverged, if it did in a study."""
 
     @property
     def done(self) -> int:
@@ -96,7 +101,63 @@ def read(path: Path, warn: Warn) -> Recorded:
         _has_ended(config, rows, newest),
         newest and newest.data,
         newest.versions if newest else {},
+        _diverged(path, config, newest, warn),
     )
+
+
+def write_divergence(path: Path, why: str) -> None:
+    """Keep why a run diverged, and after which of its checkpoints.
+
+    Raises:
+        ConfigError: as `read`.
+        OSError: it cannot be written.
+    """
+    found = checkpoints_of(RunDirectory(path), lambda line: None)
+    about = _about_divergence(why, of_run(path), found[-1] if found else None)
+    with files.replacing(path / DIVERGED) as temporary:
+        text = f"{why}\n{json.dumps(about)}\n"
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _diverged(path: Path, config: Config, newest: Said | None, warn: Warn) -> str | None:
+    """Return why a run diverged, if that was written of the run as it is now."""
+    file = path / DIVERGED
+    try:
+        why, _, rest = files.read_text(file, errors="replace").partition("\n")
+        about = parsed(rest) if rest else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        warn(f"{file} cannot be read, and does not count: {error}")
+        return None
+    expected = _about_divergence(why, config, newest)
+    if about == expected:
+        return why
+    found = about if isinstance(about, dict) else {}
+    if found.get("settings", expected["settings"]) != expected["settings"]:
+        reason = "is of a run of other settings"
+    elif (after := found.get("after", expected["after"])) != expected["after"]:
+        reason = f"says what came after {after}, and the run is at {expected['after']}"
+    else:
+        reason = "is not as it was written"
+    warn(f"{file} {reason}: it does not count")
+    return None
+
+
+def _about_divergence(why: str, config: Config, newest: Said | None) -> dict[str, str]:
+    """Return what a record of a divergence is held against."""
+    settings = of_roles(plain_values(config), EXACT)
+    row = [newest.epoch, newest.row] if newest else []
+    found = {
+        "settings": _sha256(settings),
+        "after": f"{newest.path.name} {_sha256(row)[:8]}" if newest else "no checkpoint",
+    }
+    return found | {"sha256": _sha256([why, found])}
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_one_run(path: Path) -> None:

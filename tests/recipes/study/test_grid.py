@@ -18,10 +18,11 @@ import samfn
 from recipes import errors
 from recipes.cifar_wrn import main as train
 from recipes.errors import ConfigError
+from recipes.settings.config import plain_values
 from recipes.settings.resolve import configure
-from recipes.settings.saved import to_toml
+from recipes.settings.saved import of_run, to_toml
 from recipes.study import grid
-from recipes.study.groups import diverged, last, percent, series_of, summary
+from recipes.study.groups import last, percent, series_of, summary
 from recipes.terminal import cli
 from recipes.terminal.console import Display, QuietConsole
 from recipes.terminal.signals import watched
@@ -254,9 +255,79 @@ def test_what_diverged_is_recorded_and_ends_nothing(wild, runs, capsys):
     output, (tame, wild_) = wild
     assert not tame.diverged
     for run in wild_.runs:
-        assert "is not finite after" in wild_.diverged[run.path] == diverged(run.path)
+        assert "is not finite after" in wild_.diverged[run.path] == run.diverged
     assert conduct(WILD, output) == [tame, wild_]
     assert runs == []
+
+
+def edited(file):
+    file.write_text("step 3: " + file.read_text())
+
+
+def of_seed_1(file):
+    shutil.copy(file.parent.parent / "wild-seed1" / file.name, file)
+
+
+def by_hand(file):
+    file.write_text("it did\n")
+
+
+def deep(file):
+    file.write_text("it did\n" + "[" * 100_000)
+
+
+def a_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def of_an_earlier_time(file):
+    checkpoints = RunDirectory(file.parent).checkpoints()
+    state = samfn.init({"w": torch.ones(1)}, {}, optimizer=samfn.sgd())
+    about = {"config": plain_values(of_run(file.parent)), "progress": {"epoch": 1}}
+    checkpoints.save(state, **about, data="x", row={"epoch": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (edited, "is not as it was written"),
+        (of_seed_1, "is of a run of other settings"),
+        (by_hand, "is not as it was written"),
+        (deep, "cannot be read"),
+        (a_pipe, "cannot be read"),
+        (of_an_earlier_time, "says what came after no checkpoint, and the run is at step_"),
+    ],
+)
+def test_a_forged_divergence_does_not_count(wild, tmp_path, change, reason):
+    output = shutil.copytree(wild[0], tmp_path / "wild")
+    said = []
+    cell = grid.plan(WILD, 2, output)[1]
+    assert grid.read(cell, said.append).diverged  # The twin: nothing was touched.
+    change(cell.path / "diverged.txt")
+    assert grid.read(cell, said.append) is None
+    (line,) = [one for one in said if "diverged.txt" in one]
+    assert reason in line
+    assert line.endswith(": it does not count") or "and does not count: " in line
+
+
+def test_a_run_that_ended_did_not_diverge_whatever_a_file_says(whole, wild, tmp_path):
+    output = shutil.copytree(whole[0], tmp_path / "whole")
+    cell = grid.plan(ARMS, 2, output)[0]
+    shutil.copy(wild[1][1].runs[0].path / "diverged.txt", cell.path)
+    said = []
+    assert grid.read(cell, said.append).diverged is None
+    assert len(said) == 1
+
+
+def test_a_divergence_that_did_not_count_is_kept_aside(wild, tmp_path, runs):
+    output = shutil.copytree(wild[0], tmp_path / "wild")
+    file = output / "wild-seed0" / "diverged.txt"
+    by_hand(file)
+    _, again = conduct(WILD, output)
+    assert runs == ["wild-seed0"]
+    assert again.diverged[file.parent] == wild[1][1].runs[0].diverged
+    assert file.with_name("diverged.txt.superseded").read_text() == "it did\n"
 
 
 def test_means_exclude_what_diverged_openly(wild):

@@ -73,7 +73,7 @@ READ = {
     "metrics.jsonl": (("compare", "resume", "sweep"), 2),
     "sharpness.json": (("measured",), 0),
     "model.safetensors": (("sweep",), 2),
-    "diverged.txt": (("sweep",), 2),
+    "diverged.txt": (("sweep",), 0),
 }
 CASES = [
     (file, kind, command, code)

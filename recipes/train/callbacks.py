@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import samfn
-from recipes.errors import DivergedError
+from recipes.errors import ConfigError, DivergedError
 from recipes.terminal.console import Display, Live
 from recipes.terminal.signals import Signals
 from recipes.train import loop, selection
@@ -20,7 +20,7 @@ from recipes.train.batches import CHUNK, StopError, augmented
 from recipes.train.build import Task
 from recipes.train.checkpoints import Keeper, model_of, ranks
 from recipes.train.directory import Row, RunDirectory
-from recipes.train.layers import LayerMeter, alarms
+from recipes.train.layers import WHAT, LayerMeter, alarms
 from recipes.train.recorded import best_by, column
 from samfn import distributed
 from samfn.distributed import Agreement
@@ -48,7 +48,11 @@ def around(
     Those that change the state, the memory or the row come before those that write it. The
     row is written before its checkpoint: a run that is killed between them takes the epoch
     again.
+
+    Raises:
+        ConfigError: the run goes on from a checkpoint that keeps what none of them wrote.
     """
+    _require_own_memory(task, training)
     config, meter = task.config, Meter(task)
     by = column(config, task.chosen_by.name)  # of the average, if there is one
     score = {"score": f"{task.chosen_by.name}_accuracy", best_by(config): by}
@@ -77,6 +81,45 @@ def around(
         partial(show, task, live, meter),
         interrupts.after_epoch,
     ]
+
+
+def _require_own_memory(task: Task, training: Training) -> None:
+    """Raise unless the run remembers what these callbacks can go on with.
+
+    Who can write a checkpoint can write anything into it, under the right SHA-256.
+    """
+    images, params = len(task.train_labels), len(training.state.params)
+    shapes = {
+        LAYERS: (params + 1, len(WHAT) + 1),
+        GRADIENTS: (params,),
+        selection.COUNTS: (images,),
+        selection.SCORES: (images,),
+    }
+    memory = training.memory
+    own = {n: getattr(memory.get(n), "shape", None) == shape for n, shape in shapes.items()}
+    own |= {METER: _is_metered(memory.get(METER)), callbacks.PATIENCE: _is_patient(memory)}
+    if wrong := [name for name, fits in own.items() if name in memory and not fits]:
+        raise ConfigError(f"the checkpoint keeps no {wrong[0]} that fits this run")
+
+
+def _is_metered(kept: Any) -> bool:
+    sums = kept.get("sums") if isinstance(kept, dict) else None
+    return (
+        isinstance(sums, list)
+        and len(sums) == len(Meter.NAMES) + 1
+        and all(_is_number(value) for value in (*sums, kept.get("seconds")))
+    )
+
+
+def _is_patient(memory: Mapping[str, Any]) -> bool:
+    match memory.get(callbacks.PATIENCE):
+        case [best, int(waited)]:
+            return waited >= 0 and (best is None or _is_number(best))
+    return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Meter:

@@ -227,12 +227,19 @@ def _named(path: Path, like: samfn.TrainState) -> samfn.Found | None:
 
 
 def _require_fitting(task: Task, found: samfn.Found) -> Training:
-    """Return where a run stands, if the checkpoint is one of this recipe and data."""
-    try:
-        data = found.metadata["data"]
-        training = callbacks.from_metadata(found.state, found.metadata)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{found.path} is none of this recipe's") from error
-    if data != task.fingerprint:
+    """Return where a run stands, if the checkpoint is one of this recipe and data.
+
+    Who can write a checkpoint can write anything into it, under the right SHA-256.
+    """
+    said = recorded.facts(found.path, found.metadata)
+    training = callbacks.from_metadata(found.state, found.metadata)
+    if (step := found.metadata["progress"]["step"]) != training.step:
+        text = f"it says {step:,} steps, and its state has taken {training.step:,}"
+        raise ConfigError(f"{found.path} is none of this recipe's: {text}")
+    if said.data != task.fingerprint:
         raise ConfigError(f"{found.path} was trained on other images or labels")
+    try:
+        callbacks.require_average(training)
+    except ValueError as error:
+        raise ConfigError(f"{found.path}: {error}") from error
     return training

@@ -108,7 +108,8 @@ def _sweep() -> None:
     """Delete what processes of this user that were killed left of `_temporary`."""
     for path in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):  # One that is held, is gone, or is no directory.
-            if path.lstat().st_uid == os.geteuid() and not _exposed_by_place(path):
+            is_own = path.lstat().st_uid == os.geteuid() and (path / files.LOCK).exists()
+            if is_own and not _exposed_by_place(path):
                 with files.held(path):
                     shutil.rmtree(path, ignore_errors=True)
 

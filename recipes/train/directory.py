@@ -134,7 +134,15 @@ class RunDirectory:
         return [*map(_row, text.splitlines()), *self._unwritten]
 
     def rewrite(self, rows: Sequence[Row]) -> None:
-        """Let these be the epochs that are recorded."""
+        """Let these be the epochs that are recorded.
+
+        Where a run goes on from further back than one epoch, the file that had more is kept
+        beside; the last one may lack its checkpoint, and is taken again.
+        """
+        if len(self.rows()) > len(rows) + 1:
+            aside = self.metrics.with_name(f"{self.metrics.name}.superseded")
+            with files.replacing(files.free_name(aside, aside)) as temporary:
+                temporary.write_bytes(files.read_bytes(self.metrics))
         with files.replacing(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -239,24 +239,60 @@ def said(path: Path) -> Said:
     """
     _, texts = tensorfile.read(path)
     try:
-        names = ("config", "progress", "data", "row", "versions")
-        found = {name: parsed(texts[name]) for name in names if name in texts}
-        one = Said(
-            path,
-            dict(found["config"]),
-            found["progress"]["epoch"],
-            dict(found.get("row", {})),
-            found["data"],
-            dict(found.get("versions", {})),
-        )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        found = {name: parsed(texts[name]) for name in FACTS if name in texts}
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is none of this recipe's") from error
-    texts_only = isinstance(one.data, str) and all(
-        isinstance(value, str) for value in one.versions.values()
+    return facts(path, found)
+
+
+def facts(path: Path, found: Mapping[str, Any]) -> Said:
+    """Return what the metadata of a checkpoint say of its run.
+
+    Raises:
+        ConfigError: something is lacking, or is none of what a run writes; says what.
+    """
+    given = {"row": {}, "versions": {}, "ranks": {}, **found}
+    for name, is_one in FACTS.items():
+        if name not in given or not is_one(given[name]):
+            got = f"{given[name]!r:.60}" if name in given else "none"
+            raise ConfigError(f"{path} is none of this recipe's: its {name} is {got}")
+    config, row, data, versions = (given[n] for n in ("config", "row", "data", "versions"))
+    return Said(path, config, given["progress"]["epoch"], row, data, versions)
+
+
+def _is_place(value: Any) -> bool:
+    """Return whether these are steps, epochs and batches of a run."""
+    place = value if isinstance(value, dict) else {}
+    counts = [place.get(name) for name in ("step", "epoch", "batch")]
+    return all(type(count) is int and 0 <= count < 2**63 for count in counts)
+
+
+def _is_row(value: Any) -> bool:
+    """Return whether this is an epoch as the metrics have it, or none yet."""
+    return value == {} or (
+        isinstance(value, dict)
+        and type(value.get("epoch")) is int
+        and value["epoch"] > 0
+        and is_whole(value, value["epoch"])
     )
-    if not texts_only or type(one.epoch) is not int:
-        raise ConfigError(f"{path} is none of this recipe's")
-    return one
+
+
+def _is_sharing(value: Any) -> bool:
+    """Return whether this says on how many images a perturbation was found, if at all."""
+    return isinstance(value, dict) and 0 < _number(value.get("m", 1)) < math.inf
+
+
+FACTS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda value: isinstance(value, dict),
+    "progress": _is_place,
+    "row": _is_row,
+    "data": lambda value: isinstance(value, str),
+    "versions": lambda value: (
+        isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    ),
+    "ranks": _is_sharing,
+}
+"""What a checkpoint says of its run, and how one knows that it is that."""
 
 
 def _settings_of(run: Path) -> list[dict[str, Any]]:
@@ -366,7 +402,10 @@ def _has_ended(config: Config, rows: Sequence[Row], newest: Said | None) -> bool
 def _number(value: Any) -> float:
     """Return a number, or NaN for all else."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number else math.nan
+    try:
+        return float(value) if number else math.nan
+    except OverflowError:  # No float holds every integer.
+        return math.nan
 
 
 def _is_plain(value: Any) -> bool:

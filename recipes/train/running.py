@@ -349,13 +349,14 @@ def summarise(
     `best` is the epoch of the model that it leaves, or empty where an older version wrote
     the checkpoint.
     """
-    rows, config = directory.rows() or [best], task.config
-    if not rows[-1]:  # And someone took the log away.
-        return {"files": str(directory.path), "model": str(directory.weights)}
+    config = task.config
     by = recorded.column(config, recorded.chosen_by(config))
-    best = best or max(rows, key=lambda row: row[by])
     of = "" if config.average.ema_decay is None else " of the average"
     test = recorded.column(config, "test")
+    rows = [row for row in directory.rows() or [best] if {by, test} <= row.keys()]
+    if not rows:  # Someone took the log away.
+        return {"files": str(directory.path), "model": str(directory.weights)}
+    best = best if {by, test} <= best.keys() else max(rows, key=lambda row: row[by])
     plain = f"plain {BASES[config.descent.optimizer]}"
     other, compared = ("0", plain) if config.rho else ("0.05", "SAM")
     where, again = quoted(directory.path), quoted(directory.path / CONFIG_FILE)

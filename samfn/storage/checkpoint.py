@@ -176,6 +176,7 @@ class Checkpoints:
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         checks.require_count("keep_last", keep_last, least=2)
+        checks.require_count("keep_best", keep_best, least=0)
         self.directory = Path(directory)
         self._keep_last, self._keep_best, self._warn = keep_last, keep_best, warn
         self._swept = False
@@ -209,11 +210,15 @@ class Checkpoints:
 
         Raises:
             CheckpointWriteError: it cannot be written; the ones before are untouched.
-            TypeError: a score is no number; and as `samfn.save`, as ValueError.
+            TypeError: a score is no number; and as `samfn.save`.
+            ValueError: its step is no whole number of at least 0, which a file could be
+                named by; and as `samfn.save`.
             NonFiniteError: a parameter or buffer is not finite, which no training
                 recovers from; the ones before are untouched.
         """
         _require_finite(state)
+        if (step := torch.as_tensor(state.step).item()) < 0 or isinstance(step, float):
+            raise ValueError(f"expected a whole step of at least 0, got {step}")
         if not self._swept:
             self._prepare()
         path = self.directory / f"step_{int(state.step):09d}.safetensors"
@@ -302,9 +307,13 @@ class Checkpoints:
     def _first_whole(self, paths: Iterable[Path], like: TrainState) -> Found | None:
         for path in paths:
             try:
-                return Found(path, *restore(path, like))
+                state, metadata = restore(path, like)
             except CheckpointCorruptError as error:
                 self._put_aside(path, error, GOING_ON)
+                continue
+            if (step := int(state.step)) != _step(path):  # Somebody renamed or copied it.
+                self._warn(f"{path} is of step {step}, whatever its name says")
+            return Found(path, state, metadata)
         return None
 
     def _put_aside(self, path: Path, error: Exception, then: str = "") -> None:
@@ -428,6 +437,8 @@ def _require_json(value: Any, place: str, levels: int) -> None:
 
 
 def _flatten(state: Any) -> dict[str, Tensor]:
+    if not isinstance(state, TrainState | Mapping):
+        raise TypeError(f"expected a training state, got a {type(state).__name__}")
     return tree.named(state._asdict() if isinstance(state, TrainState) else state)
 
 

@@ -9,12 +9,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".samfn-"  # what the directory of an unfinished file is called
+PARTS = ("file", "mode")  # the unfinished file in it, and one that shows the umask
 MARGIN = 2**20  # bytes that stay free beside a new file
 LOCK = ".samfn.lock"
 PATIENCE = 2.0  # seconds of waiting before it is said for whom
@@ -54,7 +55,7 @@ def replacing(path: Path, need: int = 0) -> Iterator[Path]:
     if free < need + MARGIN:
         raise OSError(f"{need:,} bytes are needed and {free:,} are free")
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
-        temporary, probe = Path(folder, "file"), Path(folder, "mode")
+        temporary, probe = (Path(folder, part) for part in PARTS)
         with _undisturbed(probe, path):
             # A new file shows the umask, which cannot be asked for without changing it.
             probe.touch()
@@ -171,12 +172,14 @@ def free_name(path: Path, *first: Path) -> Path:
 
 
 def sweep(directory: Path) -> None:
-    """Delete what processes that were killed left of `replacing`.
+    """Delete what processes that were killed left of `replacing`, and nothing else.
 
     Only for who holds the directory: a file that is being written would go as well.
     """
     for folder in directory.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # It is no directory, say.
+            if not folder.is_symlink() and {p.name for p in folder.iterdir()} <= {*PARTS}:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

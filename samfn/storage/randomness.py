@@ -32,13 +32,25 @@ def set_random_state(states: Mapping[str, Tensor]) -> None:
     """Put the generators back to where `random_state` found them.
 
     Raises:
+        TypeError: they are no mapping.
         ValueError: the states are not of this machine's generators; none was set.
     """
+    if not isinstance(states, Mapping):
+        kind = type(states).__name__
+        raise TypeError(f"expected states of generators by their names, got a {kind}")
     own = random_state()
     if states.keys() != own.keys():
         raise ValueError(
             f"expected the states of {sorted(own)}, got those of {sorted(states)}"
         )
+    try:
+        _set(states)
+    except Exception as error:  # Each generator has its own ways to say so.
+        _set(own)
+        raise ValueError(f"expected states of generators, got others: {error}") from error
+
+
+def _set(states: Mapping[str, Tensor]) -> None:
     version, internal, gauss = json.loads(_as_text(states["python"]))
     name, keys, *rest = json.loads(_as_text(states["numpy"]))
     torch.set_rng_state(states["torch"])

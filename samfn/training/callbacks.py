@@ -62,6 +62,25 @@ def ema_of(training: Training) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return params, {name: average[f"buffers/{name}"] for name in state.buffers}
 
 
+def require_average(training: Training) -> None:
+    """Raise unless the average, if there is one, is one of these parameters and buffers.
+
+    Raises:
+        ValueError: names or shapes are others; says which.
+    """
+    if EMA not in training.memory:
+        return
+    average, state = training.memory[EMA], _together(training.state)
+    if not isinstance(average, Mapping):
+        raise ValueError(f"expected an average by name, got a {type(average).__name__}")
+    checks.require_same_names(state, average, names="the state and its average")
+    for name, tensor in state.items():
+        if (shape := getattr(average[name], "shape", None)) != tensor.shape:
+            raise ValueError(
+                f"expected an average of {name} of shape {[*tensor.shape]}, got {shape}"
+            )
+
+
 def copy_ema(epoch: int) -> Callback:
     """Continue from the average of `ema` after an epoch, counted from 1.
 

@@ -104,13 +104,14 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(tmp_path, capsy
 def test_a_damaged_only_checkpoint_makes_it_start_anew(tmp_path, capsys):
     run = tmp_path / "run"
     assert train(run) == 0
-    before = tensors(run)
+    before, metrics = tensors(run), RunDirectory(run).metrics.read_bytes()
     for path in RunDirectory(run).checkpoints().paths():
         damage(path)
     assert main(["--resume", str(run), "--eval-only"]) == 2
     assert main(["--resume", str(run)]) == 0
     assert "starting from the beginning" in capsys.readouterr().out
     assert equal(tensors(run), before)
+    assert (run / "metrics.jsonl.superseded").read_bytes() == metrics
 
 
 def test_an_older_checkpoint_may_be_named(tmp_path, capsys):

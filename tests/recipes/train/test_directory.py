@@ -52,3 +52,18 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
             RunDirectory.create(tmp_path / name, Config()),
         ):
             pass
+
+
+def test_epochs_that_are_given_up_are_kept_beside(tmp_path):
+    run = RunDirectory(tmp_path)
+    for row in rows(5):
+        run.append(row)
+    before = run.metrics.read_bytes()
+    run.rewrite(rows(4))  # The last one had no checkpoint yet.
+    assert [*tmp_path.iterdir()] == [run.metrics]
+    for number in range(2):
+        run.metrics.write_bytes(before)
+        run.rewrite(rows(number))
+        assert run.rows() == rows(number)
+    names = ("metrics.jsonl.superseded", "metrics.jsonl.superseded.1")
+    assert [(tmp_path / name).read_bytes() for name in names] == [before] * 2

@@ -162,7 +162,10 @@ def test_damaged_checkpoints_are_told_and_left_out(runs, text):
         {"config": "3"}, {"config": None}, {"progress": "[]"}, {"row": "3"},
         {"data": "[1]"}, {"data": None}, {"versions": '{"torch": 1}'},
         {"progress": '{"epoch": 1' + "0" * 400 + "}"}, {"config": "{"},
-        {"config": "[" * 100_000},
+        {"config": "[" * 100_000}, {"progress": '{"step": 6, "epoch": -1, "batch": 0}'},
+        {"progress": '{"step": 6, "epoch": 3, "batch": 0.5}'}, {"progress": '{"epoch": 3}'},
+        {"row": '{"a": {"b": 1}}'}, {"row": '{"epoch": 3}'}, {"ranks": "3"},
+        {"ranks": '{"m": "x"}'}, {"ranks": '{"m": 1' + "0" * 400 + "}"},
     ],
     ids=str,
 )  # fmt: skip
@@ -173,6 +176,44 @@ def test_a_checkpoint_of_another_recipe_is_refused(runs, texts):
     samfn.storage.tensorfile.write(path, tensors, given)
     with pytest.raises(ConfigError, match="is none of this recipe's"):
         read(runs[0])
+
+
+FORGED = {
+    "a row": ({"row": '{"epoch": 3}'}, "its row is {'epoch': 3}"),
+    "ranks": ({"ranks": '{"m": 1' + "0" * 400 + "}"}, "its ranks is {'m': 1000"),
+    "a step": (
+        {"progress": '{"step": 5, "epoch": 3, "batch": 0}'},
+        "it says 5 steps, and its state has taken",
+    ),
+    "sums": (
+        {"memory.meter": '{"sums": [1, 2], "seconds": 1}'},
+        "keeps no meter that fits",
+    ),
+    "no sums": ({"memory.meter": "3"}, "no meter that fits"),
+    "patience": (
+        {"memory.early_stopping": '["x", 1]'},
+        "keeps no early_stopping that fits",
+    ),
+    "counts": ({"memory.easy_counts": "[1]"}, "no easy_counts that fits"),
+    "scores": ({"memory.scores": torch.ones(3)}, "no scores that fits"),
+    "layers": ({"memory.layers": torch.ones(3, 3)}, "no layers that fits"),
+    "average": ({"memory.ema": "3"}, "expected an average by name, got a int"),
+    "weights": ({"memory.ema/params/x": torch.ones(3)}, "must have the same names"),
+}
+
+
+@pytest.mark.parametrize(("forged", "message"), FORGED.values(), ids=FORGED)
+def test_what_no_run_keeps_is_named_under_a_right_digest_too(runs, capsys, forged, message):
+    for path in checkpoints(runs[0]):
+        tensors, texts = samfn.storage.tensorfile.read(path)
+        for name, value in forged.items():
+            if isinstance(value, str):
+                texts[name] = value
+            else:
+                tensors[f"metadata/{name}"] = value
+        samfn.storage.tensorfile.write(path, tensors, texts)
+    assert train(["--resume", str(runs[0])]) == 2
+    assert message in said(capsys)
 
 
 def test_settings_that_were_overridden_are_those_of_a_part(runs, capsys):

@@ -333,6 +333,41 @@ def test_what_cannot_be_set_aside_keeps_nobody_from_the_one_before(tmp_path, mon
         checkpoints.drop_after(1)
 
 
+def test_a_name_of_another_step_is_told(tmp_path):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)
+    path = checkpoints.save(counted(1))
+    assert checkpoints.latest(counted(0)).state.step == 1
+    assert not said
+    other = shutil.copy(path, tmp_path / "step_9.safetensors")
+    assert checkpoints.latest(counted(0)).state.step == 1
+    assert said == [f"{other} is of step 1, whatever its name says"]
+
+
+@pytest.mark.parametrize("step", [-1, 1.5])
+def test_a_step_that_names_no_file_is_refused(tmp_path, step):
+    state = counted(1)._replace(step=torch.tensor(step))
+    with pytest.raises(ValueError, match=f"a whole step of at least 0, got {step}"):
+        samfn.Checkpoints(tmp_path).save(state)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("count", [-1, None, "a", 1.5])
+def test_a_count_of_the_best_is_a_count(tmp_path, count):
+    with pytest.raises(ValueError, match="keep_best must be a whole number of at least 0"):
+        samfn.Checkpoints(tmp_path, keep_best=count)
+
+
+@pytest.mark.parametrize("state", [None, (1, 2), "state"])
+def test_what_is_no_state_is_called_that(tmp_path, state):
+    kind = type(state).__name__
+    with pytest.raises(TypeError, match=f"expected a training state, got a {kind}"):
+        samfn.save(tmp_path / "file", state)
+    samfn.save(tmp_path / "file", counted(1))
+    with pytest.raises(TypeError, match=f"expected a training state, got a {kind}"):
+        samfn.restore(tmp_path / "file", like=state)
+
+
 def test_what_is_no_damage_is_not_set_aside(tmp_path):
     checkpoints = samfn.Checkpoints(tmp_path)
     checkpoints.save(counted(1))

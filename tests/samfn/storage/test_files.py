@@ -111,8 +111,15 @@ def test_sweeping_deletes_what_was_left_half_written_and_nothing_else(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("half")
     (tmp_path / ".hidden").write_text("mine")
+    mine = tmp_path / ".samfn-images"
+    (mine / "train").mkdir(parents=True)
+    (tmp_path / ".samfn-link").symlink_to(mine)
+    (tmp_path / ".samfn-notes").write_text("mine")
+    kept = {".hidden", *(path.name for path in tmp_path.glob(".samfn-[iln]*"))}
     files.sweep(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".hidden"]
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert len(kept) == 4
+    assert (mine / "train").is_dir()
 
 
 def test_a_directory_is_held_by_one_process_until_that_dies(tmp_path):

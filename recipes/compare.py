@@ -51,7 +51,8 @@ def main(args: Sequence[str] | None = None) -> int:
             cli.parsed(Settings, prog=PROGRAM, args=given),
             report.called(PROGRAM, given),
             display,
-        )
+        ),
+        left="the sharpness that was measured of whole runs is kept",
     )
 
 

@@ -1,6 +1,6 @@
 """Errors that end a command in one line, and the exit codes of commands."""
 
-# Exit codes beside 0, finished, and 128 + N, ended by signal N: 130, 143.
+# Exit codes beside 0, finished, and 128 + N, ended by signal N: 129, 130, 143.
 WRONG_INPUT, DIVERGED, OUT_OF_MEMORY, NOT_WRITTEN, RANK_LOST = 2, 3, 4, 5, 6
 
 

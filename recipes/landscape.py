@@ -80,7 +80,8 @@ class Explored(NamedTuple):
 def main(args: Sequence[str] | None = None) -> int:
     """Draw; return the exit code."""
     return cli.run(
-        lambda display, _: draw(cli.parsed(Settings, prog=PROGRAM, args=args), display)
+        lambda display, _: draw(cli.parsed(Settings, prog=PROGRAM, args=args), display),
+        left="nothing was written",
     )
 
 

@@ -121,7 +121,8 @@ class Number(NamedTuple):
 def main(args: Sequence[str] | None = None) -> int:
     """Measure; return the exit code."""
     return cli.run(
-        lambda display, _: measure(cli.parsed(Settings, prog=PROGRAM, args=args), display)
+        lambda display, _: measure(cli.parsed(Settings, prog=PROGRAM, args=args), display),
+        left="what was measured of whole runs is kept",
     )
 
 

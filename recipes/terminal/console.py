@@ -95,15 +95,15 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one plain line."""
-        self._print(plain(text))
+        self._print(line(text))
 
     def warn(self, text: str) -> None:
         """Print one line about what went wrong and was dealt with, to standard error."""
-        self._errors.print(f"[bold yellow]warning[/] {plain(text)}", soft_wrap=True)
+        self._errors.print(f"[bold yellow]warning[/] {line(text)}", soft_wrap=True)
 
     def fail(self, text: str) -> None:
         """Print one line about what went wrong, to the standard error."""
-        self._errors.print(f"[bold red]error[/] {plain(text)}", soft_wrap=True)
+        self._errors.print(f"[bold red]error[/] {line(text)}", soft_wrap=True)
 
     def _print(self, markup: str) -> None:
         # A terminal wraps between words; a file or pipe keeps the line whole.
@@ -380,3 +380,8 @@ def plain(text: str) -> str:
     """Return text that a terminal shows and does not obey: no markup, no control codes."""
     shown = (c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return escape("".join(shown))
+
+
+def line(text: str) -> str:
+    """Return text as `plain` does, in one line whatever names stand in it."""
+    return plain(text).replace("\n", r"\n")

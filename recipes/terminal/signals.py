@@ -1,7 +1,7 @@
-"""SIGINT, SIGTERM and SIGUSR1, and what they ask of a run.
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1, and what they ask of a run.
 
 While a run trains, a handler only takes a note, which the loop reads between two steps.
-Before and after that nothing can be lost, and SIGINT and SIGTERM end the program at once.
+Before and after that nothing can be lost, and all but SIGUSR1 end the program at once.
 """
 
 import contextlib
@@ -71,10 +71,10 @@ def watched() -> Iterator[Signals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {
-        number: signal.signal(number, signals.handle)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup wants it to be
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, signals.handle) for number in numbers}
     try:
         yield signals
     finally:

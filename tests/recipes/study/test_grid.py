@@ -168,7 +168,8 @@ def stop_after(steps, monkeypatch, number=signal.SIGINT):
 
 
 @pytest.mark.parametrize(
-    ("steps", "number", "code"), [(13, signal.SIGINT, 130), (20, signal.SIGTERM, 143)]
+    ("steps", "number", "code"),
+    [(13, signal.SIGINT, 130), (20, signal.SIGTERM, 143), (14, signal.SIGHUP, 129)],
 )
 def test_a_study_that_was_stopped_goes_on_bit_for_bit(
     whole, tmp_path, monkeypatch, capsys, runs, steps, number, code

@@ -1,9 +1,12 @@
 """How commands end where nobody reads what they say."""
 
 import os
+import signal
 
 import pytest
 
+from recipes import compare, landscape, sharpness
+from recipes.terminal.signals import Stopped, watched
 from tests import commands
 
 RECIPES = ["cifar_wrn", "finetune", "sweep", "label_noise", "arms"]
@@ -42,6 +45,37 @@ def test_help_that_cannot_be_written_is_told():
     assert len(said.splitlines()) == 1
 
 
+def test_an_error_is_one_line_whatever_the_name_of_a_file(tmp_path):
+    name = tmp_path / "run\nerror none\x1b[2J"
+    code, said = ended("-m", "recipes.cifar_wrn", "--resume", name)
+    assert code == 2
+    assert said.count("\n") == 1
+    assert r"run\nerror none\x1b[2J" in said
+
+
 @pytest.mark.parametrize("flags", [["--nonsense"], ["--rho", "x"], ["--resume", "nowhere"]])
 def test_what_is_wrong_is_wrong_though_nobody_reads_it(flags):
     assert ended("-m", "recipes.cifar_wrn", *flags, err="pipe")[0] == 2
+
+
+def test_a_closed_terminal_ends_a_command_unless_nohup_says_no():
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(Stopped, match="SIGHUP"), watched():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with watched() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.stop is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("command", [compare, sharpness, landscape])
+def test_a_command_that_looks_at_runs_speaks_of_no_checkpoint(command, capsys, monkeypatch):
+    monkeypatch.setattr(command, "among", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert command.main(["run"]) == 143
+    said = capsys.readouterr().err
+    assert "SIGTERM ended this; " in said
+    assert "checkpoint" not in said

@@ -345,7 +345,7 @@ def test_a_name_of_another_step_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("step", [-1, 1.5])
-def test_a_step_that_names_no_file_is_refused(tmp_path, step):
+def test_a_step_that_can_name_nothing_is_refused(tmp_path, step):
     state = counted(1)._replace(step=torch.tensor(step))
     with pytest.raises(ValueError, match=f"a whole step of at least 0, got {step}"):
         samfn.Checkpoints(tmp_path).save(state)

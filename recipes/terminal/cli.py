@@ -22,7 +22,6 @@ from recipes.errors import (
 from recipes.terminal.console import (
     Display,
     Silent,
-    is_broken,
     open_standard_streams,
     write_to_nobody,
 )
@@ -54,23 +53,25 @@ def parsed(kind: type[Kind], **options: Any) -> Kind:
         SystemExit: the command line is wrong, or asks for help.
         OSError: the help cannot be written.
     """
+    args = sys.argv[1:] if options.get("args") is None else options["args"]
+    open_standard_streams()
+    streams = (sys.stdout, sys.stderr)
     try:
         try:
             found: Kind = tyro.cli(kind, **options)
             return found
         finally:
-            sys.stdout.flush()
+            for stream in streams:
+                stream.flush()
     except OSError as error:
-        # Help goes to standard output, what is wrong to standard error.
-        code = 0 if is_broken(sys.stdout) else WRONG_INPUT
-        for stream in (sys.stdout, sys.stderr):
+        for stream in streams:
             try:
                 stream.flush()
             except OSError:
                 write_to_nobody(stream)
         if not isinstance(error, BrokenPipeError):
             raise
-        raise SystemExit(code) from None
+        raise SystemExit(0 if {"-h", "--help"} & {*args} else WRONG_INPUT) from None
 
 
 def run(

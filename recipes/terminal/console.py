@@ -5,7 +5,7 @@ Where the output is no terminal, the same rows are plain lines, and nothing move
 
 import contextlib
 import os
-import select
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,18 +46,14 @@ COLUMNS = (
 
 def open_standard_streams() -> None:
     """Let nothing else become standard input, output or error where one was closed."""
-    for handle in range(3):
+    for handle, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(handle)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # It takes the lowest number that is free.
-
-
-def is_broken(stream: IO[str]) -> bool:
-    """Return whether a stream is a pipe that nobody reads any more."""
-    asked = select.poll()
-    asked.register(stream, 0)  # It tells of errors whatever one asks for.
-    return any(event & select.POLLERR for _, event in asked.poll(0))
+        if getattr(sys, name) is None:
+            stream = open(handle, "w" if handle else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def write_to_nobody(stream: IO[str]) -> None:

@@ -183,9 +183,18 @@ class Checkpoints:
         self._verified: dict[Path, tuple[tuple[int, ...], dict[str, float]]] = {}
 
     def paths(self) -> list[Path]:
-        """Return the checkpoints that are there, by step."""
-        found = self.directory.glob("step_*.safetensors")
-        named = (path for path in found if NAME.fullmatch(path.name))
+        """Return the checkpoints that are there, by step; none where there is no directory.
+
+        Raises:
+            OSError: there is one that cannot be read, a file, or a link that leads nowhere.
+        """
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            if self.directory.is_symlink():
+                raise
+            return []
+        named = (self.directory / name for name in names if NAME.fullmatch(name))
         return sorted(named, key=lambda path: (_step(path), path.name))
 
     def save(

@@ -178,8 +178,14 @@ def sweep(directory: Path) -> None:
     """
     for folder in directory.glob(f"{TEMPORARY}*"):
         with suppress(OSError):  # It is no directory, say.
-            if not folder.is_symlink() and {p.name for p in folder.iterdir()} <= {*PARTS}:
+            names = [path.name for path in folder.iterdir()]
+            if not folder.is_symlink() and all(map(_is_part, names)):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_part(name: str) -> bool:
+    """Return whether `replacing` leaves a file of this name; safetensors begins .tmp."""
+    return name in PARTS or name.startswith(".tmp")
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """How commands end where nobody reads what they say."""
 
 import os
+import shlex
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from recipes import compare, landscape, sharpness
 from recipes.terminal.signals import Stopped, watched
-from tests import commands
+from tests import ROOT, commands
 
 RECIPES = ["cifar_wrn", "finetune", "sweep", "label_noise", "arms"]
 RECIPES += ["compare", "sharpness", "landscape"]
@@ -56,6 +59,14 @@ def test_an_error_is_one_line_whatever_the_name_of_a_file(tmp_path):
 @pytest.mark.parametrize("flags", [["--nonsense"], ["--rho", "x"], ["--resume", "nowhere"]])
 def test_what_is_wrong_is_wrong_though_nobody_reads_it(flags):
     assert ended("-m", "recipes.cifar_wrn", *flags, err="pipe")[0] == 2
+    assert ended("-m", "recipes.cifar_wrn", *flags, out="pipe", err="pipe")[0] == 2
+
+
+@pytest.mark.parametrize(("flags", "code"), [(["--help"], 0), (["--nonsense"], 2)])
+def test_closed_streams_are_no_error(flags, code):
+    command = [sys.executable, "-m", "recipes.cifar_wrn", *flags]
+    shell = f"{shlex.join(command)} <&- >&- 2>&-"
+    assert subprocess.run(shell, shell=True, cwd=ROOT, check=False).returncode == code
 
 
 def test_a_closed_terminal_ends_a_command_unless_nohup_says_no():

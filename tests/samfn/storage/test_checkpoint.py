@@ -368,6 +368,16 @@ def test_what_is_no_state_is_called_that(tmp_path, state):
         samfn.restore(tmp_path / "file", like=state)
 
 
+def test_an_unreadable_directory_is_not_taken_for_an_empty_one(tmp_path):
+    assert samfn.Checkpoints(tmp_path / "none").latest(counted(0)) is None
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, error in (("file", NotADirectoryError), ("loop", OSError), ("link", OSError)):
+        with pytest.raises(error, match=name):
+            samfn.Checkpoints(tmp_path / name).latest(counted(0))
+
+
 def test_what_is_no_damage_is_not_set_aside(tmp_path):
     checkpoints = samfn.Checkpoints(tmp_path)
     checkpoints.save(counted(1))

@@ -110,6 +110,7 @@ def test_sweeping_deletes_what_was_left_half_written_and_nothing_else(tmp_path):
     for name in (".samfn-abc", ".samfn-xyz"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("half")
+    (tmp_path / ".samfn-abc" / ".tmpUSpkep").write_text("less")  # as safetensors begins
     (tmp_path / ".hidden").write_text("mine")
     mine = tmp_path / ".samfn-images"
     (mine / "train").mkdir(parents=True)

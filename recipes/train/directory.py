@@ -105,6 +105,7 @@ class RunDirectory:
         self._unwritten.append(row)
         lines = "".join(f"{json.dumps(row)}\n" for row in self._unwritten)
         with self.metrics.open("ab+", buffering=0) as file:
+            files.require_regular(file)
             file.seek(0)
             complete = file.truncate(file.read().rfind(b"\n") + 1)  # no half line
             try:

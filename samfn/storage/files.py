@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 TEMPORARY = ".samfn-"  # what the directory of an unfinished file is called
 PARTS = ("file", "mode")  # the unfinished file in it, and one that shows the umask
@@ -101,11 +101,16 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
     file = open(path, "rb", opener=opener)  # noqa: SIM115 - for the caller to close
     try:
-        _require_regular(path, os.fstat(file.fileno()).st_mode)
+        require_regular(file)
     except OSError:
         file.close()
         raise
     return file
+
+
+def require_regular(file: IO[Any]) -> None:
+    """Raise an OSError unless an open file is a regular one."""
+    _require_regular(file.name, os.fstat(file.fileno()).st_mode)
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

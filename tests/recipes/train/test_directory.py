@@ -4,6 +4,7 @@ from recipes.errors import ConfigError
 from recipes.settings.config import Config
 from recipes.settings.saved import read_toml
 from recipes.train.directory import RunDirectory
+from tests.special import make_special
 
 
 def rows(count):
@@ -52,6 +53,17 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
             RunDirectory.create(tmp_path / name, Config()),
         ):
             pass
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a device"])
+def test_no_epoch_is_added_to_what_is_no_file(tmp_path, kind):
+    run = RunDirectory(tmp_path)
+    make_special(run.metrics, kind)
+    with pytest.raises(OSError, match=f"expected a regular file, got {kind}"):
+        run.append({"epoch": 1})
+    run.metrics.unlink()
+    run.append({"epoch": 2})
+    assert run.rows() == [{"epoch": 1}, {"epoch": 2}]
 
 
 def test_epochs_that_are_given_up_are_kept_beside(tmp_path):

@@ -54,6 +54,9 @@ class Loss:
     that count, or the sum of their weights. It may have to see a pass before it knows."""
     counts: Callable[[Batch], "Tensor | None"] = lambda batch: None
     """batch -> which examples have a target that counts, shape (examples,); None is all."""
+    standing: Callable[[], object] = lambda: None
+    """-> the same object as long as what the function reads beside its arguments, as the
+    layers and hooks of a model, is the same but for values: a graph of it holds then."""
 
     def __call__(
         self, params: Params, buffers: Params, batch: Batch

@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ DEEP = 4
 # What keeps something is near: of one object, and in all, so many are looked at.
 MANY, ALL = 100, 10000
 LEAVES = Tensor, str, bytes, type, int, float, complex, ModuleType, type(None)
+NUMBERS = int, float, complex, str, Tensor, type(None)  # Set anew by who counts.
 # What has attributes, and is a part of the program rather than data.
 PROGRAM = str, bytes, type, nn.Module, ModuleType, FunctionType, MethodType
 
@@ -60,19 +62,28 @@ def _mapped(function: Callable[[Tensor], Tensor], depth: int, leaf: Any) -> Any:
 
 @contextmanager
 def as_it_was(function: Any) -> Iterator[None]:
-    """Put back in the end what a function keeps between its calls.
-
-    Variables of its closure and of its module that it names, what it is a method of, and
-    the attributes, lists, sets and mappings that these hold.
-    """
-    held = [*_held(function, {})]
-    before = [(put, get, get()) for get, put in held]
+    """Put back in the end what a function keeps between its calls, as `remembered`."""
+    put_back = remembered(function)
     try:
         yield
     finally:
+        put_back()
+
+
+def remembered(function: Any) -> Callable[[], None]:
+    """Return what puts back everything that a function keeps between its calls.
+
+    Variables of its closure and of its module that it names, what it is a method of, and
+    the attributes, lists, sets and mappings that these hold; those of their classes, too.
+    """
+    before = [(put, get, get()) for get, put in _held(function, {})]
+
+    def put_back() -> None:
         for put, get, old in reversed(before):
             if not _same(old, get()):
                 put(old)
+
+    return put_back
 
 
 Held = tuple[Callable[[], Any], Callable[[Any], Any]]
@@ -92,6 +103,8 @@ def _held(value: Any, seen: dict[int, Any]) -> Iterator[Held]:
         within = [value.__self__, value.__func__]
     elif isinstance(value, partial):
         within = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, tuple):
+        within = [*value]
     elif isinstance(value, list | set | deque | MutableMapping) and hasattr(value, "copy"):
         yield value.copy, partial(_refilled, value)
         within = [*(value.values() if isinstance(value, MutableMapping) else value)]
@@ -101,6 +114,7 @@ def _held(value: Any, seen: dict[int, Any]) -> Iterator[Held]:
         yield vars(value).copy, partial(_refilled, vars(value))
         children = value.modules() if isinstance(value, nn.Module) else ()
         within += [*vars(value).values(), *children]
+        yield from _of_class(type(value), within)
     for each in within[:MANY]:
         yield from _held(each, seen)
 
@@ -120,6 +134,18 @@ def _of_variables(function: FunctionType, within: list[Any]) -> Iterator[Held]:
             yield partial(known.get, name), partial(known.__setitem__, name)
             within.append(known[name])
     within += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _of_class(kind: type, within: list[Any]) -> Iterator[Held]:
+    """Yield what a class and its bases hold, and put into a list what their methods do."""
+    for owner in kind.__mro__:
+        if owner.__module__.partition(".")[0] in {"torch", *sys.stdlib_module_names}:
+            continue
+        for name, held in vars(owner).items():
+            if isinstance(held, FunctionType | list | set | deque | MutableMapping):
+                within.append(held)
+            elif isinstance(held, NUMBERS) and not name.startswith("__"):
+                yield partial(getattr, owner, name), partial(setattr, owner, name)
 
 
 def _package(value: Any) -> str:

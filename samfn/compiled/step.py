@@ -31,6 +31,7 @@ from samfn.descend import Optimizer
 from samfn.loss import Evaluate, LossFn, as_loss, evaluate
 from samfn.methods import sam
 from samfn.methods.base import Method
+from samfn.nested import remembered
 from samfn.step import Metrics, TrainState, require_state, take_step
 from samfn.storage.randomness import random_state, set_random_state
 from samfn.tree import Batch
@@ -55,6 +56,7 @@ def compile_update(
     made for itself, and is updated in place; on a CPU new tensors are faster.
 
     Numbers and tensors as dials change without recompiling; so do batches of equal shapes.
+    Layers or hooks that the model is given between two steps make it compile anew.
     The number 0 as `rho` has a graph of its own, with one pass; so has each kind of step of
     a method as `looksam`. Where nothing can be compiled, a warning says why, and the step
     is that of `sam_update`; so it is for single steps, as of the ninth shape of a batch.
@@ -108,6 +110,7 @@ class CompiledUpdate:
         self._passes: CompiledPasses | None = None
         self._owned: StaticState | None = None
         self._last: TrainState | None = None
+        self._standing: object = None
         self._step = 0
         self._dials: dict[str, tuple[float, Tensor]] = {}
         self._warned = False
@@ -124,9 +127,14 @@ class CompiledUpdate:
     ) -> tuple[TrainState, Metrics]:
         """Take one step; `state` is the one that the step before returned, or a new one."""
         rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
-        if state is not self._last:
+        # No guard of a graph looks at hooks, nor at what was frozen.
+        standing = as_loss(self._loss_fn).standing()
+        if state is not self._last or standing is not self._standing:
             given: Any = {"loss_fn": self._loss_fn, "optimizer": self._optimizer}
             require_state(state, **given, method=self._method)
+        if standing is not self._standing:
+            self._standing, self.plan = standing, None
+            self._runs, self._passes, self._owned = {}, None, None
         dials = self._dial("rho", rho, state), self._dial("lr", lr, state)
         method_kind = self._method.kind
         # The number is read from a new state, and counted from there: a GPU does not wait.
@@ -139,6 +147,8 @@ class CompiledUpdate:
                 result = self._take(kind, state, batch, *dials)
             else:
                 result = self._start(kind, state, batch, *dials)
+                # To count operations, PyTorch hooks all modules.
+                self._standing = as_loss(self._loss_fn).standing()
         self._last = result[0]
         self._step += 1
         return result
@@ -177,30 +187,26 @@ class CompiledUpdate:
         """Take the first step of a kind, with the first plan that can be compiled."""
         device = state.step.device
         eager: Step = self._eager(kind)
-        result: tuple[TrainState, Metrics] | None = None
         if not (reason := missing_compiler(device)) and self.plan != "eager":
             if device.type == "cpu":
                 _import_quietly()
-            random = random_state()
-            for plan, options in self._plans(state, batch):
+            random, put_back = random_state(), remembered(as_loss(self._loss_fn).function)
+            for number, (plan, options) in enumerate(self._plans(state, batch)):
                 run = self._compile(plan, options, device, kind)
                 found, reason = _attempt(run, plan, state, batch, *dials)
                 if found is not None:
                     self._runs[kind], self.plan = run, plan
                     return found
                 set_random_state(random)
-                # What is the caller's mistake is told by the caller's code.
-                if result is None:
-                    result = eager(state, batch, *dials)
-                    after = random_state()
+                put_back()
+                if not number:  # What is the caller's mistake is told by the caller's code.
+                    eager(state, batch, *dials)
                     set_random_state(random)
+                    put_back()
         if self.plan != "eager":
             self._warn(f"samfn goes on uncompiled: {reason}")
         self._runs[kind], self.plan = eager, "eager"
-        if result is None:
-            return eager(state, batch, *dials)
-        set_random_state(after)
-        return result
+        return eager(state, batch, *dials)
 
     def _plans(
         self, state: TrainState, batch: Batch

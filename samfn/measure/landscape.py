@@ -372,4 +372,4 @@ def _require_direction(start: Params, direction: Params) -> None:
 
 def _require_some(examples: int) -> None:
     if not examples:
-        raise ValueError("batches must hold at least one example, got none")
+        raise ValueError("expected an example that counts in the loss, got none")

@@ -9,6 +9,7 @@ import operator
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from samfn.modules.memory import address, is_watchable, sharing
-from samfn.modules.weighing import Mean, mean_of
+from samfn.modules.weighing import Reductions
 from samfn.tree import Params
 
 KINDS = "_parameters", "_buffers", "_modules"
+HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 CACHES = "_flat_weights", "_flat_weight_refs"  # of recurrent layers
 
 WRITES = (
@@ -85,10 +87,12 @@ class Lender:
 
     Args:
         model: its modules may hold others at another time; then it takes another lender.
+        criterion: beside it, whose hooks count, if it is a module.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, criterion: Any = None) -> None:
         modules = [*model.named_modules()]
+        self._standing = _Standing(model, criterion)
         self._kept = [_Kept.of(name, module) for name, module in modules]
         self.places = [*_places(modules)]
         """Where its tensors are, each place once."""
@@ -106,8 +110,8 @@ class Lender:
                 raise ImpureError(LENT_TWICE.format(name))
 
     def stands(self) -> bool:
-        """Return whether the model still holds the same modules and tensors."""
-        return all(map(_Kept.stands, self._kept))
+        """Return whether the model has the modules, tensors and hooks that it had."""
+        return self._standing.holds()
 
     def hooks(self) -> dict[str, list[Any]]:
         """Return the hooks that parameters have for their gradients.
@@ -256,6 +260,41 @@ def _places(modules: list[tuple[str, nn.Module]]) -> Iterator[Place]:
                     yield Place(name, module, kind, attribute, own)
 
 
+class _Standing:
+    """What passes, and graphs of them, take for granted of a model: all but its values.
+
+    It is compared in every step, so it is a few flat lists.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Any) -> None:
+        modules = [*model.modules()]
+        self._holding = [getattr(module, kind) for module in modules for kind in KINDS]
+        self._parameters: list[Any] = [*model.parameters()]
+        if isinstance(criterion, nn.Module):
+            modules += criterion.modules()
+        self._hooks = [getattr(module, kind) for module in modules for kind in HOOKS]
+        everywhere = vars(nn.modules.module)
+        self._hooks += [everywhere[f"_global{kind}"] for kind in HOOKS]
+        self._held, self._had = self._holds(), self._has()
+
+    def holds(self) -> bool:
+        """Return whether it is as it was."""
+        now = self._holds()
+        same = len(now) == len(self._held) and all(map(operator.is_, now, self._held))
+        return same and self._has() == self._had
+
+    def _holds(self) -> list[Any]:
+        return [*chain.from_iterable(held.values() for held in self._holding)]
+
+    def _has(self) -> list[Any]:
+        """Return which parameters are trained, and the numbers of all hooks."""
+        traits: list[Any] = [*chain.from_iterable(self._hooks)]
+        for p in self._parameters:
+            of_grads, after = p._backward_hooks, p._post_accumulate_grad_hooks
+            traits += p.requires_grad, of_grads and [*of_grads], after and [*after]
+        return traits
+
+
 class _Kept(NamedTuple):
     """What a module holds, beside the values of tensors, to be put back."""
 
@@ -271,18 +310,6 @@ class _Kept(NamedTuple):
         own = module.__dict__
         cached = {key: own[key] for key in CACHES if key in own}
         return cls(name, module, [own[kind].copy() for kind in KINDS], cached)
-
-    def stands(self) -> bool:
-        """Return whether the module still holds the same objects."""
-        own = self.module.__dict__
-        for kind, before in zip(KINDS, self.held, strict=True):
-            now = own[kind]
-            if (now or before) and not (
-                now.keys() == before.keys()
-                and all(map(operator.is_, now.values(), before.values()))
-            ):
-                return False
-        return True
 
     def require_same(self) -> None:
         """Raise if something was added, removed or, of modules, replaced.
@@ -359,8 +386,8 @@ class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names.pop(None, None)
         self._others = {address(tensor): name for name, tensor in others.items()}
         self._others.pop(None, None)
-        self.means: list[Mean] = []
-        """Means of losses of classes that were taken."""
+        self.taken = Reductions()
+        """Sums and means that were taken."""
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         """End the watch, and what a forward pass that failed has left switched on."""
@@ -374,8 +401,6 @@ class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation, unless it would write."""
         kwargs = kwargs or {}
-        if mean := mean_of(operation, args):
-            self.means.append(mean)
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and (taken := self._others.get(address(leaf))):
                 raise ImpureError(BY_ANOTHER_NAME.format(taken))
@@ -386,4 +411,6 @@ class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for leaf in pytree.tree_leaves(written):
                 if isinstance(leaf, Tensor) and address(leaf) in self._names:
                     raise ImpureError(WRITES.format(self._names[address(leaf)]))
-        return operation(*args, **kwargs)
+        result = operation(*args, **kwargs)
+        self.taken.note(operation, args, result)
+        return result

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,8 +39,6 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     params: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(f"run a batch through the model first: {name} is lazy")
         group = params if parameter.requires_grad else frozen
         group[name] = parameter.detach().clone()
     if not params:
@@ -106,10 +105,14 @@ def reestimated(
             a tuple, ((a, b), targets).
 
     Raises:
-        ValueError: names, shapes or dtypes are not those of `split(model)`.
+        ValueError: names, shapes or dtypes are not those of `split(model)`; there are no
+            batches.
     """
     copied = trained(model, params, buffers)
-    update_bn(inputs, _Unpacking(copied))
+    left = iter(inputs)
+    if (first := next(left, None)) is None:  # Statistics of nothing would be 0 and 1.
+        raise ValueError("expected at least one batch of inputs, got none")
+    update_bn(chain([first], left), _Unpacking(copied))
     return {name: tensor.detach() for name, tensor in references(copied)[1].items()}
 
 
@@ -178,7 +181,15 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def require_plain(model: nn.Module) -> None:
-    """Raise where a wrapper would exchange gradients in hooks that nothing here calls."""
+    """Raise where a wrapper would exchange gradients in hooks that nothing here calls.
+
+    Raises:
+        TypeError: the model, or a module in it, is such a wrapper or a script.
+        ValueError: a tensor has no shape yet.
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"run a batch through the model first: {name} is lazy")
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(

@@ -1,6 +1,6 @@
 """Supervised losses: a model and a criterion as a pure function of tensors."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -31,6 +31,12 @@ RECOMPUTES = (
     " backward pass is done"
 )
 
+CHANGED = (
+    "{} is frozen in the model and trained in the state, or the other way round: let"
+    " requires_grad be what it was when the state was made; or samfn.load the state into"
+    " the model before it changes, and make another by samfn.split and samfn.init after it"
+)
+
 UNSEEN = (
     "no pass has shown yet what this criterion's loss is a mean over, as none does inside"
     " of torch.compile: call samfn.evaluate before, or say weigh=lambda batch: ... to"
@@ -49,10 +55,8 @@ class _Supervised:
     ) -> None:
         require_plain(model)
         self._model, self._criterion, self._dtype = model, criterion, dtype
-        self.users = criterion
-        self._params, self._buffers = references(model)
-        self._lender = Lender(model)
-        self._hooks = self._lender.hooks()
+        self.users = criterion, model
+        self._take_note()
         # By the modes in which a forward pass was watched.
         self._seen: dict[bool, weighing.Weighing] = {}
 
@@ -97,16 +101,8 @@ class _Supervised:
         """
         if torch.compiler.is_compiling():
             return  # `function` compares the names, and a graph knows no addresses.
-        self._look_again()
-        own_parameters = self._lender.parameters.items()
-        trained = {name for name, parameter in own_parameters if parameter.requires_grad}
-        if trained != self._params.keys():  # Some were frozen since, or no longer are.
-            self._params, self._buffers = references(self._model)
-        try:
-            self._require_own(params, buffers)
-        except ValueError:  # The model may have been moved or cast since it was wrapped.
-            self._params, self._buffers = references(self._model)
-            self._require_own(params, buffers)
+        self.standing()
+        self._require_own(params, buffers)
         for own, given in ((self._params, params), (self._buffers, buffers)):
             for name, tensor in given.items():
                 strided = tensor.layout is torch.strided and tensor.numel()
@@ -129,11 +125,17 @@ class _Supervised:
             raise RuntimeError(UNSEEN)
         return self._seen[self._model.training]
 
-    def _look_again(self) -> None:
-        """Take note of the layers and hooks that the model has now."""
-        if not self._lender.stands():
-            self._lender = Lender(self._model)
-        self._hooks = self._lender.hooks()
+    def standing(self) -> Lender:
+        """Return the same object as long as modules, tensors and hooks are the same."""
+        if not self._lender.stands():  # Or moved, cast, frozen since.
+            self._take_note()
+        return self._lender
+
+    def _take_note(self) -> None:
+        lender = Lender(self._model, self._criterion)
+        self._hooks = lender.hooks()
+        self._params, self._buffers = references(self._model)
+        self._lender = lender
 
     @contextmanager
     def _forward(
@@ -147,12 +149,14 @@ class _Supervised:
             batch: (inputs, targets).
             leaves: `params` were made for this pass alone.
         """
-        # The model's own tensor would stand in for a missing name.
-        checks.require_same_names(self._params, params, names="the model and params")
-        checks.require_same_names(self._buffers, buffers, names="the model and buffers")
         compiling, lent = torch.compiler.is_compiling(), {}
         if not compiling:
-            self._look_again()
+            self.standing()
+        # The model's own tensor would stand in for a missing name.
+        self._require_roles(params, buffers)
+        checks.require_same_names(self._params, params, names="the model and params")
+        checks.require_same_names(self._buffers, buffers, names="the model and buffers")
+        if not compiling:
             lent = self._lent(params, buffers, leaves=leaves)
         elif self._hooks:
             raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
@@ -167,8 +171,9 @@ class _Supervised:
                     type(x).__name__: [*filter(is_watchable, inside(x))] for x in others
                 }
                 given = params, buffers, pair[1]
-                with self._reading(*given), self._lender.reading(lent, hidden):
+                with self._reading(*given) as told, self._lender.reading(lent, hidden):
                     found = self._run(buffers, pair)
+                    told.append(found)
             yield found
 
     def _run(self, buffers: Params, pair: tuple[Any, Any]) -> tuple[Tensor, Aux]:
@@ -184,20 +189,28 @@ class _Supervised:
 
     def _reading(
         self, params: Params, buffers: Params, targets: Any
-    ) -> AbstractContextManager[None]:
-        """Watch the first pass in each mode as it goes; others are looked at after."""
+    ) -> AbstractContextManager[list[tuple[Tensor, Aux]]]:
+        """Watch the first pass in each mode as it goes; others are looked at after.
+
+        Returns:
+            A context with a list for what the pass gives.
+        """
         known = self._model.training in self._seen
-        return nullcontext() if known else self._watching(params, buffers, targets)
+        return nullcontext([]) if known else self._watching(params, buffers, targets)
 
     @contextmanager
-    def _watching(self, params: Params, buffers: Params, targets: Any) -> Iterator[None]:
+    def _watching(
+        self, params: Params, buffers: Params, targets: Any
+    ) -> Iterator[list[tuple[Tensor, Aux]]]:
         criterion = self._criterion
         kept = dict(criterion.named_buffers()) if isinstance(criterion, nn.Module) else {}
         mine = {f"the criterion's {name}": buffer for name, buffer in kept.items()}
         own = {name: w for name, w in self._params.items() if name in params}
+        told: list[tuple[Tensor, Aux]] = []
         with ReadOnly({**mine, **buffers, **params}, own) as watch:
-            yield
-        self._seen[self._model.training] = weighing.seen(watch.means, targets)
+            yield told
+        (loss, aux), mode = told[0], self._model.training
+        self._seen[mode] = weighing.seen(watch.taken, loss, aux.losses, targets)
 
     def _lent(self, params: Params, buffers: Params, *, leaves: bool) -> dict[str, Tensor]:
         """Return the parameters as the model knows its own: with attributes and hooks."""
@@ -227,7 +240,15 @@ class _Supervised:
             return nullcontext()  # Entering autocast costs as much as a small layer.
         return torch.autocast(device, self._dtype, enabled=self._dtype is not None)
 
+    def _require_roles(self, params: Params, buffers: Params) -> None:
+        frozen = [name for name in params if name in self._buffers]
+        changed = frozen + [name for name in buffers if name in self._params]
+        if changed:
+            raise ValueError(CHANGED.format(checks.some(changed)))
+
     def _require_own(self, params: Params, buffers: Params) -> None:
+        if isinstance(params, Mapping) and isinstance(buffers, Mapping):
+            self._require_roles(params, buffers)
         require_layout(self._params, params, "params")
         require_layout(self._buffers, buffers, "buffers")
 
@@ -284,7 +305,12 @@ def supervised(
     made = _Supervised(model, criterion, dtype)
     known = weighing.of_criterion(criterion) or made
     return Loss(
-        made.function, made.check, made.differentiating, weigh or known.weigh, known.counts
+        made.function,
+        made.check,
+        made.differentiating,
+        weigh or known.weigh,
+        known.counts,
+        made.standing,
     )
 
 

@@ -39,24 +39,75 @@ class Mean(NamedTuple):
     ignored: int
 
 
-KERNELS = torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss2d_forward.default
+class Reduction(NamedTuple):
+    """A sum or a mean over entries."""
+
+    result: Tensor
+    summed: bool
+    entries: int
+    picked: bool
+    """Whether the entries are those that a mask has picked."""
 
 
-def mean_of(operation: Any, args: Sequence[Any]) -> Mean | None:
-    """Return the mean that an operation takes, if it is one of a loss of classes."""
-    if operation not in KERNELS:
-        return None
-    _, targets, weight, reduction, ignored = args
-    return Mean(targets, weight is not None, ignored) if reduction == 1 else None
+ATEN = torch.ops.aten
+KERNELS = ATEN.nll_loss_forward.default, ATEN.nll_loss2d_forward.default
+SUMS = ATEN.sum.default, ATEN.sum.dim_IntList
+MEANS = ATEN.mean.default, ATEN.mean.dim
 
 
-def seen(means: Sequence[Mean], targets: Any) -> Weighing:
+class Reductions:
+    """The sums and means that a forward pass was seen to take."""
+
+    def __init__(self) -> None:
+        self.means: list[Mean] = []
+        """Those of losses of classes."""
+        self._all: list[Reduction] = []
+        self._picked: list[Tensor] = []
+
+    def note(self, operation: Any, args: Sequence[Any], result: Any) -> None:
+        """Look at an operation, and what it gave."""
+        named = {a.name: b for a, b in zip(operation._schema.arguments, args, strict=False)}
+        if operation in KERNELS and named["reduction"] == 1:
+            targets, weight = named["target"], named["weight"]
+            self.means.append(Mean(targets, weight is not None, named["ignore_index"]))
+        if operation is ATEN.masked_select.default or (
+            operation is ATEN.index.Tensor
+            and any(i is not None and i.dtype is torch.bool for i in named["indices"])
+        ):
+            self._picked.append(result)
+        reduction = named.get("reduction")
+        summed = operation in SUMS or (bool(args) and reduction == 2)
+        if summed or operation in MEANS or (bool(args) and reduction == 1):
+            value = result[0] if isinstance(result, tuple) else result
+            picked = any(map(self.is_picked, args))
+            self._all.append(Reduction(value, summed, args[0].numel(), picked))
+
+    def is_picked(self, given: Any) -> bool:
+        """Return whether it is what a mask has picked."""
+        own = address(given) if isinstance(given, Tensor) else None
+        return own is not None and any(address(one) == own for one in self._picked)
+
+    def that_gave(self, loss: Tensor) -> Reduction | None:
+        """Return the reduction whose result is the loss, if one is."""
+        found = [one for one in self._all if _is_same(one.result, loss)]
+        return found[-1] if found else None
+
+
+def seen(taken: Reductions, loss: Tensor, losses: Tensor | None, targets: Any) -> Weighing:
     """Return what a loss is a mean over that was seen to take some means.
 
     Args:
-        means: of its forward pass.
+        taken: in its forward pass.
+        loss: that it gave.
+        losses: of each example, if it gave these.
         targets: that the criterion was given.
     """
+    last = taken.that_gave(loss)
+    if last and last.summed and losses is None and _is_of_rows(last.entries, targets):
+        return Weighing(_refused_sum)
+    if (last and last.picked) or any(taken.is_picked(mean.targets) for mean in taken.means):
+        return Weighing(partial(_refused, "the examples, those that a mask picks"))
+    means = taken.means
     if not means:
         return Weighing()
     ignored = {mean.ignored for mean in means}
@@ -67,6 +118,16 @@ def seen(means: Sequence[Mean], targets: Any) -> Weighing:
     if weighted or ignored != {IGNORED}:
         return Weighing(partial(_refused, "the weights or classes of its targets"))
     return Weighing(_rows_of_whole)
+
+
+def _is_of_rows(entries: int, targets: Any) -> bool:
+    """Return whether so many entries can be some of each example."""
+    leaves = [x for x in pytree.tree_leaves(targets) if isinstance(x, Tensor) and x.ndim]
+    return not leaves or (entries > 0 and entries % len(leaves[0]) == 0)
+
+
+def _refused_sum(batch: Batch) -> int:
+    raise ValueError("expected a mean of the examples' losses, got their sum")
 
 
 def _is_same(one: Tensor, other: Any) -> bool:
@@ -108,7 +169,14 @@ def of_criterion(criterion: Any) -> Weighing | None:
         return of_classes(lambda: {**vars(criterion), "weight": criterion.weight})
     if criterion in (nn.functional.cross_entropy, nn.functional.nll_loss):
         return of_classes(lambda: given)
-    return Weighing() if getattr(criterion, "__module__", None) in LOSSES else None
+    if getattr(criterion, "__module__", None) not in LOSSES:
+        return None
+
+    def weigh(batch: Batch) -> int:
+        said = {**getattr(criterion, "__dict__", {}), **given}
+        return (_refused_sum if said.get("reduction") == "sum" else length_of)(batch)
+
+    return Weighing(weigh)
 
 
 def of_classes(options: Callable[[], dict[str, Any]]) -> Weighing:
@@ -131,7 +199,7 @@ def of_classes(options: Callable[[], dict[str, Any]]) -> Weighing:
         said = options()
         reduction = said.get("reduction", "mean")
         if reduction == "sum":
-            raise ValueError("expected a mean of the examples' losses, got their sum")
+            return _refused_sum(batch)
         _, targets = pair_of(batch)
         if reduction != "mean" or targets.is_floating_point():
             return length_of(batch)

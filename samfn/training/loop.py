@@ -190,8 +190,8 @@ def evaluate(
         measures: by name, (outputs, batch) -> a value for each example, as `accuracy`.
 
     Raises:
-        ValueError: there are no batches, or a measure does not give a value for each
-            example.
+        ValueError: there are no batches, no example in them counts in the loss, or a
+            measure does not give a value for each example.
     """
     sums: dict[str, Tensor] = {}
     over: dict[str, Tensor] = {}
@@ -212,6 +212,8 @@ def evaluate(
         over = {name: over.get(name, 0) + value for name, value in counted.items()}
     if not sums:
         raise ValueError("expected at least one batch, got none")
+    if not over["loss"]:  # It would be NaN, as of a network that diverged.
+        raise ValueError("expected an example that counts in the loss, got none")
     return {name: float(total / over[name]) for name, total in sums.items()}
 
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import samfn
 from bench.networks import build
 from recipes.models.wide_resnet import GlobalMean
-from samfn.compiled import operations
+from samfn.compiled import operations, passes
+from samfn.compiled import step as step_module
 from samfn.compiled.plan import choose
 from tests.reference import batches, small_network
 
@@ -423,3 +424,100 @@ def test_a_shape_that_no_graph_holds_leaves_hooks_of_saved_tensors_allowed():
     with saved_tensors_hooks(lambda x: x, lambda x: x):
         expected = eager(state, three, rho=0.1, lr=0.1)
     assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Let graphs be run as they were traced, which takes no compiler."""
+    how = {"fullgraph": True, "dynamic": False, "backend": "eager"}
+
+    def trace(function, options):
+        return torch.compile(passes._with_own_code(function), **how)
+
+    for module in (passes, step_module):
+        monkeypatch.setattr(module, "compiled", trace)
+
+
+def replace_layer(model):
+    torch.manual_seed(7)
+    model[1] = nn.Linear(32, 7).double()
+
+
+@pytest.fixture
+def hooked_everywhere():
+    handles = []
+    register = nn.modules.module.register_module_forward_hook
+    yield lambda model: handles.append(register(lambda module, given, y: y * 0.5))
+    for handle in handles:
+        handle.remove()
+
+
+CHANGES = {
+    "forward hook": lambda m: m[1].register_forward_hook(lambda *given: given[-1] * 2),
+    "hook before": lambda m: m[1].register_forward_pre_hook(lambda _, x: (x[0] * 2,)),
+    "hook of a gradient": lambda m: m[1].bias.register_hook(lambda grad: grad * 3),
+    "another layer": replace_layer,
+    "hook everywhere": None,
+}
+
+
+@pytest.mark.filterwarnings("ignore:samfn goes on uncompiled")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_compiled_step_sees_what_a_model_was_given_since(name, traced, hooked_everywhere):
+    model = tiny()
+    state, step, eager = task(model, plan="gradient")
+    state, _ = step(state, batches(2)[0], rho=0.1, lr=0.1)
+    before, _ = eager(state, batches(2)[1], rho=0.1, lr=0.1)
+    (CHANGES[name] or hooked_everywhere)(model)
+    found = step(state, batches(2)[1], rho=0.1, lr=0.1)
+    expected = eager(state, batches(2)[1], rho=0.1, lr=0.1)
+    assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert torch.equal(before.params["1.bias"], expected[0].params["1.bias"]) == (
+        name == "another layer"  # With the weights of the state, as the one before.
+    )
+
+
+def test_what_is_frozen_between_compiled_steps_is_an_error(traced):
+    model = tiny()
+    state, step, _ = task(model, plan="gradient")
+    state, _ = step(state, batches(1)[0], lr=0.1)
+    model[1].bias.requires_grad_(False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"1.bias is frozen in the model and trained"):
+            step(state, batches(1)[0], lr=0.1)
+    other = samfn.init(*samfn.split(model), optimizer=OPTIMIZER)
+    other, _ = step(other, batches(1)[0], lr=0.1)
+    assert "1.bias" in other.buffers
+    model[1].bias.requires_grad_(True)
+    assert step(state, batches(1)[0], lr=0.1)[1].finite
+
+
+@pytest.mark.filterwarnings("ignore:samfn goes on uncompiled")
+@pytest.mark.parametrize("breaks", [False, True])
+def test_what_counts_passes_counts_each_once_from_the_first_step_on(breaks, traced):
+    class Counting(nn.Linear):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            return super().forward(x)
+
+    class Criterion:
+        number, kept = 0, []
+
+        def __call__(self, outputs, targets):
+            self.kept.append(1)
+            Criterion.number += 1
+            if breaks:
+                print(end="")
+            return F.cross_entropy(outputs, targets)
+
+    model, criterion = Counting(4, 3), Criterion()
+    loss_fn, counted = samfn.supervised(model, criterion), []
+    state = samfn.init(*samfn.split(model), optimizer=OPTIMIZER)
+    step = samfn.compile_update(loss_fn=loss_fn, optimizer=OPTIMIZER)
+    for _ in range(2):
+        state, _ = step(state, (torch.randn(2, 4), torch.tensor([0, 1])), lr=0.1)
+        counted.append((model.passes, criterion.number, len(criterion.kept)))
+    assert step.plan == ("eager" if breaks else "whole")
+    assert counted == [(2, 2, 2), (4, 4, 4)]

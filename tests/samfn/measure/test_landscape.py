@@ -366,7 +366,7 @@ BAD_INPUTS = [
     ({"batches": iter([ONE])}, TypeError, "be gone through again.* got list_iterator"),
     ({"batches": (x for x in [ONE])}, TypeError, "got generator"),
     ({"batches": 3}, TypeError, "got int"),
-    ({"batches": []}, ValueError, "at least one example, got none"),
+    ({"batches": []}, ValueError, "an example that counts in the loss, got none"),
     (
         {"batches": [(ONE, torch.ones(2))]},
         ValueError,

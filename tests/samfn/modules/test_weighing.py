@@ -103,6 +103,63 @@ def test_what_cannot_be_counted_from_a_batch_is_an_error_where_it_matters(criter
         loop.evaluate(*samfn.split(model), [batch], loss_fn=loss_fn)
 
 
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.MSELoss(reduction="sum"),
+        partial(F.mse_loss, reduction="sum"),
+        lambda out, y: F.mse_loss(out, y, reduction="sum"),
+        lambda out, y: (out - y).square().sum(),
+        lambda out, y: F.cross_entropy(out, y.argmax(1), reduction="sum"),
+    ],
+)
+def test_a_sum_is_never_taken_for_a_mean(criterion):
+    model, (inputs, targets) = problem(ignored=0)
+    batch = inputs, F.one_hot(targets, 3).double()
+    stepped(model, batch, criterion)
+    for method in (samfn.accumulated, samfn.per_micro_batch):
+        with pytest.raises(ValueError, match=r"expected a mean .* got their sum"):
+            stepped(model, batch, criterion, method(samfn.sam(), 4))
+    told = {"weigh": lambda batch: 1}
+    stepped(model, batch, criterion, samfn.accumulated(samfn.sam(), 4), **told)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda out, y: F.mse_loss(out, y, reduction="sum") / len(y),
+        lambda out, y: torch.stack([F.mse_loss(out, y), out.square().mean()]).sum(),
+        lambda out, y: F.kl_div(out.log_softmax(1), y, reduction="batchmean"),
+    ],
+)
+def test_a_sum_that_is_a_mean_over_examples_is_one(criterion):
+    model, (inputs, targets) = problem(ignored=0)
+    batch = inputs, F.one_hot(targets, 3).double()
+    whole, _ = stepped(model, batch, criterion)
+    parts, _ = stepped(model, batch, criterion, samfn.accumulated(samfn.sam(), 4))
+    assert_close(dict(parts.params), dict(whole.params))
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda out, y: F.cross_entropy(out[y != PAD], y[y != PAD]),
+        lambda out, y: F.cross_entropy(out, y, reduction="none")[y != PAD],
+        lambda out, y: F.cross_entropy(out, y, reduction="none")[y != PAD].mean(),
+        lambda out, y: out.square().mean(1).masked_select(y != PAD).mean(),
+    ],
+)
+def test_a_mean_over_what_a_mask_picks_is_an_error_where_it_matters(criterion):
+    model, batch = problem()
+    whole, _ = stepped(model, batch, criterion)
+    method = samfn.accumulated(samfn.sam(), 5)
+    with pytest.raises(ValueError, match=r"a mask picks, .* weigh=lambda batch: "):
+        stepped(model, batch, criterion, method)
+    told = {"weigh": lambda batch: (batch[1] != PAD).sum()}
+    parts, _ = stepped(model, batch, criterion, method, **told)
+    assert_close(dict(parts.params), dict(whole.params))
+
+
 def test_targets_that_were_changed_are_counted_until_some_may_be_ignored():
     method = samfn.accumulated(samfn.sam(), 3)
     criterion = partial(shifted, -100)

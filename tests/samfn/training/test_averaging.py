@@ -94,6 +94,15 @@ def test_a_network_without_statistics_keeps_its_buffers():
     assert samfn.reestimated(model, params, buffers, [torch.ones(4, 3)]).keys() == {"scale"}
 
 
+def test_there_are_no_statistics_of_nothing():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    params, buffers = samfn.split(model)
+    batches = iter([torch.randn(4, 3)])
+    samfn.reestimated(model, params, buffers, batches)
+    with pytest.raises(ValueError, match="at least one batch of inputs, got none"):
+        samfn.reestimated(model, params, buffers, batches)
+
+
 def test_models_of_several_inputs_get_statistics_too():
     class Sum(torch.nn.Module):
         def __init__(self):

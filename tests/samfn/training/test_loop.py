@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import samfn
+from samfn.measure import landscape
 from samfn.training import callbacks, loop
 from samfn.training.loop import Epoch, Evaluation, Start, Step, Training
 from tests.reference import small_network
@@ -403,8 +404,13 @@ def test_evaluation_is_the_mean_over_what_counts_in_all_batches():
     assert found["loss"] == pytest.approx(expected)
     objective = samfn.Objective(loss_fn, buffers, batches)
     assert objective.loss(params).item() == pytest.approx(expected)
-    with pytest.raises(ValueError, match="expected an example that counts"):
-        samfn.Objective(loss_fn, buffers, batches[1]).loss(params)
+    nothing, message = batches[1:2], "expected an example that counts in the loss, got none"
+    with pytest.raises(ValueError, match=message):
+        samfn.Objective(loss_fn, buffers, nothing).loss(params)
+    with pytest.raises(ValueError, match=message):
+        loop.evaluate(params, buffers, nothing, loss_fn=loss_fn)
+    with pytest.raises(ValueError, match=message):
+        landscape.line(params, buffers, nothing, params, [0.0], loss_fn=loss_fn)
 
 
 def test_accuracy_is_of_the_shapes_it_knows():

@@ -156,6 +156,25 @@ def test_the_example_of_the_readme_runs_on_two_ranks(tmp_path):
     finish(torchrun("--nproc-per-node=2", "example.py", cwd=tmp_path))
 
 
+AFTER_EACH = """
+import torch.distributed as dist
+for p in model.parameters():
+    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+    first = whole.clone()
+    dist.broadcast(first, 0)
+    assert whole.isfinite().all() and torch.equal(whole, first)
+assert not optimizer.perturbed
+dist.destroy_process_group()
+"""
+
+
+def test_the_programs_of_the_readme_around_samfn_sam_run_on_two_ranks(tmp_path):
+    programs = re.findall(r"```python torchrun\n(.*?)```", README, re.DOTALL)
+    assert len(programs) == 4
+    (tmp_path / "programs.py").write_text(AFTER_EACH.join([*programs, ""]))
+    finish(torchrun("--nproc-per-node=2", "programs.py", cwd=tmp_path))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Return a run on two ranks that nothing disturbed."""

@@ -164,14 +164,18 @@ for p in model.parameters():
     dist.broadcast(first, 0)
     assert whole.isfinite().all() and torch.equal(whole, first)
 assert not optimizer.perturbed
-dist.destroy_process_group()
 """
+BEGIN = "torch.distributed.init_process_group()\n"
 
 
 def test_the_programs_of_the_readme_around_samfn_sam_run_on_two_ranks(tmp_path):
     programs = re.findall(r"```python torchrun\n(.*?)```", README, re.DOTALL)
-    assert len(programs) == 4
-    (tmp_path / "programs.py").write_text(AFTER_EACH.join([*programs, ""]))
+    assert [program.count(BEGIN) for program in programs] == [1] * 4
+    # In one group of processes: those of torchrun have addresses for one only.
+    bodies = [program.replace(BEGIN, "") + AFTER_EACH for program in programs]
+    end = "dist.destroy_process_group()"
+    script = "\n".join(["import torch", BEGIN, *bodies, end])
+    (tmp_path / "programs.py").write_text(script)
     finish(torchrun("--nproc-per-node=2", "programs.py", cwd=tmp_path))
 
 

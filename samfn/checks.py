@@ -136,20 +136,6 @@ def require_tensors(what: str, mapping: Any, *, sharded: bool = False) -> None:
             )
 
 
-def require_plain(parameters: list[Tensor]) -> None:
-    """Raise if a parameter is a DTensor.
-
-    Raises:
-        TypeError: one is.
-    """
-    if any(map(is_sharded, parameters)):
-        raise TypeError(
-            "expected plain tensors, got DTensors, as of fully_shard or"
-            " parallelize_module, which samfn.SAM does not spread over devices: use it with"
-            " DistributedDataParallel, or samfn.sam_update with samfn.distributed"
-        )
-
-
 def require_base_optimizer(optimizer: Any) -> None:
     """Raise unless `optimizer` is one of PyTorch whose step can be called as it is.
 

@@ -33,8 +33,13 @@ def norm(tree: Params) -> Tensor:
     return length
 
 
-def norm_of_any(tree: Params) -> Tensor:
+def norm_of_any(tree: Params, wholes: Params | None = None) -> Tensor:
     """Return `norm` of tensors of which some may be complex, or on other devices.
+
+    Args:
+        tree: tensors.
+        wholes: of which `tree` is this rank's part, where they are DTensors; None if it is
+            all.
 
     Returns:
         On the device of the first.
@@ -44,18 +49,25 @@ def norm_of_any(tree: Params) -> Tensor:
         return tree[name].device, tree[name].is_complex()
 
     device = next(iter(tree.values())).device
-    lengths = [norm(part).to(device) for _, part in parts(tree, kind)]
-    length: Tensor = torch.linalg.vector_norm(torch.stack(lengths))
+    lengths = [norms(part, wholes).to(device) for _, part in parts(tree, kind)]
+    length: Tensor = torch.linalg.vector_norm(torch.cat(lengths))
     return length
 
 
-def norms(tree: Params) -> Tensor:
-    """Return the Euclidean norm of each tensor, shape (tensors,), float32 or wider."""
+def norms(tree: Params, wholes: Params | None = None) -> Tensor:
+    """Return the Euclidean norm of each tensor, shape (tensors,), float32 or wider.
+
+    Those of `wholes`, where these are given and `tree` is this rank's part of them.
+    """
     leaves = list(tree.values())
+    owners = leaves if wholes is None else [wholes[name] for name in tree]
     dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves), torch.float32)
-    if any(map(is_sharded, leaves)):
-        squares = [_local(leaf).to(dtype).square().sum() for leaf in leaves]
-        return _completed(squares, leaves).sqrt()
+    if any(map(is_sharded, owners)):
+        here = [local(leaf) for leaf in leaves]
+        if dtype.is_complex:
+            here, dtype = [part.abs() for part in here], dtype.to_real()
+        squares = [part.to(dtype).square().sum() for part in here]
+        return _completed(squares, owners).sqrt()
     if torch.compiler.is_compiling() and leaves[0].device.type == "cpu":
         # Sums fuse with what makes the leaves; _foreach_norm would be a call from Python
         # for every leaf, a quarter of the step of a small network.
@@ -79,7 +91,7 @@ def dots(left: Params, right: Params) -> Tensor:
     """Return the inner product of each pair of tensors, shape (tensors,), as `dot`."""
     leaves, others = _aligned(left, right)
     parts = [
-        (_local(leaf).to(wide) * _local(other).to(wide)).sum()
+        (local(leaf).to(wide) * local(other).to(wide)).sum()
         for leaf, other in zip(leaves, others, strict=True)
         for wide in [torch.promote_types(leaf.dtype, torch.float32)]
     ]
@@ -181,7 +193,8 @@ def is_sharded(leaf: Tensor) -> bool:
     return hasattr(leaf, "device_mesh")  # By name: importing DTensor takes a second.
 
 
-def _local(leaf: Any) -> Tensor:
+def local(leaf: Any) -> Tensor:
+    """Return this rank's part of a DTensor, in its memory, and another tensor as it is."""
     found: Tensor = leaf.to_local() if is_sharded(leaf) else leaf
     return found
 
@@ -196,6 +209,8 @@ def _completed(sums: list[Tensor], leaves: list[Any]) -> Tensor:
                 for leaf in leaves
             ]
             if any(own):
+                # Parts that are offloaded to the CPU meet where the mesh is.
+                total = total.to(mesh.device_type)
                 total = _all_reduced(total, own, mesh.get_group(place).group_name)
     return total
 

@@ -7,6 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from samfn import tree
+from samfn.imperative.parts import whole
+
 COPY_LATER = (
     "copy or pickle inside of `with optimizer.unperturbed()`, or after second_step or"
     " restore"
@@ -28,7 +31,8 @@ class Mark:
     def _look(self, parameter: Tensor) -> None:
         grad = cast(Tensor, parameter.grad)
         if not self._is_set:
-            grad.mul_(torch.where(self._finite, 1.0, torch.nan).to(grad.device))
+            here = tree.local(grad)
+            here.mul_(torch.where(self._finite, 1.0, torch.nan).to(here.device))
             self._is_set = grad.layout is torch.strided  # A sparse one may be empty.
 
     def end(self) -> None:
@@ -58,7 +62,7 @@ class Guard:
         clean = (optimizer is not None and optimizer._clean) or {}
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
             if p in clean and prefix + name in state:
-                state[prefix + name] = clean[p]
+                state[prefix + name] = whole(clean[p], p)
 
     def _before_loading(self, *_: Any) -> None:
         # Or the second step would put back the weights of before.

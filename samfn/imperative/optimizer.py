@@ -4,6 +4,7 @@ New code wants `samfn.sam_update`, which overwrites nothing; this is for loops t
 written already.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from samfn import checks, tree
+from samfn.imperative import parts
 from samfn.imperative.guard import COPY_LATER, Guard, Mark
+from samfn.imperative.kept import Kept
+from samfn.imperative.passes import Passes, Seen
 from samfn.loss import dense
 from samfn.methods.base import is_number_zero
-from samfn.perturb import rate
-from samfn.tree import Params
 
 Groups = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 P = ParamSpec("P")
@@ -40,7 +42,12 @@ class SAM(torch.optim.Optimizer):
     first_step: w <- w + e, e = rho T^2 g / ||T g||;  second_step: w back, base optimizer
 
     T is |w| in groups that are `adaptive`, else 1; one norm over all groups together, in
-    float32 or wider. The interface and the arithmetic are those of davda54/sam::
+    float32 or wider. Where parameters are DTensors, as of `fully_shard` or
+    `parallelize_module`, it is that of the whole vector, and m, the number of examples that
+    a perturbation is of, is the global batch: all ranks share one. Plain tensors beside
+    DTensors must have the same gradients on all ranks.
+
+    The interface and the arithmetic are those of davda54/sam::
 
         optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -51,7 +58,8 @@ class SAM(torch.optim.Optimizer):
 
     Where the two passes see different parameters, each counts for what it saw: one with a
     gradient in the first pass only is perturbed, put back, and left where it was; one with
-    a gradient in the second only moves by it, unperturbed. Weights are put back exactly,
+    a gradient in the second only moves by it, unperturbed. Both passes must be of as many
+    backward passes; accumulated gradients take `keep_step`. Weights are put back exactly,
     into the memory that they had; before that, see `guard`, `unperturbed` and `restore`.
     BatchNorm's statistics are the caller's business here.
 
@@ -110,10 +118,20 @@ class SAM(torch.optim.Optimizer):
     def _start(self) -> None:
         self._clean: dict[Tensor, Tensor] | None = None  # Between the steps: the weights.
         self._is_aside = False  # Whether the perturbation is, while somebody looks at them.
-        self._used: dict[str, tuple[Tensor, int]] = {}  # Gradients of the step before.
-        self._finite: Tensor | None = None  # Of the first pass, if steps may be skipped.
+        self._used: dict[str, Seen] = {}  # Gradients of the step before.
+        self._finite: Tensor | None = None  # Of first passes, if steps may be skipped.
         self._mark: Mark | None = None
+        self._kept = Kept()
+        self._watch()
         self._asked = False  # For the groups, since the first step; see `param_groups`.
+
+    def _watch(self) -> None:
+        before: Passes | None = vars(self).get("_passes")
+        if before is not None:
+            before.end()
+        self._passes = Passes()
+        self._passes.watch(self._all())
+        weakref.finalize(self, self._passes.end).atexit = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -139,7 +157,6 @@ class SAM(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _require_usable(self.param_groups[-1])
-            checks.require_plain(self.param_groups[-1]["params"])
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
@@ -153,8 +170,14 @@ class SAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Put the weights back if they are perturbed, and give up the step.
 
-        For a loop that leaves between the two steps, as in the `finally` of a `try`.
+        For a loop that leaves between the two steps, as in the `finally` of a `try`. What
+        `keep_step` kept for the step is given up, too.
         """
+        self._put_back()
+        self._kept.give_up()
+        self._finite = None
+
+    def _put_back(self) -> None:
         if self._clean is not None:
             _assign(self._clean)
         self._clean = None
@@ -173,7 +196,7 @@ class SAM(torch.optim.Optimizer):
         if clean is None or self._is_aside:
             yield
             return
-        perturbed = {p: p.detach().clone() for p in clean}
+        perturbed = {p: tree.local(p.detach()).clone() for p in clean}
         _assign(clean)
         self._is_aside = True
         try:
@@ -199,50 +222,55 @@ class SAM(torch.optim.Optimizer):
         """Move the weights to the worst point nearby.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or the weights are perturbed already.
+            RuntimeError: no parameter has a gradient, the weights are perturbed already, or
+                the gradients stay where those that `keep_step` kept have to be.
             TypeError, ValueError: a group was given a rho, or else, that is none.
         """
         if self._clean is not None:
             raise RuntimeError(
-                "first_step was called twice: call second_step in between, or restore"
+                "first_step was called twice: call second_step or keep_step in between, or"
+                " restore"
             )
+        if self.kept and not zero_grad:
+            raise RuntimeError("after keep_step, call first_step(zero_grad=True)")
         for group in self.param_groups:
             _require_usable(group)
         groups = {n: group for n, p, group in self._parameters() if p.grad is not None}
         params = {name: p for name, p, _ in self._parameters() if name in groups}
         if not params:
-            raise RuntimeError("no parameter has a gradient: call backward before")
-        # The way up has an entry for every weight, also where the gradient is sparse.
-        up = {name: dense(p.grad) for name, p in params.items()}
-        metric = {n: params[n].abs() for n, group in groups.items() if group["adaptive"]}
-        up |= _multiplied(metric, up)
-        length = tree.norm_of_any(up)
-        up |= _multiplied(metric, up)
-        up |= {name: -up[name] for name in up if self._maximises(groups[name])}
-        self._finite = length.isfinite() if self.skip_nonfinite else None
-        if self._finite is not None:
-            # The second pass must leave no NaN in BatchNorm's statistics.
-            finite = {name: self._finite.to(way.device) for name, way in up.items()}
-            up = {name: torch.where(finite[name], way, 0.0) for name, way in up.items()}
-        moved = [name for name, group in groups.items() if not is_number_zero(group["rho"])]
-        clean = tree.clone(tree.only(params, moved)) if moved else {}
-        self._clean = {params[name]: weight for name, weight in clean.items()}
-        try:
-            for (rho, device), part in tree.parts(
-                tree.only(up, moved), lambda name: (groups[name]["rho"], up[name].device)
-            ):
-                step = tree.scale(part, rate(length.to(device), rho))
-                torch._foreach_add_([params[name] for name in part], list(step.values()))
-        except BaseException:  # As where memory is full.
-            self.restore()
-            raise
+            way = parts.way_to_gradients(self._all())
+            raise RuntimeError(f"no parameter has a gradient: {way}")
+        parts.align(params.values())
+        self._perturb(params, groups)
+        self._passes.end_first([*params.values()])
         if zero_grad:
             self.zero_grad()
+            self._kept.place()
+        self._passes.begin(anew=self._kept.is_placed)
         if self._finite is not None:
-            self._mark = Mark((p for _, p, _ in self._parameters()), self._finite)
+            self._mark = Mark(self._all(), self._finite)
         self._asked = False
 
-    def _maximises(self, group: dict[str, Any]) -> bool:
+    def _perturb(self, wholes: dict[str, Tensor], groups: parts.Groups) -> None:
+        up, length = parts.uphill(wholes, groups)
+        up |= {name: -up[name] for name in up if self._maximises(groups[name])}
+        if self.skip_nonfinite:
+            finite = length.isfinite()
+            # The second pass must leave no NaN in BatchNorm's statistics.
+            up = {n: torch.where(finite.to(w.device), w, 0.0) for n, w in up.items()}
+            before = finite if self._finite is None else self._finite.to(finite.device)
+            self._finite = finite & before
+        moved = [name for name, group in groups.items() if not is_number_zero(group["rho"])]
+        params = {name: tree.local(wholes[name]) for name in moved}
+        clean = tree.clone(params) if moved else {}
+        self._clean = {wholes[name]: weight for name, weight in clean.items()}
+        try:
+            parts.move(params, tree.only(up, moved), length, groups)
+        except BaseException:  # As where memory is full.
+            self._put_back()
+            raise
+
+    def _maximises(self, group: Mapping[str, Any]) -> bool:
         # What is worst for an objective that is maximised is where it is lowest.
         return bool(getattr(self.base_optimizer, "maximize", group.get("maximize")))
 
@@ -250,12 +278,59 @@ class SAM(torch.optim.Optimizer):
     def second_step(self, zero_grad: bool = False) -> None:
         """Put the weights back, and take the base optimizer's step.
 
+        Its gradient is the sum of those of the second passes since the step before, see
+        `keep_step`.
+
         Raises:
-            RuntimeError: `first_step` was not called before.
+            RuntimeError: `first_step` was not called before, or the two passes are not of
+                as many backward passes; the step is given up then.
         """
         self._come_back()
         self._descend()
         self._finish(zero_grad)
+
+    @_in_any_mode
+    def keep_step(self, zero_grad: bool = False) -> None:
+        """Put the weights back, and keep the gradient for the next `second_step`.
+
+        For accumulated gradients, with a perturbation for each micro-batch (m-sharpness)::
+
+            for micro_batch, is_last in group:
+                (loss_of(micro_batch) / n).backward()
+                optimizer.first_step(zero_grad=True)
+                (loss_of(micro_batch) / n).backward()
+                step = optimizer.second_step if is_last else optimizer.keep_step
+                step(zero_grad=True)
+
+        The base optimizer takes the sum, as PyTorch's users scale their losses by
+        themselves. `kept` says of how many micro-batches it has it; `restore` gives all of
+        them up. In the second pass, gradients begin with what is kept, so that clipping, a
+        GradScaler and `no_sync` find the sum.
+
+        For one perturbation of all micro-batches, give `step` a closure::
+
+            def closure():
+                for micro_batch in group:
+                    (loss_of(micro_batch) / n).backward()
+
+        Raises:
+            RuntimeError: as `second_step`, or there is no gradient of a second pass.
+        """
+        self._come_back()
+        parameters = self._all()
+        if self._kept.is_alone(parameters):
+            way = parts.way_to_gradients(parameters)
+            self.restore()
+            self._refuse(f"the second pass left no gradient: {way}")
+        self._kept.take(parameters)
+        if zero_grad:
+            self.zero_grad()
+        self._passes.begin()
+
+    @property
+    def kept(self) -> int:
+        """Of how many micro-batches gradients are kept, for a step that is to come."""
+        return self._kept.count
 
     @_in_any_mode
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -277,6 +352,8 @@ class SAM(torch.optim.Optimizer):
                 first pass alone.
         """
         if closure is None:
+            if self._clean is None and parts.moves_nothing(self._groups()):
+                return self.base_optimizer.step()
             self._scaled_second_step()
             return None
         if hasattr(self, "found_inf"):
@@ -295,7 +372,7 @@ class SAM(torch.optim.Optimizer):
                 " accumulated from other batches, the closure has to go through all of them"
             )
         rhos = [cast(float, group.get("rho")) for group in self.param_groups]
-        one_pass = all(map(is_number_zero, rhos))
+        one_pass = all(map(is_number_zero, rhos)) and not self.kept
         self.zero_grad()
         with torch.enable_grad():
             loss = closure()
@@ -330,12 +407,13 @@ class SAM(torch.optim.Optimizer):
                 " is still scaled: call it after the second backward pass, or not at all"
             )
         self._come_back()
+        parts.require_agreement(found_inf, self._all())
         if found_inf:
             self.skipped += 1
         else:
             if scale is not None:
                 for grad in self._grads().values():
-                    grad.mul_(scale.reciprocal().to(grad.device))
+                    tree.local(grad).mul_(scale.reciprocal().to(grad.device))
             self._descend()
         self._finish(zero_grad=False)
 
@@ -347,9 +425,11 @@ class SAM(torch.optim.Optimizer):
             self.skipped += 1
 
     def _is_finite(self, finite: Tensor) -> bool:
-        grads = {name: dense(grad) for name, grad in self._grads().items()}
+        grads = {name: dense(tree.local(g)) for name, g in self._grads().items()}
         if grads:
-            finite = finite & tree.norm_of_any(grads).isfinite().to(finite.device)
+            wholes = {name: p for name, p, _ in self._parameters()}
+            length = tree.norm_of_any(grads, wholes)
+            finite = finite & length.isfinite().to(finite.device)
         return bool(finite)
 
     def _grads(self) -> dict[str, Tensor]:
@@ -368,29 +448,47 @@ class SAM(torch.optim.Optimizer):
                 " alone has to give it a closure that computes the loss, calls backward and"
                 " returns the loss"
             )
-        self.restore()
+        self._put_back()
+        if wrong := self._kept.wrong_with(self._passes, self._all()):
+            self.restore()
+            self._refuse(wrong)
+        parts.align(self._all())
 
     def _finish(self, zero_grad: bool) -> None:
         self._opt_called = True  # What a scheduler looks for, before it warns.
+        self._kept.end()
+        self._finite = None
         if zero_grad:
             self.zero_grad()
         self._remember_gradients()
+        self._passes.begin()
 
     def _remember_gradients(self) -> None:
-        self._used = {name: (grad, grad._version) for name, grad in self._grads().items()}
+        self._used = {name: Seen.of(grad) for name, grad in self._grads().items()}
 
     def _has_new_gradients(self) -> bool:
         """Return whether a backward pass came after the last step."""
-        for name, new in self._grads().items():
-            grad, version = self._used.get(name, (None, 0))
-            if new is not grad or new._version != version:
-                return True
-        return False
+        return any(
+            name not in self._used or not self._used[name].is_still(grad)
+            for name, grad in self._grads().items()
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, but not those that `keep_step` keeps.
+
+        Raises:
+            RuntimeError: the second pass has added to those already.
+        """
+        if self._kept.is_placed:
+            if not self._kept.is_alone(self._all()):
+                raise RuntimeError(
+                    "the gradients hold what keep_step kept: call second_step or keep_step"
+                    " before zero_grad, or restore to give up the step"
+                )
+            return
         self.base_optimizer.zero_grad(set_to_none)
         self._remember_gradients()
+        self._passes.begin(anew=True)
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """Yield the parameters, by the names that they have here, with their groups."""
@@ -398,12 +496,15 @@ class SAM(torch.optim.Optimizer):
             for index, parameter in enumerate(group["params"]):
                 yield f"{number}.{index}", parameter, group
 
+    def _all(self) -> list[Tensor]:
+        return [p for group in self._groups() for p in group["params"]]
+
     def state_dict(self) -> dict[str, Any]:
         """Return settings, the base optimizer's state, and how many steps were skipped.
 
         Raises:
-            RuntimeError: the weights are perturbed, and not all are of a model that is
-                guarded; see `guard`.
+            RuntimeError: the weights are perturbed, or gradients are kept, and not all are
+                of a model that is guarded; see `guard`.
         """
         if self.perturbed and not self._guarded.issuperset(map(id, self._clean or ())):
             raise RuntimeError(
@@ -411,6 +512,8 @@ class SAM(torch.optim.Optimizer):
                 " before, save inside of `with optimizer.unperturbed()`, or call"
                 " optimizer.guard(model) once"
             )
+        if not self._guarded.issuperset(map(id, self._kept.parameters())):
+            self._kept.require_none("second_step, or optimizer.guard(model) once")
         self.state = self.base_optimizer.state  # It may have loaded one by itself.
         return {**super().state_dict(), "skipped": self.skipped}
 
@@ -421,7 +524,7 @@ class SAM(torch.optim.Optimizer):
         it, leaves these as they are.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: the weights are perturbed, or gradients are kept.
             TypeError, ValueError: the state has a rho, or else, that is none, or is of
                 other groups. Nothing has changed then.
         """
@@ -430,6 +533,7 @@ class SAM(torch.optim.Optimizer):
                 "the weights are perturbed: call restore() before a state is loaded, and"
                 " before the model's weights are"
             )
+        self._kept.require_none("restore() before a state is loaded")
         own, loaded = self.param_groups, state_dict["param_groups"]
         if len(own) == len(loaded):  # PyTorch says so, if not.
             loaded = [
@@ -455,10 +559,11 @@ class SAM(torch.optim.Optimizer):
         """Return what is copied: the base optimizer, too.
 
         Raises:
-            RuntimeError: the weights are perturbed.
+            RuntimeError: the weights are perturbed, or gradients are kept.
         """
         if self.perturbed:
             raise RuntimeError(f"the weights are perturbed: {COPY_LATER}")
+        self._kept.require_none("second_step or restore before this is copied")
         own = ("base_optimizer", "skip_nonfinite", "skipped")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -470,11 +575,7 @@ class SAM(torch.optim.Optimizer):
             self._start()
 
 
-@_in_any_mode
-def _assign(values: Mapping[Tensor, Tensor]) -> None:
-    """Write values into the memory of their parameters."""
-    if values:
-        torch._foreach_copy_(list(values), list(values.values()))
+_assign = _in_any_mode(parts.write)
 
 
 def _require_usable(group: dict[str, Any]) -> None:
@@ -488,7 +589,3 @@ def _require_usable(group: dict[str, Any]) -> None:
         raise ValueError(
             "differentiable must be False: samfn.SAM takes its steps outside of autograd"
         )
-
-
-def _multiplied(metric: Params, up: Params) -> dict[str, Tensor]:
-    return tree.multiply(metric, up) if metric else {}

@@ -156,6 +156,29 @@ def test_the_example_of_the_readme_runs_on_two_ranks(tmp_path):
     finish(torchrun("--nproc-per-node=2", "example.py", cwd=tmp_path))
 
 
+AFTER_EACH = """
+import torch.distributed as dist
+for p in model.parameters():
+    whole = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+    first = whole.clone()
+    dist.broadcast(first, 0)
+    assert whole.isfinite().all() and torch.equal(whole, first)
+assert not optimizer.perturbed
+"""
+BEGIN = "torch.distributed.init_process_group()\n"
+
+
+def test_the_programs_of_the_readme_around_samfn_sam_run_on_two_ranks(tmp_path):
+    programs = re.findall(r"```python torchrun\n(.*?)```", README, re.DOTALL)
+    assert [program.count(BEGIN) for program in programs] == [1] * 4
+    # In one group of processes: those of torchrun have addresses for one only.
+    bodies = [program.replace(BEGIN, "") + AFTER_EACH for program in programs]
+    end = "dist.destroy_process_group()"
+    script = "\n".join(["import torch", BEGIN, *bodies, end])
+    (tmp_path / "programs.py").write_text(script)
+    finish(torchrun("--nproc-per-node=2", "programs.py", cwd=tmp_path))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Return a run on two ranks that nothing disturbed."""

@@ -842,15 +842,3 @@ def test_ranks_count_by_what_their_losses_are_means_over(placement):
     for found, seen in on_ranks(4, train_with_ignored, placement):
         torch.testing.assert_close(found, params)
         torch.testing.assert_close(seen, loss)
-
-
-def sharded_drop_in():
-    mesh = init_device_mesh("cpu", (1,))
-    model = nn.Linear(2, 2)
-    fully_shard(model, mesh=mesh)
-    with pytest.raises(TypeError, match="expected plain tensors, got DTensors"):
-        samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
-
-
-def test_the_drop_in_refuses_what_it_would_not_spread():
-    on_ranks(1, sharded_drop_in)

@@ -513,9 +513,10 @@ def test_a_first_pass_that_is_not_finite_counts_where_the_second_sees_nothing_of
         optimizer.zero_grad()
     assert optimizer.skipped == 1
     assert_close(model.b.detach(), torch.tensor([3.0, 4.0]) * 0.8)
-    model.loss("a").backward()
+    optimizer.zero_grad()
+    model.a.grad = torch.ones(2)
     optimizer.first_step(zero_grad=True)
-    optimizer.second_step()  # There is no gradient at all.
+    optimizer.second_step()  # There is no gradient at all, nor was a backward pass.
     assert optimizer.skipped == 1
 
 
@@ -677,7 +678,12 @@ def test_nothing_is_kept_between_steps():
     two_steps(optimizer, model, data()[0])
     gc.collect()
     assert not optimizer.state_dict()["state"]
+    hooks = [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
+    assert hooks == [1, 0, 0, 1]  # which count backward passes
+    del optimizer
+    gc.collect()
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert all(not p._backward_hooks for p in model.parameters())
 
 
 def replica(rank, store, results):

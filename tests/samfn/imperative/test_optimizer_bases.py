@@ -151,6 +151,7 @@ def test_what_the_base_optimizer_loads_by_itself_is_what_both_have():
     with pytest.raises(TypeError, match="adaptive must be True or False, got None"):
         two_steps(optimizer, model, data()[0])
     optimizer.param_groups[0]["adaptive"] = False
+    optimizer.zero_grad()
     two_steps(optimizer, model, data()[0])
 
 

@@ -1,0 +1,137 @@
+"""How many backward passes a gradient is the sum of, as two parameters tell."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils.hooks import unserializable_hook
+
+from samfn import tree
+
+
+class Seen(NamedTuple):
+    """A gradient as it was, without keeping it: it may be as large as the model."""
+
+    grad: "weakref.ref[Tensor]"
+    version: int
+    """How often it was written to."""
+
+    @classmethod
+    def of(cls, grad: Tensor) -> "Seen":
+        """Look at a gradient."""
+        return cls(weakref.ref(grad), _version(grad))
+
+    def is_still(self, grad: Tensor, writes: int = 0) -> bool:
+        """Return whether a gradient is this one, and was written to so often since then."""
+        return self.grad() is grad and _version(grad) == self.version + writes
+
+
+def _version(grad: Tensor) -> int:
+    return int(tree.local(grad)._version)  # A DTensor does not count itself.
+
+
+class Passes:
+    """Counts backward passes since gradients were cleared, whoever clears them.
+
+    Hooks at all parameters would cost more than a step of a small network may; the first
+    and the last see what the whole network does.
+    """
+
+    def __init__(self) -> None:
+        self._watches: list[_Watch] = []
+        self.first = 0
+        """How many the first pass had."""
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Watch the first and the last of parameters, and no longer those of before."""
+        self.end()
+        trained = [p for p in parameters if p.requires_grad and p.numel()]
+        self._watches = [_Watch(p) for p in dict.fromkeys((*trained[:1], *trained[-1:]))]
+
+    def end(self) -> None:
+        """Take the hooks away."""
+        for watch in self._watches:
+            watch.end()
+
+    def end_first(self, parameters: Sequence[Tensor]) -> None:
+        """Remember how many there were; watch others, if those had no gradient."""
+        self.first = self.count
+        if not self.first:
+            self.watch(parameters)
+
+    def begin(self, *, anew: bool = False) -> None:
+        """Look at the gradients as they are; what is not cleared from now on counts on.
+
+        Args:
+            anew: count from 0 in any case.
+        """
+        for watch in self._watches:
+            watch.begin(anew)
+
+    @property
+    def count(self) -> int:
+        """The most backward passes that a gradient is the sum of; 0 if nobody knows."""
+        return max((watch.count for watch in self._watches), default=0)
+
+    @property
+    def cleared(self) -> bool:
+        """Whether a gradient that there was at the beginning was cleared before a pass."""
+        return any(watch.cleared for watch in self._watches)
+
+
+class _Watch:
+    """Counts the backward passes that the gradient of a parameter is the sum of."""
+
+    def __init__(self, parameter: Any) -> None:
+        # The hooks, which the parameter holds, must not keep it.
+        self._parameter = weakref.ref(parameter)
+        self._handles = (
+            parameter.register_hook(self._before),
+            parameter.register_post_accumulate_grad_hook(self._after),
+        )
+        self._is_seen = False
+        self.begin(anew=True)
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def begin(self, anew: bool) -> None:
+        parameter = self._parameter()
+        grad = None if parameter is None else parameter.grad
+        self._left = None if grad is None else Seen.of(grad)
+        self._last = self._left
+        self._is_new, self.cleared = True, False
+        if anew or grad is None:
+            self.count = 0
+
+    @unserializable_hook  # type: ignore[untyped-decorator]
+    def _before(self, _: Tensor) -> None:
+        # Also called by torch.autograd.grad, which adds nothing up.
+        parameter = self._parameter()
+        grad = None if parameter is None else parameter.grad
+        self._is_seen = True
+        self._look(grad is not None and (not self._is_new or self._is_left(grad, 0)))
+
+    @unserializable_hook  # type: ignore[untyped-decorator]
+    def _after(self, parameter: Tensor) -> None:
+        grad = parameter.grad
+        if grad is None:
+            return
+        if not self._is_seen:  # FSDP2 adds up by itself, and calls this one only.
+            last = self._last is not None and self._last.grad() is grad
+            self._look(last and (not self._is_new or self._is_left(grad, 1)))
+        self._is_seen = False
+        self._last = Seen.of(grad)
+        self.count += 1
+
+    def _is_left(self, grad: Tensor, writes: int) -> bool:
+        return self._left is None or self._left.is_still(grad, writes)
+
+    def _look(self, goes_on: bool) -> None:
+        """Begin to count anew where the gradient was cleared, or zeroed in place."""
+        if not goes_on:
+            self.cleared |= self._left is not None or self.count > 0
+            self.count = 0
+        self._is_new = False

@@ -141,7 +141,7 @@ def placed(
 ) -> tuple[samfn.Method, dict[str, Tensor]]:
     """Return SAM on several devices, and what this rank keeps of the parameters."""
     if placement == "sharded":
-        return distributed.placed(samfn.sam(), "global"), distributed.shard(params)
+        return samfn.sam(), distributed.shard(params)
     return distributed.placed(samfn.sam(), placement), params
 
 

@@ -416,8 +416,8 @@ def test_a_step_communicates_as_often_as_is_said(placement, expected):
 
 def test_a_sharded_step_scatters_each_gradient_in_each_of_two_passes():
     for found, parameters in on_ranks(2, counted, "sharded"):
-        # Those of BatchNorm and the last layer are gathered again for the backward pass.
-        assert found["all_gather_into_tensor"] == 2 * (parameters + 2)
+        # All but the two biases are gathered again for the backward pass.
+        assert found["all_gather_into_tensor"] == 2 * (parameters + 3)
         assert found["reduce_scatter_tensor"] == 2 * parameters
 
 

@@ -142,7 +142,8 @@ def messages(network: Network, placement: str, ranks: int) -> list[Message]:
     if placement == "sharded":
         each = vector / network.tensors
         one_pass = [
-            *[Message("all-gather", each, ranks)] * network.tensors,
+            # Once more for the backward pass, which reads all but biases and the first.
+            *[Message("all-gather", each, ranks)] * network.tensors * 2,
             Message("all-reduce", beside, ranks),
             *[Message("reduce-scatter", each, ranks)] * network.tensors,
         ]
@@ -225,14 +226,15 @@ def predict(
 def memory(network: Network, placement: str, ranks: int) -> Memory:
     """Return what one rank holds.
 
-    In the second pass that is w + e and both gradients; sharded, parts of these, and the
-    whole weights and gradient of the pass. An eager step holds the new state and copies
+    In the second pass that is w + e and both gradients; sharded, parts of these, and one
+    tensor and its gradient whole. An eager step holds the new state and copies
     of the message too: with Adam, bench/scaling.py finds up to 1.7 times as much in all.
     """
     vector = FLOAT * network.parameters
     own = vector / ranks if placement == "sharded" else vector
     state = own * (1 + network.optimizer + network.method) + FLOAT * network.buffers
-    return Memory(state, state + 3 * own + 2 * vector * (placement == "sharded"))
+    working = 2 * vector / network.tensors if placement == "sharded" else 0.0
+    return Memory(state, state + 3 * own + working)
 
 
 def wrn() -> Network:

@@ -72,6 +72,14 @@ def transformer(batch: int) -> Network:
     return Network("transformer", model, tokens, torch.randint(64, (64 * batch,)))
 
 
+def large_transformer(batch: int) -> Network:
+    """Return twelve layers of width 768 on sequences of 16: 100 million parameters."""
+    tokens = torch.randint(10_000, (batch, 16))
+    model = Transformer(12, 768, 16, vocabulary=10_000)
+    targets = torch.randint(10_000, (16 * batch,))
+    return Network("transformer-100m", model, tokens, targets)
+
+
 def wide_resnet(name: str, batch: int, side: int, layout: str = "standard") -> Network:
     """Return a wide residual network, channels last, on square images."""
     model = WideResNet(*parse_name(name), 10, layout=layout)
@@ -89,6 +97,7 @@ NETWORKS: dict[str, Callable[[int], Network]] = {
     "mlp-small": small_mlp,
     "mlp-2048": wide_mlp,
     "transformer": transformer,
+    "transformer-100m": large_transformer,
     "wrn-10-1 8x8": lambda batch: wide_resnet("wrn-10-1", batch, 8),
     "wrn-10-1": lambda batch: wide_resnet("wrn-10-1", batch, 32),
     "wrn-16-2": lambda batch: wide_resnet("wrn-16-2", batch, 32),

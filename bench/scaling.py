@@ -45,6 +45,7 @@ WHOLE, ALONE, BESIDE = "one process", "a part, alone", "parts, no messages"
 SIZES = tuple(4**power for power in range(6, 14))  # 4 KiB to 64 MiB
 HELD = "mlp-2048"  # 17 million parameters, and next to no activations
 HELD_BY = (1, 2, 4)
+HOLDERS = ("global", "sharded")
 PATIENCE = 600.0  # seconds: other ranks wait while the first one compiles
 Row = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
@@ -142,7 +143,7 @@ def placed(
 ) -> tuple[samfn.Method, dict[str, Tensor]]:
     """Return SAM on several devices, and what this rank keeps of the parameters."""
     if placement == "sharded":
-        return distributed.placed(samfn.sam(), "global"), distributed.shard(params)
+        return samfn.sam(), distributed.shard(params)
     return distributed.placed(samfn.sam(), placement), params
 
 
@@ -244,8 +245,8 @@ def exchange(operation: str, size: int, ranks: int, group: Any) -> Callable[[], 
 def memory(options: Options) -> list[Row]:
     """On a rank: measure what a state takes, with Adam, and an eager step at its peak."""
     network = own_part(build(options.held, 4 * distributed.size()))
-    rows = []
-    for placement in ("global", "sharded"):
+    rows: list[Row] = []
+    for placement in [p for p in HOLDERS if p in options.placement] or HOLDERS:
         before = measure.resident()
         state, step = stepper(network, "eager", placement, samfn.adam())
         params, buffers = samfn.split(network.model)

@@ -171,7 +171,13 @@ def require_trainable(params: Params, buffers: Params) -> None:
     require_tensors("buffers", buffers)
     if not params:
         raise ValueError("params must hold at least one tensor, got none")
+    sharded = is_sharded(next(iter(params.values())))
     for name, value in params.items():
+        if is_sharded(value) != sharded:
+            raise ValueError(
+                f"params must be DTensors, all or none of them, {name} is"
+                f" {'not' if sharded else 'one'}: samfn.distributed.shard places all"
+            )
         if value.layout is not torch.strided:
             raise ValueError(f"params must be dense, {name} is {value.layout}")
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(value):

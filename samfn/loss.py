@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from samfn import checks, tree
 from samfn.batches import length_of
+from samfn.collectives import all_ranks, changed, mean, summed, total, whole
 from samfn.nested import mapped
 from samfn.tree import Batch, Params
 
@@ -48,7 +49,8 @@ class Loss:
     differentiating: Callable[..., AbstractContextManager[Any]] | None = None
     """(params, buffers, batch, twice=False) -> a context that gives what `function`
     returns, and in which a backward pass may read again what the forward pass has read; or
-    two of them, with `twice`. None where it is not known whether the function is pure."""
+    two of them, with `twice`. Both take DTensors then, and make them whole for themselves.
+    None where it is not known whether the function is pure."""
     weigh: Callable[[Batch], "int | Tensor"] = length_of
     """batch -> what its loss is a mean over, shape (): the number of examples, or of those
     that count, or the sum of their weights. It may have to see a pass before it knows."""
@@ -117,9 +119,13 @@ def evaluate(
 
     A parameter that the loss does not use has gradient zero.
 
+    Where parameters are DTensors, each rank has a batch of its own: loss, gradient and
+    new buffers are means over the examples of all ranks, outputs the rank's own. The loss
+    function sees whole tensors; gradients are placed as the parameters are.
+
     Args:
         loss_fn: what is evaluated.
-        params: where.
+        params: where. DTensors are over all ranks.
         buffers: what `loss_fn` reads beside them.
         batch: what `loss_fn` takes.
         wrt: names of the parameters whose gradient is computed, in their order. None is
@@ -130,26 +136,17 @@ def evaluate(
     Raises:
         TypeError: `loss_fn` returned neither a loss nor a pair of loss and `Aux`.
         ValueError: the loss is no floating-point scalar, or the buffers changed in names,
-            shapes or dtypes.
+            shapes or dtypes; some parameters are DTensors, and not all over all ranks.
         GradientError: the loss depends on none of the parameters.
         RuntimeError: `loss_fn` changes a tensor that it was not given.
     """
     loss_fn = as_loss(loss_fn)
     names = tuple(params if wrt is None else wrt)
     given = params, buffers, batch
-    if not names:
-        with torch.no_grad():
-            loss, aux = loss_and_aux(loss_fn.function(*given), buffers)
-            # A forward pass may have switched gradients on again, for those by its inputs.
-            loss, aux = mapped(_detached, (loss, aux))
-            grads: dict[str, Tensor] = {}
-    # torch.func refuses a function that changes what it captured, such as a module's own
-    # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
-    # the operations of a small network; a function that is known to be pure is spared it.
-    elif loss_fn.differentiating and not torch.compiler.is_compiling():
-        loss, aux, grads = _by_autograd(loss_fn.differentiating, *given, names, scale)
+    if any(map(tree.is_sharded, params.values())):
+        loss, aux, grads = _on_all_ranks(loss_fn, *given, names, scale)
     else:
-        loss, aux, grads = _by_func(loss_fn.function, *given, names, scale)
+        loss, aux, grads = _evaluated(loss_fn, *given, names, scale)
     if wrt is None and not grads:
         raise GradientError(
             f"the loss depends on none of the parameters ({checks.some([*params])}): it"
@@ -169,6 +166,69 @@ Evaluated = tuple[Tensor, Aux, dict[str, Tensor]]
 or of all if it reaches any; detached."""
 
 
+def _evaluated(
+    loss_fn: Loss,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    names: Collection[str],
+    scale: Tensor | None,
+) -> Evaluated:
+    given = params, buffers, batch
+    if not names:
+        with torch.no_grad():
+            loss, aux = loss_and_aux(loss_fn.function(*given), buffers)
+            # A forward pass may have switched gradients on again, for those by its inputs.
+            loss, aux = mapped(_detached, (loss, aux))
+            return loss, aux, {}
+    # torch.func refuses a function that changes what it captured, such as a module's own
+    # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
+    # the operations of a small network; a function that is known to be pure is spared it.
+    if loss_fn.differentiating and not torch.compiler.is_compiling():
+        return _by_autograd(loss_fn.differentiating, *given, names, scale)
+    return _by_func(loss_fn.function, *given, names, scale)
+
+
+def _on_all_ranks(
+    loss_fn: Loss,
+    params: Params,
+    buffers: Params,
+    batch: Batch,
+    names: Collection[str],
+    scale: Tensor | None,
+) -> Evaluated:
+    """Evaluate at DTensors: means over the ranks, and gradients placed as parameters."""
+    group = all_ranks(params)
+
+    def shared(loss: Tensor, aux: Aux) -> tuple[Tensor, Aux, float | Tensor]:
+        rows = loss_fn.weigh(batch)  # After a pass, which may have told.
+        own = {"loss": loss, "buffers": changed(aux.buffers, buffers)}
+        found, examples = mean(own, rows, group, {})
+        aux = aux._replace(buffers={**aux.buffers, **found["buffers"]})
+        return found["loss"], aux, rows / examples
+
+    if loss_fn.differentiating and not torch.compiler.is_compiling():
+        if names:
+            given = loss_fn.differentiating, params, buffers, batch
+            return _by_autograd(*given, names, scale, shared)
+        loss, aux, _ = _evaluated(loss_fn, params, buffers, batch, names, scale)
+        return *shared(loss, aux)[:2], {}
+    with torch.no_grad():
+        full = {name: whole(w) for name, w in params.items()}
+    loss, aux, grads = _evaluated(loss_fn, full, buffers, batch, names, scale)
+    loss, aux, share = shared(loss, aux)
+    grads = {
+        name: summed(share_of(grad, share), params[name]) for name, grad in grads.items()
+    }
+    return loss, aux, grads
+
+
+def share_of(value: Tensor, share: float | Tensor) -> Tensor:
+    """Return what a rank adds to a mean: of NaN, the mean over nothing, 0."""
+    wide = value.to(torch.promote_types(value.dtype, torch.float32)) * share
+    return torch.where(share > 0, wide, 0) if isinstance(share, Tensor) else wide
+
+
 def _by_autograd(
     differentiating: Callable[..., AbstractContextManager[Any]],
     params: Params,
@@ -176,6 +236,7 @@ def _by_autograd(
     batch: Batch,
     names: Collection[str],
     scale: Tensor | None,
+    shared: Callable[[Tensor, Aux], tuple[Tensor, Aux, float | Tensor]] | None = None,
 ) -> Evaluated:
     if torch.is_inference_mode_enabled():
         raise GradientError(
@@ -187,12 +248,16 @@ def _by_autograd(
     given = leaves, buffers, own_leaves(batch)
     with torch.enable_grad(), differentiating(*given) as returned:
         loss, aux = loss_and_aux(returned, buffers)
-        if loss.requires_grad:
-            nodes = graph(loss)
+        own = loss
+        if shared is not None:
+            loss, aux, share = shared(loss.detach(), mapped(_detached, aux))
+            own = share_of(own, share)
+        if own.requires_grad:
+            nodes = graph(own)
             _require_known(nodes, leaves)
             # A reentrant checkpoint gives gradients to all that it recomputes, or to none.
             inputs = None if is_reentrant(nodes) else [*asked.values()]
-            torch.autograd.backward(loss if scale is None else loss * scale, inputs=inputs)
+            torch.autograd.backward(own if scale is None else own * scale, inputs=inputs)
     grads = {
         name: dense(leaf.grad) for name, leaf in asked.items() if leaf.grad is not None
     }
@@ -389,7 +454,8 @@ def l2_regularized(
 
 def _sum_of_squares(leaves: list[Tensor]) -> Tensor:
     wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in leaves]
-    return torch.stack([w.square().sum() for w in wide]).sum()
+    sums = [w.square().sum() for w in wide]
+    return total(sums) if tree.is_sharded(sums[0]) else torch.stack(sums).sum()
 
 
 def loss_and_aux(returned: Any, buffers: Params) -> tuple[Tensor, Aux]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from samfn import checks, tree
 from samfn.batches import length_of
+from samfn.collectives import over_parts
 from samfn.descend import Optimizer, OptState, descend
 from samfn.loss import Evaluate, LossFn, Pass, as_loss, evaluate
 from samfn.methods import sam
@@ -115,7 +116,9 @@ def sam_update(
         lr: learning rate. Both dials are numbers or 0-d tensors; inside of
             `torch.compile`, tensors change without recompiling.
         method: the one that `state` was made with; `samfn.sam()` by default. One that
-            `samfn.distributed.placed` made takes the step on all devices.
+            `samfn.distributed.placed` made takes the step on all devices. A state of
+            DTensors, as `samfn.distributed.shard` makes it, needs none: all ranks share
+            one perturbation, and m is the global batch.
 
     Returns:
         The new state, which shares no memory that training changes with the old one,
@@ -175,7 +178,7 @@ def find_nonfinite(
         loss_fn: as for `sam_update`.
         rho: as for `sam_update`.
         method: as for `sam_update`; on several devices all ranks have to call this, and
-            each is told of its own passes.
+            each is told of its own passes; of DTensors, all are told the same.
 
     Returns:
         As "pass 2: the gradient of conv.weight", or None if all of it is finite, as
@@ -189,14 +192,14 @@ def find_nonfinite(
 
     params, buffers, _, method_state, step, *_ = state
     kind = method.kind(int(step) - 1) if method.kind else None
-    weigh = as_loss(loss_fn).weigh
+    weigh = over_parts(as_loss(loss_fn).weigh, params)
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
     method.descent(noted, point, method_state)
     for number, seen in enumerate(passes, 1):
         if not seen.loss.isfinite():
             return f"pass {number}: the loss is {seen.loss.item()}"
         for name, leaf in seen.grads.items():
-            if not leaf.isfinite().all():
+            if tree.norm({name: leaf.isfinite().logical_not().float()}):
                 return f"pass {number}: the gradient of {name}"
     return None
 
@@ -212,11 +215,6 @@ def require_state(
     checks.require_trainable(state.params, state.buffers)
     as_loss(loss_fn).check(state.params, state.buffers)
     optimizer.check(state.opt_state, state.params)
-    if method.outermost != "placed" and any(map(tree.is_sharded, state.params.values())):
-        raise TypeError(
-            "params are DTensors, of which each rank holds a part: expected a method by"
-            ' samfn.distributed.placed(method, "global")'
-        )
 
 
 def take_step(
@@ -245,6 +243,7 @@ def take_step(
         weigh: what the loss of a batch is a mean over, as `Loss.weigh`.
     """
     params, buffers, opt_state, method_state, step, skipped, in_a_row = state
+    weigh = over_parts(weigh, params)
     point = Point(params, buffers, batch, rho, tuple(params), kind=kind, weigh=weigh)
     seen, new_method_state = method.descent(evaluate, point, method_state)
     new_params, new_opt_state = descend(

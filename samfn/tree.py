@@ -188,7 +188,7 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
     return torch.where(condition, new, old)
 
 
-def is_sharded(leaf: Tensor) -> bool:
+def is_sharded(leaf: Tensor | None) -> bool:
     """Return whether a tensor is a DTensor, of which each process holds a part."""
     return hasattr(leaf, "device_mesh")  # By name: importing DTensor takes a second.
 

@@ -10,8 +10,8 @@ from tests import ROOT
 
 # Files and packages, each with those below it that it may import before it.
 ORDER = {
-    "samfn": "tree nested schedules checks batches loss perturb methods descend modules"
-    " distributed step imperative storage training measure compiled",
+    "samfn": "tree nested schedules checks batches collectives loss perturb methods descend"
+    " modules distributed step imperative storage training measure compiled",
     "recipes": "errors roles terminal plots data models settings train study cifar_wrn"
     " finetune sweep label_noise arms sharpness landscape compare",
     "bench": "measure networks peers candidates cost_model cost scaling"
@@ -46,7 +46,7 @@ OWNERS = {
     "torch.optim": {"samfn/descend.py", "samfn/imperative", "samfn/modules"},
     "torch._dynamo": {"samfn/compiled", "bench/faults/trial.py"},
     "torch._inductor": {"samfn/compiled"},
-    "torch.distributed": {"samfn/distributed", "bench/scaling.py"},
+    "torch.distributed": {"samfn/collectives.py", "samfn/distributed", "bench/scaling.py"},
 }
 
 

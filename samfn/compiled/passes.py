@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from samfn.collectives import whole
 from samfn.compiled.plan import Parts
 from samfn.descend import Optimizer
 from samfn.loss import Loss, LossFn, Pass, as_loss, evaluate
@@ -55,17 +57,21 @@ class CompiledPasses:
     def _forward(self) -> Loss:
         """Return the loss function with forward and backward pass compiled."""
         if "loss" not in self._made:
-            function = as_loss(self._loss_fn).function
+            loss_fn = as_loss(self._loss_fn)
+            function = loss_fn.function
 
             def forward(params: Params, buffers: Params, batch: Batch) -> Any:
                 return function(params, buffers, batch)
 
             run = compiled(forward, self._options)
 
-            def differentiating(*given: Any) -> AbstractContextManager[Any]:
-                return nullcontext(run(*given))
+            def differentiating(params: Params, *given: Any) -> AbstractContextManager[Any]:
+                full = {name: whole(w) for name, w in params.items()}
+                return nullcontext(run(full, *given))
 
-            self._made["loss"] = Loss(run, differentiating=differentiating)
+            self._made["loss"] = replace(
+                loss_fn, function=run, differentiating=differentiating
+            )
         found: Loss = self._made["loss"]
         return found
 

@@ -10,9 +10,9 @@ share a perturbation is a property of the method, which `placed` gives it:
     "global"       all ranks, from all batches    two all-reduces
 
 Whether ranks hold the whole state is a property of the state: `shard` makes it one of
-DTensors. A step then gathers each parameter and scatters its gradient in each of its two
-passes, and adds small sums, as for norms. Nothing of this happens inside of the function
-that is differentiated.
+DTensors, which a step takes with no placement. All ranks share a perturbation then. Each
+pass gathers a parameter where it is used, and reduces and scatters its gradient; see
+`samfn.evaluate`.
 """
 
 from samfn.distributed.batch_norm import synchronised, total

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from samfn.distributed.collectives import all_reduce
+from samfn.collectives import all_reduce
 from samfn.distributed.group import everyone, size
 
 

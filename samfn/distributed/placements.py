@@ -7,9 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samfn import tree
-from samfn.distributed.collectives import changed, mean
+from samfn.collectives import changed, mean, over_ranks
 from samfn.distributed.group import everyone, size
-from samfn.distributed.shards import on_parts, require_all_ranks
 from samfn.loss import Evaluate, Pass
 from samfn.methods.base import Descended, Descent, Method, MethodState, Point
 from samfn.tree import Batch, Params
@@ -45,7 +44,8 @@ def placed(method: Method, placement: str = "replica") -> Method:
     """Return the method on several devices: all ranks take its steps, on their batches.
 
     "replica" finds a perturbation on each rank, "group:n" one for n ranks, "global" one
-    for all. A state whose parameters are DTensors, as `shard` makes them, has one for all.
+    for all. A state whose parameters are DTensors, as `shard` makes them, has one for all
+    without any placement.
 
     Gradients and losses are means over all examples, so that ranks may have batches of
     different lengths; so are all metrics, but the outputs. BatchNorm normalises by each
@@ -77,18 +77,18 @@ def placed(method: Method, placement: str = "replica") -> Method:
     inner, outer, alone = group.group_name, world.group_name, count < size()
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        shared = point
         if any(map(tree.is_sharded, point.params.values())):
             if alone:
                 raise ValueError(
-                    "a sharded state has one perturbation for all ranks: expected the"
-                    f' placement "global", got {placement!r}'
+                    "a sharded state has one perturbation for all ranks, and needs no"
+                    f" placement: leave it out, got {placement!r}"
                 )
-            for leaf in point.params.values():
-                require_all_ranks(getattr(leaf, "device_mesh", None), count)
-            evaluate = on_parts(evaluate, outer, point.weigh)
         elif count > 1:
             evaluate = _on_all(evaluate, inner, point.weigh)
-        seen, new = method.descent(evaluate, point, memory)
+            together = over_ranks(point.weigh, inner, point.params)
+            shared = point._replace(weigh=together)
+        seen, new = method.descent(evaluate, shared, memory)
         if not alone:
             return seen, new
         return _mean_descent(seen, new, point, memory, outer)

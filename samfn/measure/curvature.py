@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,14 +15,17 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from samfn import checks, tree
+from samfn.collectives import over_parts, summed, whole
 from samfn.loss import (
     GradientError,
+    Loss,
     LossFn,
     as_loss,
     dense,
     explained,
     loss_and_aux,
     own_leaves,
+    share_of,
 )
 from samfn.tree import Batch, Params
 
@@ -154,10 +157,19 @@ def hessian_product(
     loss_fn = as_loss(loss_fn)
     with twice_differentiable():
         if loss_fn.differentiating:
-            return _product_by_autograd(
-                loss_fn.differentiating, params, buffers, batch, direction
-            )
-        return _product_by_func(loss_fn.function, params, buffers, batch, direction)
+            return _product_by_autograd(loss_fn, params, buffers, batch, direction)
+        full = {name: whole(w) for name, w in params.items()}
+        way = {name: whole(v) for name, v in direction.items()}
+        product = _product_by_func(loss_fn.function, full, buffers, batch, way)
+    if not any(map(tree.is_sharded, params.values())):
+        return product
+    share = _share(loss_fn, params, batch)
+    return {name: summed(share_of(v, share), params[name]) for name, v in product.items()}
+
+
+def _share(loss_fn: Loss, params: Params, batch: Batch) -> float | Tensor:
+    """Return the share of the rank's batch in those of all that have parts of `params`."""
+    return loss_fn.weigh(batch) / over_parts(loss_fn.weigh, params)(batch)
 
 
 def _product_by_func(
@@ -175,7 +187,7 @@ def _product_by_func(
 
 
 def _product_by_autograd(
-    differentiating: Callable[..., AbstractContextManager[Any]],
+    loss_fn: Loss,
     params: Params,
     buffers: Params,
     batch: Batch,
@@ -184,8 +196,11 @@ def _product_by_autograd(
     leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     inputs = list(leaves.values())
     given: Any = leaves, buffers, own_leaves(batch)
+    differentiating: Any = loss_fn.differentiating
     with torch.enable_grad(), differentiating(*given, twice=True) as returned:
         loss, _ = loss_and_aux(returned, buffers)
+        if any(map(tree.is_sharded, inputs)):
+            loss = share_of(loss, _share(loss_fn, params, batch))
         if not loss.requires_grad:
             raise GradientError(f"the loss depends on none of {checks.some([*params])}")
         slopes = torch.autograd.grad(

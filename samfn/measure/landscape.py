@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from samfn import checks, tree
 from samfn.batches import repeatable
+from samfn.collectives import over_parts, placed_as, sum_over_parts
 from samfn.loss import LossFn, as_loss, evaluate
 from samfn.measure.objective import Objective
 from samfn.perturb import rate
@@ -81,7 +82,7 @@ def filter_normalised(
         github.com/tomgoldstein/loss-landscape, net_plotter.py with "biasbn". ml-cvnets:
         loss_landscape/landscape_utils.py.
     """
-    checks.require_tensors("params", params)
+    checks.require_tensors("params", params, sharded=True)
     if generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
     drawn = {
@@ -267,7 +268,8 @@ def _move(
     point: Sequence[float],
 ) -> None:
     """Write w + a d1 + b d2 into `moved`."""
-    torch._foreach_copy_(list(moved.values()), [start[name] for name in moved])
+    for name, leaf in moved.items():  # torch._foreach_copy_ takes no DTensors.
+        leaf.copy_(start[name])
     for direction, a in zip(directions, point, strict=True):
         leaves = [moved[name] for name in direction]
         torch._foreach_add_(leaves, list(direction.values()), alpha=a)
@@ -279,10 +281,11 @@ def _means(
     """Return the mean loss of all examples, and the accuracy in percent."""
     weights, losses, right = [], [], []
     known = as_loss(loss_fn)
+    weigh = over_parts(known.weigh, params)
     for batch in batches:
         seen = evaluate(loss_fn, params, buffers, batch, wrt=())
         whole = torch.ones_like(seen.loss, dtype=torch.float64)
-        weights.append(whole * known.weigh(batch))
+        weights.append(whole * weigh(batch))
         losses.append(seen.loss)
         right.append(_count_right(batch, seen.outputs, known.counts(batch)))
     _require_some(len(losses))
@@ -294,7 +297,7 @@ def _means(
     found = [pair for pair in right if pair is not None]
     if len(found) < len(right):
         return loss, None
-    number, examples = torch.stack(found).sum(0).tolist()
+    number, examples = sum_over_parts(torch.stack(found).sum(0), params).tolist()
     return loss, 100 * number / examples
 
 
@@ -329,7 +332,7 @@ def _shaped(found: list[tuple[float, float | None]], shape: list[int]) -> Evalua
 def _as_long_as(w: Tensor, drawn: Tensor, over: Sequence[int] | None) -> Tensor:
     """Return what was drawn with the lengths of w, on its device, in its layout."""
     wide = torch.promote_types(w.dtype, torch.float32)
-    drawn = torch.empty_like(w, dtype=wide).copy_(drawn)
+    drawn = torch.empty_like(w, dtype=wide).copy_(placed_as(drawn, w))
     dims = tuple(over or range(1, w.ndim))
     length, wanted = (
         torch.linalg.vector_norm(leaf, dim=dims, keepdim=True, dtype=wide)
@@ -360,7 +363,7 @@ def _require_solution(params: Params, buffers: Params, loss_fn: LossFn) -> None:
 
 
 def _require_direction(start: Params, direction: Params) -> None:
-    checks.require_tensors("a direction", direction)
+    checks.require_tensors("a direction", direction, sharded=True)
     if not direction or direction.keys() - start.keys():
         unknown = sorted(direction.keys() - start.keys())
         raise ValueError(f"a direction must name params or buffers, got {unknown}")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from samfn import checks, tree
 from samfn.batches import cut, length_of, repeatable
+from samfn.collectives import over_parts
 from samfn.loss import LossFn, as_loss, evaluate
 from samfn.measure.curvature import hessian_product
 from samfn.tree import Batch, Params
@@ -26,6 +27,9 @@ class Objective:
     Every call goes through all batches, in their order, and what the loss function does to
     its buffers is dropped. With `supervised(model, criterion)`, call `model.eval()` first,
     or the statistics of each batch are part of its loss, as in training.
+
+    At DTensors, all ranks go through as many batches, each its own, and the mean is over
+    the examples of all.
 
     Args:
         loss_fn: (params, buffers, batch) -> the mean loss of a batch, as for `sam_update`.
@@ -46,10 +50,9 @@ class Objective:
         """How many batches there are; 0 where that is not known."""
         return len(self._batches) if isinstance(self._batches, Sized) else 0
 
-    @property
-    def examples(self) -> int:
-        """How many examples there are in all batches."""
-        return sum(map(length_of, self._batches))
+    def examples(self, params: Params) -> int:
+        """Return how many examples all batches have; of DTensors, those of all ranks."""
+        return int(sum(map(over_parts(length_of, params), self._batches)))
 
     def each(self) -> Iterator["Objective"]:
         """Yield the loss on each of the batches alone."""
@@ -68,7 +71,7 @@ class Objective:
         def of_batch(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return evaluate(self._loss_fn, params, self._buffers, batch, wrt=()).loss, {}
 
-        return self._mean(of_batch)[0]
+        return self._mean(of_batch, params)[0]
 
     def gradient(self, params: Params) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L(w), float64, shape (), and its gradient, as `params`."""
@@ -77,7 +80,7 @@ class Objective:
             seen = evaluate(self._loss_fn, params, self._buffers, batch)
             return seen.loss, seen.grads
 
-        return self._mean(of_batch)
+        return self._mean(of_batch, params)
 
     def product(self, params: Params, direction: Params) -> dict[str, Tensor]:
         """Return H v, H the matrix of second derivatives at w; as `params`.
@@ -90,11 +93,14 @@ class Objective:
             given = self._loss_fn, params, self._buffers, batch
             return torch.zeros(()), hessian_product(*given, direction)
 
-        return self._mean(of_batch)[1]
+        return self._mean(of_batch, params)[1]
 
     def _mean(
-        self, of_batch: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+        self,
+        of_batch: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]],
+        params: Params,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        weigh = over_parts(as_loss(self._loss_fn).weigh, params)
         total, count = torch.zeros((), dtype=torch.float64), 0.0
         sums: dict[str, Tensor] = {}
         batches = 0
@@ -102,7 +108,7 @@ class Objective:
             batches += 1
             value, leaves = of_batch(batch)
             # A number, as everything here waits for the values of each batch anyway.
-            length = float(as_loss(self._loss_fn).weigh(batch))
+            length = float(weigh(batch))
             if not length:  # The mean over nothing is NaN.
                 continue
             total = total.to(value.device) + length * value.double()

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from samfn import checks, tree
+from samfn.collectives import placed_as
 from samfn.measure.objective import GRADIENT, LOSS, PRODUCT, Objective
 from samfn.perturb import rate
 from samfn.tree import Params
@@ -124,7 +125,7 @@ def m_sharpness(
         objective: L, whose batches are cut into groups in their order; what is left of a
             batch counts as much as it has examples.
         params: w.
-        m: examples in a group.
+        m: examples in a group; at DTensors, those of each rank in it.
         rho: radius, as for `worst_case`.
         steps: as for `worst_case`.
         metric: as for `worst_case`.
@@ -142,7 +143,7 @@ def m_sharpness(
         for group in batch.groups(m):
             seen = worst_case(group, params, rho=rho, steps=steps, metric=metric)
             found.append(seen.increase)
-            sizes.append(group.examples)
+            sizes.append(group.examples(params))
         progress(done, objective.number)
     return _mean(found, sizes, cost=steps + LOSS)
 
@@ -228,7 +229,7 @@ def hessian_eigenvalues(
 
     Args:
         objective: L; its loss function must be twice differentiable.
-        params: w.
+        params: w; no DTensors.
         count: eigenvalues.
         iterations: at most; each holds one more vector as large as the parameters.
         tolerance: share of the largest value. Stop when every error is at most so large,
@@ -244,6 +245,7 @@ def hessian_eigenvalues(
         with H is not finite, all are NaN. It costs three gradients an iteration.
 
     Raises:
+        TypeError: `params` are DTensors.
         ValueError: `count` is above `iterations`.
 
     Source:
@@ -255,6 +257,7 @@ def hessian_eigenvalues(
         spectrum's width with probability at most 1.648 sqrt(n) exp(-(2 k - 1) sqrt(s))
         (Kuczynski and Wozniakowski, 1992, the same journal, 13(4)).
     """
+    checks.require_tensors("params", params)
     checks.require_count("count", count)
     checks.require_count("iterations", iterations, least=count)
     size = sum(w.numel() for w in params.values())
@@ -358,7 +361,7 @@ def gradient_noise(
     length = float(tree.norm(mean)) ** 2
     apart, along = [], []
     for batch in objective.each():
-        if batch.examples == size:
+        if batch.examples(params) == size:
             grads = batch.gradient(params)[1]
             apart.append(float(tree.norm(tree.subtract(grads, mean))) ** 2)
             along.append(float(tree.dot(grads, mean)))
@@ -379,8 +382,8 @@ def _mean_gradient(
     total: dict[str, Tensor] = {}
     size = count = 0
     for batch in objective.each():
-        size = size or batch.examples
-        if batch.examples == size:
+        size = size or batch.examples(params)
+        if batch.examples(params) == size:
             grads = batch.gradient(params)[1]
             total = tree.add(total, grads) if total else grads
             count += 1
@@ -406,9 +409,12 @@ def _normal(params: Params, generator: Generator | None) -> dict[str, Tensor]:
     """Draw normal entries where the generator is, so that its device decides on them."""
     where = generator.device if generator is not None else None
     return {
-        name: torch.randn(
-            w.shape, generator=generator, device=where or w.device, dtype=w.dtype
-        ).to(w.device)
+        name: placed_as(
+            torch.randn(
+                w.shape, generator=generator, device=where or w.device, dtype=w.dtype
+            ).to(w.device),
+            w,
+        )
         for name, w in params.items()
     }
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from samfn import checks, tree
 from samfn.batches import length_of
+from samfn.collectives import placed_as
 from samfn.loss import Evaluate, Pass
 from samfn.methods.base import (
     Combined,
@@ -326,7 +327,7 @@ def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:
         if beta == 1:
             return perturb(params, grads, rho)
         way = tree.subtract(perturb(params, grads, rho), params)
-        chosen = {n: torch.bernoulli(torch.full_like(w, beta)) for n, w in params.items()}
+        chosen = {n: placed_as(_coins(w, beta), w) for n, w in params.items()}
         return tree.add_scaled(params, 1 / beta, tree.multiply(chosen, way))
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
@@ -421,6 +422,15 @@ def _averaged(memory: MethodState, grads: Params, share: float) -> MethodState:
     old = memory["begun"] * (1 - share)
     mean = tree.add(tree.scale(memory["mean"], old), tree.scale(grads, 1 - old))
     return {"mean": mean, "begun": torch.ones_like(memory["begun"])}
+
+
+def _coins(like: Tensor, share: float) -> Tensor:
+    """Draw ones, of which that share is expected, and zeros."""
+    if not tree.is_sharded(like):
+        return torch.bernoulli(torch.full_like(like, share))
+    return torch.bernoulli(
+        torch.full(like.shape, share, dtype=like.dtype, device=like.device)
+    )
 
 
 def _losses(seen: Pass) -> Tensor:

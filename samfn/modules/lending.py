@@ -153,7 +153,7 @@ class Lender:
             # does one of evaluation, whose caches would be read at other parameters.
             dry = any(isinstance(tensor, FakeTensor) for tensor in given.values())
             if dry or not self._kept[0].module.training:
-                keeping = _as_they_are([kept.module for kept in self._kept])
+                keeping = _as_they_are(self.modules())
         whole = False
         self.put(given)
         try:
@@ -169,6 +169,10 @@ class Lender:
                         kept.put_back()
             for place in self.places:
                 place.put(place.own)
+
+    def modules(self) -> list[nn.Module]:
+        """Return the modules of the model."""
+        return [kept.module for kept in self._kept]
 
     def put(self, given: Params) -> None:
         """Let the model hold those of the tensors that are given."""
@@ -350,7 +354,7 @@ class _Kept(NamedTuple):
 
 
 def _missing(held: dict[str, Any]) -> list[bool]:
-    return [value is None for value in held.values()]
+    return [value is None for value in dict.values(held)]
 
 
 def _waits_for_others(hook: Any) -> bool:

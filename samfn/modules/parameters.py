@@ -11,7 +11,7 @@ from torch.optim.swa_utils import update_bn
 
 from samfn import checks
 from samfn.modules.memory import sharing
-from samfn.tree import Params
+from samfn.tree import Params, is_sharded
 
 # By name: importing FSDP takes a second.
 WRAPPERS = {
@@ -202,6 +202,13 @@ def require_plain(model: nn.Module) -> None:
             raise TypeError(
                 f"expected a plain module, got {found[0]}{where}: pass what it wraps;"
                 " samfn.distributed spreads a step over several devices"
+            )
+    for name, tensor in model.named_parameters():
+        if is_sharded(tensor):
+            raise TypeError(
+                f"expected a plain module, got one whose {name} is a DTensor, as of"
+                " parallelize_module: pass the module before that, and what"
+                " samfn.distributed.shard makes of its parameters"
             )
 
 

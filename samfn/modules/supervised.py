@@ -14,7 +14,10 @@ from samfn import checks
 from samfn.batches import pair_of
 from samfn.loss import Aux, Loss, graph, is_reentrant
 from samfn.modules import weighing
+from samfn.modules.gathering import Gathering
 from samfn.modules.lending import (
+    WRITES,
+    ImpureError,
     Lender,
     ReadOnly,
     changes_gradients,
@@ -22,7 +25,7 @@ from samfn.modules.lending import (
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
 from samfn.nested import inside
-from samfn.tree import Batch, Params
+from samfn.tree import Batch, Params, is_sharded
 
 RECOMPUTES = (
     "this model computes parts of its forward pass again during the backward pass (gradient"
@@ -52,9 +55,11 @@ class _Supervised:
         model: nn.Module,
         criterion: Callable[[Any, Any], Tensor],
         dtype: torch.dtype | None,
+        reshard_after_forward: bool,
     ) -> None:
         require_plain(model)
         self._model, self._criterion, self._dtype = model, criterion, dtype
+        self._reshards = reshard_after_forward
         self.users = criterion, model
         self._take_note()
         # By the modes in which a forward pass was watched.
@@ -162,7 +167,11 @@ class _Supervised:
             raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
         fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
         pair, others = _apart(pair_of(batch))
-        with self._lender.holding({**params, **buffers, **lent, **fresh}):
+        given = {**params, **buffers, **lent, **fresh}
+        parts = {}
+        if is_sharded(next(iter(lent.values()), None)):
+            parts = {name: w for name, w in lent.items() if is_sharded(w)}
+        with self._lender.holding(given), self._gathering(parts, leaves) as again:
             # Inside of torch.func there is no memory to be watched.
             if compiling or any(map(is_functorch_wrapped_tensor, lent.values())):
                 found = self._run(buffers, pair)
@@ -170,11 +179,36 @@ class _Supervised:
                 hidden = {
                     type(x).__name__: [*filter(is_watchable, inside(x))] for x in others
                 }
-                given = params, buffers, pair[1]
-                with self._reading(*given) as told, self._lender.reading(lent, hidden):
+                plain = {n: w for n, w in lent.items() if n not in parts} if parts else lent
+                watching = self._reading(params, buffers, pair[1])
+                with watching as told, self._lender.reading(plain, hidden), again:
                     found = self._run(buffers, pair)
                     told.append(found)
             yield found
+
+    @contextmanager
+    def _gathering(
+        self, parts: Params, leaves: bool
+    ) -> Iterator[AbstractContextManager[Any]]:
+        """Let the model read DTensors as whole tensors; give a context for its forward."""
+        if not parts:
+            yield nullcontext()
+            return
+        names = {id(w): name for name, w in parts.items()}
+
+        def dress(full: Tensor, leaf: Tensor) -> Tensor:
+            own = self._lender.parameters[names[id(leaf)]]
+            if not (torch.is_grad_enabled() or leaves):
+                full.requires_grad_(own.requires_grad)
+            return _dressed(full, own)
+
+        def written(leaf: Tensor) -> None:
+            raise ImpureError(WRITES.format(names[id(leaf)]))
+
+        gathering = Gathering(dress, written)
+        again = gathering.gathering_again() if leaves and self._reshards else nullcontext()
+        with gathering.in_modules(self._lender.modules()):
+            yield again
 
     def _run(self, buffers: Params, pair: tuple[Any, Any]) -> tuple[Tensor, Aux]:
         inputs, targets = pair  # copies, and so are the buffers that it may write to
@@ -217,17 +251,22 @@ class _Supervised:
         lent: dict[str, Tensor] = {}
         for name, own in self._lender.parameters.items():
             given = params[name] if name in params else buffers[name]
+            if is_sharded(given):
+                lent[name] = given
+                continue
             if given.requires_grad:
                 new = given if leaves else given.view_as(given)
             else:
                 new = given.detach()
                 if not torch.is_grad_enabled() and not leaves:
                     new.requires_grad_(own.requires_grad)
-            vars(new).update(vars(own))
-            if isinstance(own, nn.Parameter):
-                cast(Any, new)._is_param = True  # isinstance of a Parameter asks for it.
-            lent[name] = new
+            lent[name] = _dressed(new, own)
         for name, hooks in self._hooks.items():
+            if is_sharded(lent[name]):
+                raise ValueError(
+                    f"the parameter {name} has a hook for its gradient, of which each rank"
+                    " has a part: expected none with DTensors"
+                )
             if lent[name].requires_grad and torch.is_grad_enabled():
                 hooked = lent[name].view_as(lent[name])
                 for hook in hooks:
@@ -259,6 +298,7 @@ def supervised(
     *,
     dtype: torch.dtype | None = None,
     weigh: Callable[[Batch], int | Tensor] | None = None,
+    reshard_after_forward: bool = True,
 ) -> Loss:
     """Turn a model and a criterion into a pure loss function.
 
@@ -285,6 +325,10 @@ def supervised(
             are, and of those in a function by what its first pass computes; where that
             cannot be told from a batch, to average is an error. Of any other loss it is
             the number of examples, so say it of one that has a mask of its own.
+        reshard_after_forward: where parameters are DTensors, each is gathered as its module
+            reads it, and released after; for the backward pass it is gathered again, as by
+            `fully_shard`. False keeps it until then: less to send, more memory. A compiled
+            step keeps it.
 
     Raises:
         TypeError: `model` is wrapped for several devices, or a script.
@@ -302,7 +346,7 @@ def supervised(
                 f"the criterion has parameters of its own, {checks.some(learnt)}, that no"
                 " step would train: put them into the model, or let them not require grad"
             )
-    made = _Supervised(model, criterion, dtype)
+    made = _Supervised(model, criterion, dtype, reshard_after_forward)
     known = weighing.of_criterion(criterion) or made
     return Loss(
         made.function,
@@ -323,6 +367,14 @@ def _apart(pair: tuple[Any, Any]) -> tuple[tuple[Any, Any], list[Any]]:
     copies = [x.clone() if isinstance(x, Tensor) else x for x in given]
     others = [x for x in given if not isinstance(x, Tensor)]
     return pytree.tree_unflatten(copies, structure), others
+
+
+def _dressed(new: Tensor, own: Tensor) -> Tensor:
+    """Return a tensor with the attributes of the model's own."""
+    vars(new).update(vars(own))
+    if isinstance(own, nn.Parameter):
+        cast(Any, new)._is_param = True  # isinstance of a Parameter asks for it.
+    return new
 
 
 def _copied(tensor: Tensor) -> Tensor:

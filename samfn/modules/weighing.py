@@ -165,8 +165,8 @@ def of_criterion(criterion: Any) -> Weighing | None:
     while isinstance(criterion, partial) and not criterion.args:
         given, criterion = {**criterion.keywords, **given}, criterion.func
     if type(criterion) in (nn.CrossEntropyLoss, nn.NLLLoss):
-        # Its attributes may be set anew.
-        return of_classes(lambda: {**vars(criterion), "weight": criterion.weight})
+        known = "ignore_index", "reduction", "weight"  # They may be set anew.
+        return of_classes(lambda: {key: getattr(criterion, key) for key in known})
     if criterion in (nn.functional.cross_entropy, nn.functional.nll_loss):
         return of_classes(lambda: given)
     if getattr(criterion, "__module__", None) not in LOSSES:

@@ -93,6 +93,8 @@ def test_a_sharded_state_falls_with_the_ranks_and_its_step_to_what_a_pass_needs(
         assert sharded.state == 12e9 / ranks
         assert whole == memory(network, "replica", 64)
         assert sharded.step == pytest.approx(8e9 + 24e9 / ranks)
+        several = memory(replace(network, tensors=100), "sharded", ranks)
+        assert several.step == pytest.approx(8e7 + 24e9 / ranks)
 
 
 def sent_in(placement, machine, ranks):
@@ -126,8 +128,8 @@ def exchanged(method):
     found = {}
     for name in PLACEMENTS:
         own = distributed.shard(params) if name == "sharded" else params
-        over = "global" if name == "sharded" else name
-        how = {"optimizer": samfn.sgd(), "method": distributed.placed(method, over)}
+        own_method = method if name == "sharded" else distributed.placed(method, name)
+        how = {"optimizer": samfn.sgd(), "method": own_method}
         state = samfn.init(own, buffers, **how)
         with Sent() as sent:
             samfn.sam_update(state, batch, **how, loss_fn=loss_fn, lr=0.1)
@@ -170,6 +172,9 @@ def test_the_messages_are_those_that_a_step_sends():
             exact = sorted((name, size) for name, size, _ in sent)
             if placement == "sharded":  # The model knows of tensors of equal sizes.
                 exact, expected = by_operation(exact), by_operation(expected)
+                gathers = exact.pop("all_gather_into_tensor")[0]
+                most = expected.pop("all_gather_into_tensor")[0]
+                assert most / 2 < gathers <= most
             assert exact == expected
             groups = {message.ranks for message in model}
             assert len({group for *_, group in sent}) == len(groups)

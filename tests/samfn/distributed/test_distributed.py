@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils import _pytree as pytree
 
@@ -80,7 +81,7 @@ def own(batch):
 def placed(method, placement, params):
     """Return the method and the parameters on all ranks."""
     if placement == "sharded":
-        return distributed.placed(method, "global"), distributed.shard(params)
+        return method, distributed.shard(params)
     return distributed.placed(method, placement), params
 
 
@@ -376,6 +377,8 @@ def test_a_rank_that_is_not_finite_makes_all_skip(placement):
             for name, leaf in getattr(old, field).items():
                 assert torch.equal(leaf, getattr(new, field)[name]), name
     assert found[1][3] == "pass 1: the loss is nan"  # On the rank that has it.
+    if placement == "sharded":
+        assert found[0][3] == found[1][3]
 
 
 def counted(placement):
@@ -411,9 +414,10 @@ def test_a_step_communicates_as_often_as_is_said(placement, expected):
         assert found == expected
 
 
-def test_a_sharded_step_gathers_and_scatters_each_parameter_twice():
+def test_a_sharded_step_scatters_each_gradient_in_each_of_two_passes():
     for found, parameters in on_ranks(2, counted, "sharded"):
-        assert found["all_gather_into_tensor"] == 2 * parameters
+        # All but the two biases are gathered again for the backward pass.
+        assert found["all_gather_into_tensor"] == 2 * (parameters + 3)
         assert found["reduce_scatter_tensor"] == 2 * parameters
 
 
@@ -493,12 +497,12 @@ def sharded_on_some():
     with pytest.raises(ValueError, match="a mesh of all 4 ranks, got one of 2"):
         distributed.shard(params, mesh)
     cut = {name: distribute_tensor(w, mesh, [Shard(0)]) for name, w in params.items()}
-    optimizer, method = samfn.sgd(), distributed.placed(samfn.sam(), "global")
-    state = samfn.init(cut, buffers, optimizer=optimizer, method=method)
+    optimizer = samfn.sgd()
+    state = samfn.init(cut, buffers, optimizer=optimizer)
     given = {"loss_fn": samfn.supervised(model, criterion), "optimizer": optimizer}
     batch = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="a mesh of all 4 ranks, got one of 2"):
-        samfn.sam_update(state, batch, **given, method=method, lr=0.1)
+        samfn.sam_update(state, batch, **given, lr=0.1)
 
 
 def test_a_state_that_is_cut_over_some_of_the_ranks_is_refused():
@@ -718,14 +722,13 @@ def wrapped():
     """On a rank: what samfn says to the wrappers of torch.distributed."""
     model, messages = network(False), []
     sharded = fully_shard(nn.Linear(3, 3), mesh=init_device_mesh("cpu", (1,)))
-    parts = {"w": distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))}
-    given = {"loss_fn": lambda params, buffers, batch: 0, "optimizer": samfn.sgd()}
-    state = samfn.init(parts, {}, optimizer=given["optimizer"])
+    mesh = init_device_mesh("cpu", (1,))
+    parallel = parallelize_module(nn.Linear(3, 3), mesh, ColwiseParallel())
     for attempt in (
         lambda: samfn.split(nn.parallel.DistributedDataParallel(model)),
         lambda: samfn.supervised(nn.Sequential(nn.DataParallel(model)), criterion),
         lambda: samfn.split(sharded),
-        lambda: samfn.sam_update(state, None, **given, lr=0.1),
+        lambda: samfn.split(parallel),
     ):
         try:
             attempt()
@@ -739,7 +742,7 @@ def test_wrappers_are_refused_with_the_right_way():
     assert len(messages) == 4
     for message, name in zip(
         messages,
-        ("DistributedDataParallel", "DataParallel at 0", "FSDPModule", "DTensor"),
+        ("DistributedDataParallel", "DataParallel at 0", "FSDPModule", "a DTensor"),
         strict=True,
     ):
         assert name in message
@@ -773,8 +776,8 @@ def test_a_placement_goes_around_everything_and_a_sharded_state_is_global():
             "the method is placed already",
             "every goes inside of placed",
             "watched goes inside of placed",
-            "a sharded state has one perturbation for all ranks: expected the placement"
-            " \"global\", got 'replica'",
+            "a sharded state has one perturbation for all ranks, and needs no placement:"
+            " leave it out, got 'replica'",
         ]
 
 

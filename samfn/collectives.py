@@ -1,18 +1,19 @@
-"""What ranks exchange in a step: sums and means, of many tensors in one message.
+"""What ranks exchange in a step: means of many tensors, and the parts of one tensor.
 
 The collectives are PyTorch's functional ones: they return new tensors, and graphs hold
 them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn.tree import Params
+from samfn.tree import Batch, Params, is_sharded
 
 _OPERATIONS = torch.ops._c10d_functional
 
@@ -135,3 +136,126 @@ def _done(begun: Tensor) -> Tensor:
     """Wait for a collective; a compiled graph does so where it needs the values."""
     done: Tensor = _OPERATIONS.wait_tensor(begun)
     return done
+
+
+def over_ranks(
+    weigh: Callable[[Batch], int | Tensor], group: str, params: Params
+) -> Callable[[Batch], int | Tensor]:
+    """Return what weighs the batches of all ranks of a group together."""
+
+    def of_all(batch: Batch) -> Tensor:
+        device, dtype = next(iter(params.values())).device, _wide(params.values())
+        rows = weigh(batch)
+        own = rows if isinstance(rows, Tensor) else torch.tensor(rows)
+        return all_reduce(own.to(device, dtype), group)
+
+    return of_all
+
+
+def over_parts(
+    weigh: Callable[[Batch], int | Tensor], params: Params
+) -> Callable[[Batch], int | Tensor]:
+    """Return what weighs a batch: that of all ranks, where they have parts of `params`."""
+    if not is_sharded(next(iter(params.values()))):
+        return weigh
+    return over_ranks(weigh, all_ranks(params), params)
+
+
+def sum_over_parts(values: Tensor, params: Params) -> Tensor:
+    """Return what ranks have counted: summed where they have parts of `params`."""
+    sharded = is_sharded(next(iter(params.values())))
+    return all_reduce(values, all_ranks(params)) if sharded else values
+
+
+def placed_as(full: Tensor, like: Tensor) -> Tensor:
+    """Return a plain tensor, where `like` is a DTensor the first rank's, placed as it."""
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    parts: Any = like
+    return distribute_tensor(full, parts.device_mesh, parts.placements)
+
+
+def whole(leaf: Tensor) -> Tensor:
+    """Return a tensor as a plain one; of a DTensor, the ranks' parts together.
+
+    Its gradient is the sum of the ranks' gradients, of which each rank keeps its part: that
+    of a sum of losses, one on each rank.
+    """
+    apply: Any = _Whole.apply
+    return apply(leaf) if is_sharded(leaf) else leaf
+
+
+def summed(full: Tensor, like: Tensor) -> Tensor:
+    """Return the sum over the ranks of tensors, placed as the DTensor `like`."""
+    from torch.distributed.tensor import DTensor, Partial  # takes a second
+
+    parts: Any = like
+    mesh = parts.device_mesh
+    # Half precision loses what it adds up.
+    wide = full.to(torch.promote_types(full.dtype, torch.float32)).contiguous()
+    terms = DTensor.from_local(wide, mesh, [Partial()] * mesh.ndim, run_check=False)
+    return terms.redistribute(mesh, parts.placements).to(full.dtype)
+
+
+def total(sums: list[Any]) -> Tensor:
+    """Return the sum of DTensors, shape (), as a plain one that is the same on all ranks.
+
+    Its gradient is the sum of the ranks' gradients, as for `whole`.
+    """
+    from torch.distributed.tensor import Partial
+
+    found = sum(sums[1:], sums[0])
+    added: Tensor = found.full_tensor(grad_placements=[Partial()] * found.device_mesh.ndim)
+    return added
+
+
+class _Whole(torch.autograd.Function):
+    """A DTensor made whole; adjoint to `_Summed`, so that it has all derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Any) -> Tensor:
+        ctx.like = leaf.detach()
+        found: Tensor = leaf.full_tensor()
+        return found.view_as(found)  # It may be the part itself, which has no history.
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Summed.apply(grad, ctx.like)
+
+
+class _Summed(torch.autograd.Function):
+    """Tensors of the ranks summed up, and cut; adjoint to `_Whole`."""
+
+    @staticmethod
+    def forward(ctx: Any, full: Tensor, like: Tensor) -> Tensor:
+        return summed(full, like)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return whole(grad), None
+
+
+def all_ranks(params: Params) -> str:
+    """Return the name of the group of the ranks, all of which have parts of `params`.
+
+    Raises:
+        ValueError: they are not over all ranks.
+    """
+    for leaf in params.values():
+        require_all_ranks(getattr(leaf, "device_mesh", None))
+    group: Any = dist.group.WORLD
+    return str(group.group_name)
+
+
+def require_all_ranks(mesh: Any) -> None:
+    """Raise unless a mesh has all ranks, over whose batches gradients are means.
+
+    Raises:
+        ValueError: it has others, or there is none.
+    """
+    count = dist.get_world_size()
+    if mesh is None or mesh.size() != count:
+        came = "a tensor without a mesh" if mesh is None else f"one of {mesh.size()}"
+        raise ValueError(f"expected a mesh of all {count} ranks, got {came}")

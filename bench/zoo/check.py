@@ -16,6 +16,7 @@ from samfn.loss import evaluate
 from samfn.measure.curvature import hessian_product
 
 RHO, LR, STEPS = 0.1, 0.1, 3
+BACKEND = "inductor"
 # Relative to how far training went; to the product itself for that with the Hessian.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}
 # Of a network that computes some of it in float32, as norms do, a graph rounds otherwise.
@@ -150,7 +151,7 @@ def functional(
     if compiled:
         # Otherwise graphs draw other random numbers than PyTorch does.
         torch._inductor.config.fallback_random = True
-        step = samfn.compile_update(**given)
+        step = samfn.compile_update(**given, backend=BACKEND)
     losses, outputs = [], None
     for number in range(STEPS):
         torch.manual_seed(number)

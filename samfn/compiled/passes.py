@@ -16,18 +16,16 @@ from samfn.loss import Loss, LossFn, Pass, as_loss, evaluate
 from samfn.tree import Batch, Params
 
 
-def compiled(function: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+def compiled(function: Callable[..., Any], how: Mapping[str, Any]) -> Any:
     """Return a function as one graph for each shape of its arguments."""
-    return torch.compile(
-        _with_own_code(function), fullgraph=True, dynamic=False, options=dict(options)
-    )
+    return torch.compile(_with_own_code(function), fullgraph=True, dynamic=False, **how)
 
 
 class CompiledPasses:
     """A loss function, compiled once for each set of parameters that it is derived by."""
 
-    def __init__(self, loss_fn: LossFn, options: Mapping[str, Any], plan: Parts) -> None:
-        self._loss_fn, self._options, self.plan = loss_fn, options, plan
+    def __init__(self, loss_fn: LossFn, how: Mapping[str, Any], plan: Parts) -> None:
+        self._loss_fn, self._how, self.plan = loss_fn, how, plan
         self._made: dict[Any, Any] = {}
 
     def __call__(
@@ -50,7 +48,7 @@ class CompiledPasses:
             ) -> Pass:
                 return evaluate(self._loss_fn, params, buffers, batch, wrt=key, scale=scale)
 
-            self._made[key] = compiled(one, self._options)
+            self._made[key] = compiled(one, self._how)
         result: Pass = self._made[key](params, buffers, batch, scale)
         return result
 
@@ -63,7 +61,7 @@ class CompiledPasses:
             def forward(params: Params, buffers: Params, batch: Batch) -> Any:
                 return function(params, buffers, batch)
 
-            run = compiled(forward, self._options)
+            run = compiled(forward, self._how)
 
             def differentiating(params: Params, *given: Any) -> AbstractContextManager[Any]:
                 full = {name: whole(w) for name, w in params.items()}
@@ -82,7 +80,7 @@ class CompiledPasses:
             return optimizer.update(params, grads, opt_state, lr)
 
         if "optimizer" not in self._made:
-            self._made["optimizer"] = compiled(update, self._options)
+            self._made["optimizer"] = compiled(update, self._how)
         return optimizer._replace(update=self._made["optimizer"])
 
 

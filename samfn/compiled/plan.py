@@ -49,8 +49,11 @@ LEAN = {
 FROM_CPP = {"cpp_wrapper": True}
 
 
-def missing_compiler(device: torch.device) -> str | None:
+def missing_compiler(device: torch.device, backend: str = "inductor") -> str | None:
     """Return what torch.compile lacks on this machine, in a few words, or None."""
+    if backend != "inductor":
+        torch._dynamo.lookup_backend(backend)  # Raises where there is none of this name.
+        return None
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "found no Triton"
@@ -116,14 +119,15 @@ def operations(loss_fn: LossFn, state: TrainState, batch: Batch) -> int:
 
 
 def candidates(
-    options: Mapping[str, Any] | None, plan: Plan, state: TrainState
-) -> list[Mapping[str, Any]]:
-    """Return the options to try, the fastest first."""
-    if options is not None:
-        return [options]
+    backend: str, options: Mapping[str, Any] | None, plan: Plan, state: TrainState
+) -> list[dict[str, Any]]:
+    """Return what to give to torch.compile, the fastest first."""
+    if options is not None or backend != "inductor":
+        return [{"backend": backend, "options": options and dict(options)}]
     device = state.step.device
     # DTensors cannot be called from C++, and once that was tried, not from Python either.
     sharded = any(map(is_sharded, state.params.values()))
     if device.type == "cpu" and plan == "whole" and not sharded:
-        return [LEAN | FROM_CPP, LEAN]  # A few operations cannot be called from C++.
-    return [LEAN if device.type == "cpu" else {}]
+        # A few operations cannot be called from C++.
+        return [{"options": LEAN | FROM_CPP}, {"options": LEAN}]
+    return [{"options": LEAN if device.type == "cpu" else {}}]

@@ -46,6 +46,7 @@ def compile_update(
     method: Method = sam(),
     plan: Plan = "auto",
     cuda_graph: bool | None = None,
+    backend: str = "inductor",
     options: Mapping[str, Any] | None = None,
 ) -> "CompiledUpdate":
     """Return the step of `samfn.sam_update`, compiled at its first call.
@@ -75,11 +76,14 @@ def compile_update(
             that cannot be compiled.
         cuda_graph: record the step as a CUDA graph, and replay it. None does so on a GPU
             where the method traces.
-        options: of `torch.compile`, instead of those chosen here.
+        backend: of `torch.compile`. "aot_eager" runs the graphs with PyTorch's own kernels,
+            as to find out whether a difference is the compiler's.
+        options: of the backend, instead of those chosen here.
 
     Raises:
         TypeError, ValueError: when called, as `sam_update`; or the plan is "whole", and the
             method does not trace.
+        torch._dynamo.exc.InvalidBackend: when called; there is no such backend.
 
     Example::
 
@@ -87,7 +91,8 @@ def compile_update(
         for batch in batches:
             state, metrics = step(state, batch, rho=0.05, lr=0.1)
     """
-    how: Any = {"plan": plan, "cuda_graph": cuda_graph, "options": options}
+    how: Any = {"plan": plan, "cuda_graph": cuda_graph}
+    how |= {"backend": backend, "options": options}
     return CompiledUpdate(loss_fn, optimizer, method, **how)
 
 
@@ -102,10 +107,12 @@ class CompiledUpdate:
         *,
         plan: Plan,
         cuda_graph: bool | None,
+        backend: str,
         options: Mapping[str, Any] | None,
     ) -> None:
         self._loss_fn, self._optimizer, self._method = loss_fn, optimizer, method
-        self._wanted, self._cuda_graph, self._options = plan, cuda_graph, options
+        self._wanted, self._cuda_graph = plan, cuda_graph
+        self._backend, self._options = backend, options
         self._runs: dict[Hashable, Step] = {}
         self._passes: CompiledPasses | None = None
         self._owned: StaticState | None = None
@@ -187,12 +194,12 @@ class CompiledUpdate:
         """Take the first step of a kind, with the first plan that can be compiled."""
         device = state.step.device
         eager: Step = self._eager(kind)
-        if not (reason := missing_compiler(device)) and self.plan != "eager":
+        if not (reason := missing_compiler(device, self._backend)) and self.plan != "eager":
             if device.type == "cpu":
                 _import_quietly()
             random, put_back = random_state(), remembered(as_loss(self._loss_fn).function)
-            for number, (plan, options) in enumerate(self._plans(state, batch)):
-                run = self._compile(plan, options, device, kind)
+            for number, (plan, how) in enumerate(self._plans(state, batch)):
+                run = self._compile(plan, how, device, kind)
                 found, reason = _attempt(run, plan, state, batch, *dials)
                 if found is not None:
                     self._runs[kind], self.plan = run, plan
@@ -219,8 +226,8 @@ class CompiledUpdate:
         last = first if self._wanted != "auto" else "loss"
         order: tuple[Parts, ...] = ("whole", "gradient", "loss")
         for plan in order[order.index(first) : order.index(last) + 1]:
-            for options in candidates(self._options, plan, state):
-                yield plan, options
+            for how in candidates(self._backend, self._options, plan, state):
+                yield plan, how
 
     def _warn(self, message: str) -> None:
         if not self._warned:
@@ -247,19 +254,19 @@ class CompiledUpdate:
     def _compile(
         self,
         plan: Parts,
-        options: Mapping[str, Any],
+        how: Mapping[str, Any],
         device: torch.device,
         kind: Hashable,
     ) -> Step:
         if self._passes is None or self._passes.plan != plan:
-            self._passes = CompiledPasses(self._loss_fn, options, plan)
+            self._passes = CompiledPasses(self._loss_fn, how, plan)
         if device.type != "cuda":
             if plan != "whole":
                 return self._eager(kind, self._passes)
-            whole: Step = compiled(self._eager(kind), options)
+            whole: Step = compiled(self._eager(kind), how)
             return whole
         if plan == "whole":
-            in_place = compiled(in_place_of(self._eager(kind)), options)
+            in_place = compiled(in_place_of(self._eager(kind)), how)
         else:
             # Uncompiled, torch.optim's kernels would wait to read lr from the GPU.
             optimizer = self._passes.optimizer(self._optimizer)

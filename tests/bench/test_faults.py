@@ -5,7 +5,7 @@ import pytest
 from bench.faults.rows import ROWS
 from bench.faults.soak import soak
 
-TRIALS = {"F1": 6, "F2": 33, "F4": 10, "F6": 1000, "F9": 6, "F20": 1, "F21": 2}
+TRIALS = {"F1": 4, "F2": 33, "F4": 10, "F6": 1000, "F9": 4, "F20": 1, "F21": 2}
 
 
 @pytest.mark.slow

@@ -52,9 +52,13 @@ COMPILED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
-def test_it_is_compiled_as_far_as_it_can_be_and_else_goes_on_with_the_same_numbers(name):
+def test_it_is_compiled_as_far_as_it_can_be_and_else_goes_on_with_the_same_numbers(
+    name, monkeypatch
+):
     case = NAMES[name]
     torch._dynamo.reset()
+    if name != "assigned buffer":  # One of them by PyTorch's own compiler.
+        monkeypatch.setattr(checks, "BACKEND", "aot_eager")
     row = check(case, only="compiled")
     assert row["compiled"].startswith(COMPILED[name])
 

@@ -97,11 +97,10 @@ def test_a_compiled_run_learns_the_same_and_goes_on_where_it_stopped(
         rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True
     ):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.01)
-    for steps in (5, 11):  # in an epoch, and at its end
-        parts = tmp_path / f"parts{steps}"
-        assert stop_after(steps, parts, monkeypatch, *flags, "--compile", "yes") == 130
-        assert main(["--resume", str(parts)]) == 0
-        assert equal(tensors(tmp_path / "compiled"), tensors(parts))
+    parts = tmp_path / "parts"
+    assert stop_after(5, parts, monkeypatch, *flags, "--compile", "yes") == 130
+    assert main(["--resume", str(parts)]) == 0
+    assert equal(tensors(tmp_path / "compiled"), tensors(parts))
 
 
 def test_the_checkpoint_of_the_best_epoch_evaluates_to_what_was_recorded(tmp_path, capsys):

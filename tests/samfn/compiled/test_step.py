@@ -23,6 +23,9 @@ from tests.reference import batches, small_network
 
 OPTIMIZER = samfn.sgd(0.9, nesterov=True, weight_decay=5e-4)
 
+# Takes a sixth of the time. What graphs there are, and when, does not depend on it.
+CAPTURED = {"backend": "aot_eager"}
+
 
 def task(model, method=None, **settings):
     """Return a state, its compiled step and its eager one."""
@@ -63,10 +66,10 @@ def dials(step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["whole", "gradient"])
-def test_two_epochs_are_those_of_the_eager_step_from_one_graph(plan):
+@pytest.mark.parametrize(("plan", "how"), [("whole", {}), ("gradient", CAPTURED)])
+def test_two_epochs_are_those_of_the_eager_step_from_one_graph(plan, how):
     model = small_network()
-    state, step, eager = task(model, plan=plan)
+    state, step, eager = task(model, plan=plan, **how)
     other = state
     counters.clear()
     for epoch in range(2):
@@ -86,7 +89,7 @@ def test_two_epochs_are_those_of_the_eager_step_from_one_graph(plan):
 
 @pytest.mark.slow
 def test_the_number_zero_as_rho_is_one_pass_and_one_more_graph():
-    state, step, eager = task(tiny_with_statistics(), plan="whole")
+    state, step, eager = task(tiny_with_statistics(), plan="whole", **CAPTURED)
     batch = batches(1)[0]
     counters.clear()
     for _ in range(2):
@@ -103,7 +106,7 @@ def test_the_number_zero_as_rho_is_one_pass_and_one_more_graph():
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["whole", "gradient"])
 def test_a_schedule_of_rho_through_zero_makes_its_graphs_once(plan):
-    state, step, eager = task(tiny(), plan=plan)
+    state, step, eager = task(tiny(), plan=plan, **CAPTURED)
     rho, other, made = samfn.schedules.linear(0.1, 0.0, 2), state, []
     counters.clear()
     for batch, number in zip(batches(6), (0, 1, 2, 3, 1, 2), strict=True):
@@ -119,7 +122,7 @@ def test_a_schedule_of_rho_through_zero_makes_its_graphs_once(plan):
 @pytest.mark.parametrize("plan", ["whole", "gradient"])
 def test_each_kind_of_step_has_its_graph_and_none_is_made_again(plan):
     method = samfn.looksam(2)
-    state, step, eager = task(tiny(), method, plan=plan)
+    state, step, eager = task(tiny(), method, plan=plan, **CAPTURED)
     other = state
     counters.clear()
     made = []
@@ -137,7 +140,7 @@ def test_each_kind_of_step_has_its_graph_and_none_is_made_again(plan):
 
 @pytest.mark.slow
 def test_a_step_that_failed_does_not_count_as_one():
-    state, step, eager = task(tiny(), samfn.looksam(2), plan="gradient")
+    state, step, eager = task(tiny(), samfn.looksam(2), plan="gradient", **CAPTURED)
     batch = batches(1)[0]
     first, _ = step(state, batch, lr=0.1)
     with pytest.raises(Exception, match=r"size|shape"):
@@ -152,7 +155,9 @@ def test_kinds_of_steps_share_the_state_in_place():
     method = samfn.every(samfn.sam(), 2)
     state, compiler, eager = task(tiny(), method, cuda_graph=False)
     cuda = torch.device("cuda")
-    steps = [compiler._compile("gradient", {}, cuda, method.kind(kind)) for kind in (0, 1)]
+    steps = [
+        compiler._compile("gradient", CAPTURED, cuda, method.kind(kind)) for kind in (0, 1)
+    ]
     rho, lr = torch.tensor(0.1), torch.tensor(0.2)
     own = other = state
     with torch.no_grad():
@@ -171,7 +176,7 @@ def test_a_method_that_does_not_trace_is_no_whole_graph():
 
 @pytest.mark.slow
 def test_a_gate_decides_in_between_compiled_passes():
-    state, step, eager = task(tiny(), samfn.ae_sam(6))
+    state, step, eager = task(tiny(), samfn.ae_sam(6), **CAPTURED)
     other, lengths = state, set()
     for batch in batches(6):
         state, metrics = step(state, batch, rho=0.1, lr=0.1)
@@ -184,7 +189,7 @@ def test_a_gate_decides_in_between_compiled_passes():
 
 @pytest.mark.slow
 def test_a_smaller_batch_has_a_graph_of_its_own():
-    state, step, eager = task(tiny_with_statistics(), plan="gradient")
+    state, step, eager = task(tiny_with_statistics(), plan="gradient", **CAPTURED)
     batch = batches(1)[0]
     counters.clear()
     for size in (8, 4, 8, 4):
@@ -199,7 +204,7 @@ def test_a_smaller_batch_has_a_graph_of_its_own():
 def test_the_step_in_place_keeps_its_addresses_and_leaves_other_states_alone(plan):
     # What a GPU records, run on a CPU.
     state, compiler, eager = task(tiny_with_statistics(), cuda_graph=False)
-    step = compiler._compile(plan, {}, torch.device("cuda"), None)
+    step = compiler._compile(plan, CAPTURED, torch.device("cuda"), None)
     start = pytree.tree_map(torch.clone, state)
     rho, lr = torch.tensor(0.1), torch.tensor(0.2)
     own, other, places = state, state, set()
@@ -267,7 +272,7 @@ def test_channels_last_needs_no_copy_for_another_layout():
 @pytest.mark.slow
 def test_one_mask_for_both_passes_compiles_but_for_the_mask():
     model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 3))
-    state, step, _ = task(model, samfn.same_randomness(samfn.sam()))
+    state, step, _ = task(model, samfn.same_randomness(samfn.sam()), **CAPTURED)
     batch = torch.randn(8, 6), torch.randint(3, (8,))
     _, metrics = step(state, batch, rho=1e-12, lr=0.1)
     assert step.plan == "gradient"
@@ -317,6 +322,12 @@ def test_what_the_compiler_cannot_do_is_said_and_done_without_it(monkeypatch, tm
     with patched, pytest.warns(RuntimeWarning, match="samfn goes on uncompiled: .*"):
         got = step(state, batch, rho=torch.tensor(0.1), lr=0.1)
     assert_close(got, eager(state, batch, rho=torch.tensor(0.1), lr=0.1))
+
+
+def test_a_backend_that_does_not_exist_is_an_error():
+    state, step, _ = task(tiny(), plan="gradient", backend="indoctor")
+    with pytest.raises(Exception, match="indoctor"):
+        step(state, batches(1)[0], lr=0.1)
 
 
 def test_operations_are_those_of_the_formula():
@@ -396,7 +407,7 @@ def test_an_estimate_that_fails_ends_no_run():
 @pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_the_ninth_shape_of_a_batch_is_a_step_of_its_own():
-    state, step, eager = task(tiny(), plan="gradient")
+    state, step, eager = task(tiny(), plan="gradient", **CAPTURED)
     batch = batches(1)[0]
     parts = [tuple(x[:size] for x in batch) for size in (2, 3, 4, 5)]
     with pytest.warns(RuntimeWarning, match="takes a step uncompiled") as told:
@@ -415,7 +426,7 @@ def test_a_shape_that_no_graph_holds_leaves_hooks_of_saved_tensors_allowed():
                 return super().forward(x)
             return checkpoint(super().forward, x, use_reentrant=False)
 
-    state, step, eager = task(Recomputing(4, 3), plan="gradient")
+    state, step, eager = task(Recomputing(4, 3), plan="gradient", **CAPTURED)
     two, three = [(torch.randn(n, 4), torch.arange(n)) for n in (2, 3)]
     state, _ = step(state, two, rho=0.1, lr=0.1)
     assert step.plan == "gradient"

@@ -99,8 +99,8 @@ def train(method, *, batch_norm=True, placement=None, rows=ROWS, steps=STEPS, **
         given["method"], params = placed(method, placement, params)
     state = samfn.init(params, buffers, optimizer=optimizer, method=method)
     update = functools.partial(samfn.sam_update, **given)
-    if how.pop("compiled", False):
-        update = samfn.compile_update(**given, plan="whole")
+    if backend := how.pop("backend", None):
+        update = samfn.compile_update(**given, plan="whole", backend=backend)
     seen = []
     for step in range(steps):
         batch = batch_of(step, rows)
@@ -317,18 +317,18 @@ def test_batches_of_different_lengths_count_by_their_examples(placement):
 
 def compiled_and_not(placement):
     found = {}
-    for compiled in (False, True):
+    for backend in (None, "inductor"):
         torch.manual_seed(1)  # A small network, for both ranks compile it.
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))
-        how = {"model": model, "placement": placement, "compiled": compiled}
-        found[compiled] = train(samfn.sam(), **how)
+        how = {"model": model, "placement": placement, "backend": backend}
+        found[backend] = train(samfn.sam(), **how)
     return found
 
 
 @pytest.mark.parametrize("placement", ["replica", "sharded"])  # global: see BatchNorm.
 def test_collectives_are_in_the_one_compiled_graph(placement):
     found = on_ranks(2, compiled_and_not, placement, timeout=300)[0]
-    (compiled, _, plan), (eager, *_) = found[True], found[False]
+    (compiled, _, plan), (eager, *_) = found["inductor"], found[None]
     assert plan == "whole"
     assert difference(compiled.params, eager.params) < 1e-5
 
@@ -515,7 +515,7 @@ def synchronised():
     return [train(samfn.sam(), model=model, placement="global", **how) for how in WAYS]
 
 
-WAYS = ({}, {"compiled": True})
+WAYS = ({}, {"backend": "aot_eager"})
 
 
 def test_batch_norm_over_all_ranks_makes_the_step_that_of_one_process():

@@ -248,7 +248,11 @@ def test_a_compiled_step_weighs_alike():
     whole, _ = stepped(model, batch, CRITERIA["lambda"])
     loss_fn, optimizer = samfn.supervised(model, CRITERIA["lambda"]), samfn.sgd()
     step = samfn.compile_update(
-        loss_fn=loss_fn, optimizer=optimizer, method=method, plan="whole"
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        method=method,
+        plan="whole",
+        backend="aot_eager",
     )
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
     found, _ = step(state, batch, rho=0.05, lr=0.1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samfn import tree
-from samfn.distributed.collectives import all_reduce
+from samfn.collectives import all_reduce
 from samfn.loss import dense
 from samfn.perturb import rate
 from samfn.tree import Params

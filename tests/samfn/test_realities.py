@@ -356,14 +356,16 @@ def transformer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [resnet10, transformer])
-def test_models_that_others_wrote_train_eagerly_and_compiled(make):
+@pytest.mark.parametrize(
+    ("make", "backend"), [(resnet10, "inductor"), (transformer, "aot_eager")]
+)
+def test_models_that_others_wrote_train_eagerly_and_compiled(make, backend):
     model, inputs, targets = make()
     optimizer = samfn.sgd(0.9)
     loss_fn = samfn.supervised(model, F.cross_entropy)
     eager = compiled = samfn.init(*samfn.split(model), optimizer=optimizer)
     common = {"loss_fn": loss_fn, "optimizer": optimizer}
-    step, losses = samfn.compile_update(**common, plan="gradient"), []
+    step, losses = samfn.compile_update(**common, plan="gradient", backend=backend), []
     for _ in range(4):
         eager, expected = samfn.sam_update(eager, (inputs, targets), **common, lr=0.02)
         compiled, seen = step(compiled, (inputs, targets), lr=0.02)

@@ -277,36 +277,4 @@ ROWS = (
         by_tests("samfn/imperative/test_guard.py"),
         0,
     ),
-    Row(
-        "F42",
-        "what a checkpoint keeps, forged under a right SHA-256",
-        by_tests(
-            "recipes/train/test_recorded.py::recipe_is_refused or no_run_keeps",
-            "samfn/storage/test_randomness.py::none_change",
-        ),
-        0,
-    ),
-    Row(
-        "F43",
-        "a divergence that is forged, stale, or of another run",
-        by_tests("recipes/study/test_grid.py::diverge"),
-        0,
-    ),
-    Row(
-        "F44",
-        "files set aside again, epochs given up, names that look like samfn's own",
-        by_tests(
-            "samfn/storage/test_checkpoint.py::set_aside or another_step",
-            "samfn/storage/test_files.py::sweeping",
-            "recipes/train/test_directory.py::given_up",
-            "recipes/test_sharpness.py::measured_anew_and",
-        ),
-        0,
-    ),
-    Row(
-        "F45",
-        "help and errors that nobody reads; a closed terminal",
-        by_tests("recipes/terminal/test_cli.py"),
-        0,
-    ),
 )

@@ -110,7 +110,7 @@ def run(
     except Failed as error:
         return error.code
     except samfn.CheckpointWriteError as error:
-        display.fail(f"{error}; the checkpoint before is whole")
+        display.fail(f"{error}; checkpoints before are whole")
         return NOT_WRITTEN
     except samfn.ExportError as error:
         display.fail(str(error))

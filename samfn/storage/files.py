@@ -53,7 +53,9 @@ def replacing(path: Path, need: int = 0) -> Iterator[Path]:
     """
     free = shutil.disk_usage(path.parent).free
     if free < need + MARGIN:
-        raise OSError(f"{need:,} bytes are needed and {free:,} are free")
+        raise OSError(
+            f"{need:,} bytes are needed and {free:,} are free, of which {MARGIN:,} stay so"
+        )
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
         temporary, probe = (Path(folder, part) for part in PARTS)
         with _undisturbed(probe, path):

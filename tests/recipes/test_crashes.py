@@ -58,7 +58,7 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(tmp_path):
     said = " ".join(said.split())
     assert "cannot write" in said
     assert "File too large" in said
-    assert "the checkpoint before is whole" in said
+    assert "checkpoints before are whole" in said
     assert tensors(tmp_path / "run")["step"] == 6
     assert not list((tmp_path / "run").rglob(".samfn-*"))
     assert finish(start(recipe, again(tmp_path / "run"), str(tmp_path / "log"))) == 0

@@ -236,6 +236,7 @@ class SAM(torch.optim.Optimizer):
         except BaseException:  # As where memory is full.
             self.restore()
             raise
+        torch.clear_autocast_cache()  # Within one autocast, it holds casts of w.
         if zero_grad:
             self.zero_grad()
         if self._finite is not None:
@@ -372,6 +373,7 @@ class SAM(torch.optim.Optimizer):
 
     def _finish(self, zero_grad: bool) -> None:
         self._opt_called = True  # What a scheduler looks for, before it warns.
+        torch.clear_autocast_cache()
         if zero_grad:
             self.zero_grad()
         self._remember_gradients()
@@ -475,6 +477,7 @@ def _assign(values: Mapping[Tensor, Tensor]) -> None:
     """Write values into the memory of their parameters."""
     if values:
         torch._foreach_copy_(list(values), list(values.values()))
+        torch.clear_autocast_cache()
 
 
 def _require_usable(group: dict[str, Any]) -> None:

@@ -294,7 +294,7 @@ def take_step(
         perturbed_loss=seen.perturbed_loss,
         descent_norm=descent_norm,
         finite=finite,
-        layers=seen.watched and seen.watched(new_params),
+        layers=None if seen.watched is None else seen.watched(new_params),
     )
 
 

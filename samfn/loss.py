@@ -35,6 +35,10 @@ class Aux(NamedTuple):
 
 
 REENTRANT = "CheckpointFunctionBackward"  # as autograd calls what it does
+WRITES = (
+    "the loss function writes to a tensor that it was given, in params, buffers or the"
+    " batch, or to one that it keeps: let it write to a copy, and return new buffers in Aux"
+)
 LossFn = Callable[[Params, Params, Batch], "Tensor | tuple[Tensor, Aux]"]
 
 
@@ -69,7 +73,15 @@ class Loss:
 
 def as_loss(loss_fn: LossFn) -> Loss:
     """Return a function with what is known of it: of one that is no `Loss`, nothing."""
-    return loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn)
+    return loss_fn if isinstance(loss_fn, Loss) else Loss(partial(_called_apart, loss_fn))
+
+
+def _called_apart(
+    function: LossFn, params: Params, buffers: Params, batch: Batch
+) -> "Tensor | tuple[Tensor, Aux]":
+    """Call a function with mappings and lists of its own, which it may put others into."""
+    own = pytree.tree_map(lambda leaf: leaf, batch)
+    return function(dict(params), dict(buffers), own)
 
 
 class GradientError(ValueError):
@@ -138,7 +150,7 @@ def evaluate(
         ValueError: the loss is no floating-point scalar, or the buffers changed in names,
             shapes or dtypes; some parameters are DTensors, and not all over all ranks.
         GradientError: the loss depends on none of the parameters.
-        RuntimeError: `loss_fn` changes a tensor that it was not given.
+        RuntimeError: `loss_fn` writes to a tensor.
     """
     loss_fn = as_loss(loss_fn)
     names = tuple(params if wrt is None else wrt)
@@ -161,6 +173,24 @@ def evaluate(
     return Pass(loss, aux.outputs, dict(aux.buffers), grads, aux.losses)
 
 
+@contextmanager
+def _unwritten(given: Any) -> Iterator[None]:
+    """Raise where tensors are written to inside, as torch.func does.
+
+    Raises:
+        RuntimeError: one was.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    leaves = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
+    watched = [x for x in leaves if not x.is_inference()]
+    before = [x._version for x in watched]
+    yield
+    if [x._version for x in watched] != before:
+        raise RuntimeError(WRITES)
+
+
 Evaluated = tuple[Tensor, Aux, dict[str, Tensor]]
 """Loss, what came beside it, and the gradient: of those parameters that the loss reaches,
 or of all if it reaches any; detached."""
@@ -176,7 +206,7 @@ def _evaluated(
 ) -> Evaluated:
     given = params, buffers, batch
     if not names:
-        with torch.no_grad():
+        with torch.no_grad(), _unwritten(given):
             loss, aux = loss_and_aux(loss_fn.function(*given), buffers)
             # A forward pass may have switched gradients on again, for those by its inputs.
             loss, aux = mapped(_detached, (loss, aux))
@@ -374,11 +404,13 @@ def _put_aside(tensors: list[Tensor], leaf: Tensor) -> Tensor:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Say what to do where torch.func meets a function that recomputes."""
+    """Say what to do where torch.func meets a function that recomputes, or writes."""
     try:
         yield
     except RuntimeError as error:
         told = str(error)
+        if "would mutate a captured Tensor" in told:
+            raise RuntimeError(WRITES) from error
         if "saved tensor hooks" not in told and "setup_context" not in told:
             raise
         raise RuntimeError(

@@ -70,18 +70,21 @@ def as_it_was(function: Any) -> Iterator[None]:
         put_back()
 
 
-def remembered(function: Any) -> Callable[[], None]:
-    """Return what puts back everything that a function keeps between its calls.
+def remembered(function: Any) -> Callable[[], bool]:
+    """Return what puts back all that a function, or data, keeps, and tells if it changed.
 
     Variables of its closure and of its module that it names, what it is a method of, and
     the attributes, lists, sets and mappings that these hold; those of their classes, too.
     """
     before = [(put, get, get()) for get, put in _held(function, {})]
 
-    def put_back() -> None:
+    def put_back() -> bool:
+        changed = False
         for put, get, old in reversed(before):
             if not _same(old, get()):
                 put(old)
+                changed = True
+        return changed
 
     return put_back
 

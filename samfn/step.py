@@ -1,7 +1,7 @@
 """One training step as a pure function: gradient, perturb, gradient, descend."""
 
 from collections.abc import Callable, Hashable
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -215,6 +215,25 @@ def require_state(
     checks.require_trainable(state.params, state.buffers)
     as_loss(loss_fn).check(state.params, state.buffers)
     optimizer.check(state.opt_state, state.params)
+    if not torch.compiler.is_compiling():
+        _require_memory(state, method)
+
+
+def _require_memory(state: TrainState, method: Method) -> None:
+    known = _known_of(method.init)
+    if not known:
+        known.append(sorted(method.init(state.params, state.params)))
+    if (came := sorted(state.method_state)) != known[0]:
+        raise ValueError(
+            "the state was made with another method: expected its memory to hold"
+            f" {known[0]}, got {came}: give samfn.init and the step the same method"
+        )
+
+
+@lru_cache(maxsize=16)
+def _known_of(init: Callable[..., MethodState]) -> list[list[str]]:
+    """Return a list for the names of what a method remembers, found out once."""
+    return []
 
 
 def take_step(
@@ -274,7 +293,7 @@ def take_step(
         perturbed_loss=seen.perturbed_loss,
         descent_norm=descent_norm,
         finite=finite,
-        layers=seen.watched and seen.watched(new_params),
+        layers=None if seen.watched is None else seen.watched(new_params),
     )
 
 

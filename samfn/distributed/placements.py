@@ -143,7 +143,7 @@ def _mean_descent(
         perturbation_norm=found["length"],
         beside=found["beside"],
         grad_norm=found["grad_norm"],
-        watched=seen.watched and _mean_layers(seen.watched, rows, group),
+        watched=None if seen.watched is None else _mean_layers(seen.watched, rows, group),
     ), {**memory, **found["memory"]}
 
 

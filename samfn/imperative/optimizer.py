@@ -243,6 +243,7 @@ class SAM(torch.optim.Optimizer):
         parts.align(params.values())
         self._perturb(params, groups)
         self._passes.end_first([*params.values()])
+        torch.clear_autocast_cache()  # Within one autocast, it holds casts of w.
         if zero_grad:
             self.zero_grad()
             self._kept.place()
@@ -458,6 +459,7 @@ class SAM(torch.optim.Optimizer):
         self._opt_called = True  # What a scheduler looks for, before it warns.
         self._kept.end()
         self._finite = None
+        torch.clear_autocast_cache()
         if zero_grad:
             self.zero_grad()
         self._remember_gradients()

@@ -54,6 +54,7 @@ def write(values: Mapping[Tensor, Tensor]) -> None:
     """Write parts into the memory of the tensors that they are of."""
     if values:
         torch._foreach_copy_(list(map(tree.local, values)), list(values.values()))
+        torch.clear_autocast_cache()  # Within one autocast, it holds casts of the old ones.
 
 
 Groups = Mapping[str, Mapping[str, Any]]

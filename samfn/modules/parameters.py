@@ -62,6 +62,7 @@ def load(model: nn.Module, params: Params, buffers: Params) -> None:
     for own, new in ((own_params, params), (own_buffers, buffers)):
         for name, tensor in own.items():
             tensor.copy_(new[name])
+    torch.clear_autocast_cache()  # Within one autocast, it holds casts of the old ones.
 
 
 def state_dict(model: nn.Module, params: Params, buffers: Params) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from samfn.modules.lending import (
 )
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
-from samfn.nested import inside
+from samfn.nested import inside, remembered
 from samfn.tree import Batch, Params, is_sharded
 
 RECOMPUTES = (
@@ -33,6 +33,8 @@ RECOMPUTES = (
     " measure of samfn, or by samfn.evaluate, which lends it `params` until the"
     " backward pass is done"
 )
+
+VALUES = str, bytes, int, float, complex, type(None)
 
 CHANGED = (
     "{} is frozen in the model and trained in the state, or the other way round: let"
@@ -64,6 +66,7 @@ class _Supervised:
         self._take_note()
         # By the modes in which a forward pass was watched.
         self._seen: dict[bool, weighing.Weighing] = {}
+        self._leaves: dict[bool, bool] = {}  # Whether it puts nothing into a batch.
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         """Return the loss and, beside it, the model's outputs and new buffers."""
@@ -167,11 +170,16 @@ class _Supervised:
             raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
         fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
         pair, others = _apart(pair_of(batch))
+        objects = [x for x in others if not isinstance(x, VALUES)]
+        if compiling and objects and not self._leaves.get(self._model.training):
+            raise RuntimeError("objects in a batch that forward is not seen to leave alone")
+        apart = self._apart(objects) if objects and not compiling else nullcontext()
         given = {**params, **buffers, **lent, **fresh}
         parts = {}
         if is_sharded(next(iter(lent.values()), None)):
             parts = {name: w for name, w in lent.items() if is_sharded(w)}
-        with self._lender.holding(given), self._gathering(parts, leaves) as again:
+        gathering = self._gathering(parts, leaves)
+        with self._lender.holding(given), apart, gathering as again:
             # Inside of torch.func there is no memory to be watched.
             if compiling or any(map(is_functorch_wrapped_tensor, lent.values())):
                 found = self._run(buffers, pair)
@@ -209,6 +217,18 @@ class _Supervised:
         again = gathering.gathering_again() if leaves and self._reshards else nullcontext()
         with gathering.in_modules(self._lender.modules()):
             yield again
+
+    @contextmanager
+    def _apart(self, objects: list[Any]) -> Iterator[None]:
+        """Put back what a pass puts into objects of a batch; the next must not find it."""
+        put_back, whole = remembered(objects), False
+        try:
+            yield
+            whole = True
+        finally:
+            changed, mode = put_back(), self._model.training
+            if changed or whole:
+                self._leaves[mode] = self._leaves.get(mode, True) and not changed
 
     def _run(self, buffers: Params, pair: tuple[Any, Any]) -> tuple[Tensor, Aux]:
         inputs, targets = pair  # copies, and so are the buffers that it may write to

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from samfn.batches import length_of
-from samfn.loss import Aux, LossFn, as_loss
+from samfn.loss import LossFn, as_loss
+from samfn.loss import evaluate as evaluate_loss
 from samfn.step import Metrics, TrainState
 from samfn.tree import Batch, Params
 
@@ -197,14 +198,14 @@ def evaluate(
     over: dict[str, Tensor] = {}
     known = as_loss(loss_fn)
     for batch in batches:
-        returned = known.function(params, buffers, batch)
-        loss, aux = returned if isinstance(returned, tuple) else (returned, Aux(None, {}))
+        seen = evaluate_loss(loss_fn, params, buffers, batch, wrt=())
+        loss = seen.loss.double()
         part = torch.as_tensor(known.weigh(batch), dtype=torch.float64, device=loss.device)
-        found = {"loss": torch.where(part > 0, part * loss.double(), 0.0)}
+        found = {"loss": torch.where(part > 0, part * loss, 0.0)}
         counted = {"loss": part}
         counts = known.counts(batch) if measures else None
         for name, measure in (measures or {}).items():
-            values = _of_each(name, measure(aux.outputs, batch), batch).double()
+            values = _of_each(name, measure(seen.outputs, batch), batch).double()
             mask = torch.ones_like(values) if counts is None else counts.to(values)
             found[name] = torch.where(mask > 0, values, 0.0).sum()
             counted[name] = mask.sum()

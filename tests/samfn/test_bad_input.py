@@ -58,6 +58,7 @@ WRONG = [
         ValueError,
         r"at least one example, got targets of shape \(0,\)",
     ),
+    ({"method": samfn.vasso()}, ValueError, r"another method: .* 'mean'\], got \[\]: give"),
     ({"batch": BATCH[0]}, ValueError, r"of two, \(inputs, targets\), got Tensor"),
     ({"batch": (*BATCH, 1)}, ValueError, r"of two, \(inputs, targets\), got 3 of them"),
     ({"batch": {"x": BATCH[0], "y": BATCH[1]}}, ValueError, "got a mapping of x, y"),
@@ -85,6 +86,16 @@ def test_wrong_input_of_a_step_is_refused_and_changes_nothing(change, error, mes
         samfn.sam_update(state, batch, loss_fn=LOSS, **options)
     after = tensors_of(state)
     assert all(torch.equal(leaf, after[name]) for name, leaf in before.items())
+
+
+def test_a_method_that_is_forgotten_in_the_step_is_refused():
+    state = samfn.init(
+        *samfn.split(MODEL), optimizer=OPTIMIZER, method=samfn.friendly_sam()
+    )
+    with pytest.raises(
+        ValueError, match=r"another method: expected its memory .* \[\], got"
+    ):
+        samfn.sam_update(state, BATCH, loss_fn=LOSS, optimizer=OPTIMIZER, lr=0.1)
 
 
 def test_a_missing_name_is_refused_where_functional_call_would_take_the_models():

@@ -6,6 +6,8 @@ from torch.testing import assert_close
 
 import samfn
 from samfn.loss import GradientError, Loss, evaluate
+from samfn.measure import hessian_product
+from samfn.training import loop
 from tests.reference import batches, small_network
 
 PARAMS = {"w": torch.tensor([1.0, 2.0]), "unused": torch.tensor([5.0])}
@@ -163,7 +165,7 @@ def test_a_function_that_changes_what_it_was_not_given_is_refused():
         outputs = torch.func.functional_call(model, dict(params), batch[0])
         return torch.nn.functional.cross_entropy(outputs, batch[1])
 
-    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+    with pytest.raises(RuntimeError, match="writes to a tensor that it was given"):
         evaluate(careless, params, buffers, batches(1)[0])
     assert model[1].num_batches_tracked <= 1
 
@@ -176,3 +178,46 @@ def test_gradients_are_taken_where_autograd_is_off():
     with torch.no_grad():
         seen = evaluate(loss_fn, params, buffers, batches(1)[0])
     assert_close(seen, expected, rtol=0, atol=0)
+
+
+def assigning(params, buffers, batch):
+    """Return a loss that puts what it computes into what it was given."""
+    buffers["count"] = buffers["count"] + 1
+    batch["x"] = batch["x"] - 1
+    params["w"] = params["w"] * batch["more"].pop()
+    return (params["w"] * batch["x"]).square().sum(), samfn.Aux(None, buffers)
+
+
+def test_what_a_function_puts_into_a_mapping_the_next_pass_does_not_find():
+    buffers = {"count": torch.tensor(0.0)}
+    batch = {"x": torch.tensor([3.0, 4.0]), "more": [torch.tensor(2.0)]}
+    optimizer = samfn.sgd()
+    state = samfn.init({"w": torch.tensor([1.0, 2.0])}, buffers, optimizer=optimizer)
+    new, metrics = samfn.sam_update(
+        state, batch, loss_fn=assigning, optimizer=optimizer, rho=1e-4, lr=0.1
+    )
+    assert metrics.loss == (2 * 2) ** 2 + (4 * 3) ** 2
+    assert_close(metrics.perturbed_loss, metrics.loss, rtol=1e-3, atol=0)
+    assert new.buffers["count"] == 1
+    assert state.buffers["count"] == 0
+    assert batch["x"].tolist() == [3, 4]
+    assert len(batch["more"]) == 1
+    hessian_product(assigning, state.params, state.buffers, batch, state.params)
+    assert batch["x"].tolist() == [3, 4]
+
+
+WRITING = {
+    "params": lambda p, b, x: (p["w"].mul_(2) * x).sum(),
+    "buffers": lambda p, b, x: (p["w"] * b["count"].add_(1)).sum(),
+    "batch": lambda p, b, x: (p["w"] * x.sub_(1)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_an_evaluation_whose_function_writes_to_what_it_was_given_is_an_error(name):
+    given = {"w": torch.ones(2)}, {"count": torch.zeros(())}, torch.ones(2)
+    with pytest.raises(RuntimeError, match="writes to a tensor that it was given"):
+        evaluate(WRITING[name], *given, wrt=())
+    given = {"w": torch.ones(2)}, {"count": torch.zeros(())}
+    with pytest.raises(RuntimeError, match="writes to a tensor that it was given"):
+        loop.evaluate(*given, [torch.ones(2)], loss_fn=WRITING[name])

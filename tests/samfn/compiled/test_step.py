@@ -1,6 +1,7 @@
 """The compiled step gives what the eager one gives, from graphs that are made once."""
 
 import re
+from collections import UserDict
 
 import pytest
 import torch
@@ -532,3 +533,26 @@ def test_what_counts_passes_counts_each_once_from_the_first_step_on(breaks, trac
         counted.append((model.passes, criterion.number, len(criterion.kept)))
     assert step.plan == ("eager" if breaks else "whole")
     assert counted == [(2, 2, 2), (4, 4, 4)]
+
+
+class Encoding(UserDict):
+    """A mapping of a kind that trees of PyTorch do not know, as of tokenizers."""
+
+
+@pytest.mark.filterwarnings("ignore:samfn goes on uncompiled")
+@pytest.mark.parametrize("puts", [True, False])
+def test_what_forward_puts_into_a_batch_a_compiled_pass_does_not_find(puts, traced):
+    class Shifting(nn.Linear):
+        def forward(self, data):
+            shifted = data["x"] - 1
+            if puts:
+                data["x"] = shifted
+            return super().forward(shifted)
+
+    state, step, eager = task(Shifting(4, 3), plan="gradient")
+    batch = Encoding(x=torch.randn(2, 4)), torch.tensor([0, 1])
+    inputs = batch[0]["x"]
+    found, expected = step(state, batch, lr=0.1), eager(state, batch, lr=0.1)
+    assert_close(found, expected)
+    assert step.plan == ("eager" if puts else "gradient")
+    assert batch[0]["x"] is inputs

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import pickle
 import warnings
@@ -738,3 +739,44 @@ def test_under_ddp_it_perturbs_on_each_replica_or_for_all_of_them(tmp_path):
         skipped, found = torch.load(tmp_path / f"skipped-{rank}")
         assert skipped == 1
         assert_close(found, weights(net()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_one_autocast_around_a_loop_hides_no_perturbation(by_closure):
+    def losses(around, within):
+        torch.manual_seed(0)
+        model, (inputs, targets) = nn.Linear(6, 3), (torch.randn(8, 6), torch.arange(8) % 3)
+        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=1.0, lr=0.3)
+        seen = []
+
+        def closure():
+            with within():
+                loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            seen.append(loss.item())
+            return loss
+
+        with around():
+            for _ in range(2):
+                if by_closure:
+                    optimizer.step(closure)
+                    continue
+                closure()
+                optimizer.first_step(zero_grad=True)
+                closure()
+                optimizer.second_step(zero_grad=True)
+        return seen
+
+    half = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    found = losses(half, contextlib.nullcontext)
+    assert found == losses(contextlib.nullcontext, half)
+    assert found[1] > found[0] + 0.5
+
+
+def test_one_autocast_around_a_loop_hides_nothing_that_is_loaded():
+    model, inputs = nn.Linear(6, 3), torch.ones(1, 6)
+    params, buffers = samfn.split(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(inputs)
+        samfn.load(model, {name: 2 * w for name, w in params.items()}, buffers)
+        assert_close(model(inputs), 2 * before)

@@ -1,4 +1,6 @@
 import copy
+from collections import UserDict
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -734,3 +736,37 @@ def test_a_forward_pass_that_fails_in_a_selective_checkpoint_leaves_nothing_behi
         taken(model)
     assert not _get_current_dispatch_mode_stack()
     model.first.weight.detach().clone()
+
+
+class Encoding(UserDict):
+    """A mapping of a kind that trees of PyTorch do not know, as of tokenizers."""
+
+
+@dataclass
+class Cloud:
+    x: torch.Tensor
+
+
+class Shifting(nn.Linear):
+    """Puts what it computes into the batch, as is usual with point clouds."""
+
+    def forward(self, data):
+        if isinstance(data, Cloud):
+            data.x = data.x - 1
+            return super().forward(data.x)
+        data["x"] = data["x"] - 1
+        return super().forward(data["x"])
+
+
+@pytest.mark.parametrize("make", [Encoding, Cloud, dict])
+def test_what_forward_puts_into_a_batch_the_next_pass_does_not_find(make):
+    model = Shifting(6, 3).double()
+    inputs, targets = habits.vectors(), habits.classes()
+    loss_fn, optimizer = samfn.supervised(model, F.cross_entropy), samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    data, given = make(x=inputs), {"loss_fn": loss_fn, "optimizer": optimizer, "lr": 0.1}
+    _, metrics = samfn.sam_update(state, (data, targets), rho=1e-6, **given)
+    expected = F.cross_entropy(nn.Linear.forward(model, inputs - 1), targets)
+    assert_close(metrics.loss, expected.detach())
+    assert_close(metrics.perturbed_loss, expected.detach(), rtol=1e-4, atol=0)
+    assert (data.x if make is Cloud else data["x"]) is inputs

@@ -247,7 +247,8 @@ class SAM(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
             self._kept.place()
-        self._passes.begin(anew=self._kept.is_placed)
+        if self._kept.is_placed or not zero_grad:
+            self._passes.begin(anew=self._kept.is_placed)
         if self._finite is not None:
             self._mark = Mark(self._all(), self._finite)
         self._asked = False
@@ -326,7 +327,8 @@ class SAM(torch.optim.Optimizer):
         self._kept.take(parameters)
         if zero_grad:
             self.zero_grad()
-        self._passes.begin()
+        else:
+            self._passes.begin()
 
     @property
     def kept(self) -> int:
@@ -462,8 +464,9 @@ class SAM(torch.optim.Optimizer):
         torch.clear_autocast_cache()
         if zero_grad:
             self.zero_grad()
-        self._remember_gradients()
-        self._passes.begin()
+        else:
+            self._remember_gradients()
+            self._passes.begin()
 
     def _remember_gradients(self) -> None:
         self._used = {name: Seen.of(grad) for name, grad in self._grads().items()}

@@ -122,8 +122,8 @@ class _Watch:
         if not self._is_seen:  # FSDP2 adds up by itself, and calls this one only.
             last = self._last is not None and self._last.grad() is grad
             self._look(last and (not self._is_new or self._is_left(grad, 1)))
+            self._last = Seen.of(grad)
         self._is_seen = False
-        self._last = Seen.of(grad)
         self.count += 1
 
     def _is_left(self, grad: Tensor, writes: int) -> bool:

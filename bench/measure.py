@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from recipes.terminal.hardware import hardware
@@ -124,6 +127,34 @@ def peak_memory(step: Callable[[], Any]) -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resident("VmHWM") - before
+
+
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the tensors that are made within it, and are there at once.
+
+    Of a DTensor, those of the rank's part; what a kernel takes for itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, and count."""
+        made = operation(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                storage = getattr(leaf, "_local_tensor", leaf).untyped_storage()
+                known = self._held.get(storage._cdata)
+                if known is None or known[0].expired():
+                    held = StorageWeakRef(storage), storage.nbytes()
+                    self._held[storage._cdata] = held
+        self._held = {key: one for key, one in self._held.items() if not one[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
+        return made
 
 
 def start_of_peak() -> int:

@@ -72,12 +72,11 @@ def transformer(batch: int) -> Network:
     return Network("transformer", model, tokens, torch.randint(64, (64 * batch,)))
 
 
-def large_transformer(batch: int) -> Network:
-    """Return twelve layers of width 768 on sequences of 16: 100 million parameters."""
+def large_transformer(layers: int, width: int, batch: int) -> Network:
+    """Return a transformer of many parameters on sequences of 16."""
     tokens = torch.randint(10_000, (batch, 16))
-    model = Transformer(12, 768, 16, vocabulary=10_000)
-    targets = torch.randint(10_000, (16 * batch,))
-    return Network("transformer-100m", model, tokens, targets)
+    model = Transformer(layers, width, 16, vocabulary=10_000)
+    return Network("large", model, tokens, torch.randint(10_000, (16 * batch,)))
 
 
 def wide_resnet(name: str, batch: int, side: int, layout: str = "standard") -> Network:
@@ -97,7 +96,8 @@ NETWORKS: dict[str, Callable[[int], Network]] = {
     "mlp-small": small_mlp,
     "mlp-2048": wide_mlp,
     "transformer": transformer,
-    "transformer-100m": large_transformer,
+    "transformer-18m": lambda batch: large_transformer(6, 384, batch),
+    "transformer-100m": lambda batch: large_transformer(12, 768, batch),
     "wrn-10-1 8x8": lambda batch: wide_resnet("wrn-10-1", batch, 8),
     "wrn-10-1": lambda batch: wide_resnet("wrn-10-1", batch, 32),
     "wrn-16-2": lambda batch: wide_resnet("wrn-16-2", batch, 32),

@@ -270,6 +270,10 @@ def memory(options: Options) -> list[Row]:
         del state, kept
         step()
         found["step"] = float(measure.resident() - before + measure.peak_memory(step))
+        with measure.Live() as live:
+            for _ in range(2):  # The second one begins with tensors that were seen.
+                step()
+        found["tensors"] = float(live.peak)
         found |= {f"{key}, model": value for key, value in predicted._asdict().items()}
         rows.append(found)
         del step

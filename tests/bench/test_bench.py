@@ -245,6 +245,10 @@ def test_what_ranks_take_is_measured_and_reported(monkeypatch, tmp_path, capsys)
     assert held["sharded", 2]["state"] == pytest.approx(whole / 2, rel=0.01)
     for row in held.values():  # Beside the model's there are a few counters.
         assert row["state"] == pytest.approx(row["state, model"], rel=0.01)
+    # Old state and new one, gradients and copies of them: all of it is shared out.
+    parts, one = (held[name, n]["tensors"] for name, n in (("sharded", 2), ("global", 1)))
+    assert 2 * whole < one
+    assert parts < 0.6 * one
     text = report.read_text()
     assert text in capsys.readouterr().out
     tables = [line for line in text.splitlines() if line.startswith("|")]

@@ -418,6 +418,7 @@ def compiled(plan):
     return step.plan, difference(one, other), tree.is_sharded(states[0].params["0.bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["whole", "loss"])
 def test_a_sharded_step_is_compiled(plan):
     for found, apart, sharded in on_ranks(2, compiled, plan):

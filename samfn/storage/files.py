@@ -158,6 +158,24 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def discard(path: Path) -> None:
+    """Delete a file, or a directory, which is gone at once; `sweep` takes what is left."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    path.rename(folder / path.name)
+    shutil.rmtree(folder)
+
+
+def rename(path: Path, name: str) -> Path:
+    """Give a file or directory another name, in place of what has that name."""
+    target = path.with_name(name)
+    if target.is_dir():
+        discard(target)
+    return path.rename(target)
+
+
 @contextmanager
 def held(
     directory: str | os.PathLike[str],

@@ -382,7 +382,7 @@ def test_writing_in_the_background_writes_what_was(tmp_path):
 def write_two(directory):
     checkpoints = samfn.Checkpoints(directory)
     for step in (1, 2):
-        checkpoints.save(simple(step))
+        checkpoints.save(simple(step), score=step)
 
 
 @pytest.fixture(scope="module")
@@ -448,12 +448,14 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_goes_on(
     shutil.copytree(written, directory)
     path = directory / "step_000000002.sharded"
     file, *_ = path.glob(f"{which}*")
+    before = samfn.Checkpoints(directory, warn=lambda text: None)
     assert samfn.restore(path, like=plain(0))[0].step == 2  # The twin: nothing is damaged.
+    assert before.best() == [path]
     DAMAGE[kind](file, sorted(path.glob("rank_00001*")))
     named = "rank_0000[12]" if kind == "swapped" else which
     with pytest.raises(samfn.CheckpointCorruptError, match=f"step_000000002.*{named}"):
         samfn.restore(path, like=plain(0))
-    assert samfn.Checkpoints(directory, warn=lambda text: None).best() == []
+    assert before.best() == [directory / "step_000000001.sharded"]
     checkpoints = samfn.Checkpoints(directory, warn=said.append)
     assert checkpoints.latest(plain(0)).state.step == 1
     assert len(said) == 1
@@ -468,11 +470,16 @@ def forged(index, change):
     parts.tensorfile.write(index, tensors, texts | {"samfn.parts": json.dumps(found)})
 
 
+def outside(part):
+    """Name the same file by a path that could lead anywhere."""
+    part[2] = f"../copy/{part[2]}"
+
+
 FORGED = {
     "a part left out": lambda found: found["params/w"]["parts"].pop(),
     "outside": lambda found: found["params/w"]["parts"][0][0].__setitem__(0, 99),
     "negative": lambda found: found["params/w"]["parts"][0][0].__setitem__(0, -1),
-    "elsewhere": lambda found: found["params/w"]["parts"][0].__setitem__(2, "../x"),
+    "elsewhere": lambda found: outside(found["params/w"]["parts"][0]),
     "no number": lambda found: found["params/w"].update(shape=["4", 3]),
     "no dtype": lambda found: found["params/w"].update(dtype="F1"),
     "other dtype": lambda found: found["params/w"].update(dtype="I32"),

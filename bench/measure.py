@@ -149,10 +149,11 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 storage = getattr(leaf, "_local_tensor", leaf).untyped_storage()
                 known = self._held.get(storage._cdata)
-                if known is None or known[0].expired():
-                    held = StorageWeakRef(storage), storage.nbytes()
-                    self._held[storage._cdata] = held
-        self._held = {key: one for key, one in self._held.items() if not one[0].expired()}
+                if known is None or known[0].expired():  # type: ignore[no-untyped-call]
+                    weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                    self._held[storage._cdata] = weak, storage.nbytes()
+        for key in [key for key, (weak, _) in self._held.items() if weak.expired()]:  # type: ignore[no-untyped-call]
+            del self._held[key]
         self.peak = max(self.peak, sum(size for _, size in self._held.values()))
         return made
 

@@ -46,7 +46,12 @@ OWNERS = {
     "torch.optim": {"samfn/descend.py", "samfn/imperative", "samfn/modules"},
     "torch._dynamo": {"samfn/compiled", "bench/faults/trial.py"},
     "torch._inductor": {"samfn/compiled"},
-    "torch.distributed": {"samfn/collectives.py", "samfn/distributed", "bench/scaling.py"},
+    "torch.distributed": {
+        "samfn/collectives.py",
+        "samfn/distributed",
+        "samfn/storage/sharded.py",
+        "bench/scaling.py",
+    },
 }
 
 

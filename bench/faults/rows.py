@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.faults import disk, kills, processes, signals
+from bench.faults import disk, kills, processes, shards, signals
 from bench.faults.trial import Outcome
 
 ROOT = Path(__file__).parent.parent.parent
@@ -276,5 +276,15 @@ ROWS = (
         "weights caught between two steps",
         by_tests("samfn/imperative/test_guard.py"),
         0,
+    ),
+    Row("F42", "sharded: SIGKILL of one or all ranks", shards.at_any_moment, 50),
+    Row("F43", "sharded: SIGKILL at each call and byte of a save", shards.in_a_save, 200),
+    Row("F44", "sharded: one rank's disk full from a random byte on", shards.full_at, 50),
+    Row("F45", "sharded: a file damaged in twenty ways", shards.rotten, 10_000),
+    Row(
+        "F46",
+        "sharded: one rank killed, stopped, signalled, or not finite",
+        shards.of_ranks,
+        16,
     ),
 )

@@ -45,7 +45,7 @@ Hook = Callable[[], None]
 def start(target: Callable[..., None], *args: Any) -> Process:
     """Start `target` in a process of its own, forked from one that has all modules."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.faults.trial"])
+    context.set_forkserver_preload(["bench.faults.trial", "bench.faults.shards"])
     process = context.Process(target=target, args=args)
     process.start()
     return process

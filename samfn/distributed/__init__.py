@@ -1,4 +1,4 @@
-"""More than one device: the one package that knows torch.distributed.
+"""More than one device: the package that knows torch.distributed.
 
 torchrun starts one process for each device, a rank. All of them take the same steps on
 batches of their own, and hold the same state, bit for bit, or parts of it. Which of them
@@ -30,6 +30,7 @@ from samfn.distributed.group import (
     require_alike,
     share,
     size,
+    together,
 )
 from samfn.distributed.placements import placed, sharing
 from samfn.distributed.shards import gather, shard
@@ -53,5 +54,6 @@ __all__ = [
     "sharing",
     "size",
     "synchronised",
+    "together",
     "total",
 ]

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -188,6 +188,27 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=FIRST)
     return box[0]
+
+
+def together(function: Callable[[], Any]) -> Any:
+    """Call a function on every rank; raise on all of them what the first raised, if any.
+
+    So no rank waits for one that gave up.
+    """
+    result, failures = None, [None] * size()
+    failure: Any = None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    if size() == 1:
+        failures = [failure]
+    else:
+        dist.all_gather_object(failures, failure)
+    for failed in failures:
+        if failed is not None:
+            raise failed
+    return result
 
 
 def require_alike(values: Any) -> None:

@@ -3,7 +3,8 @@
 A checkpoint is one safetensors file. Tensors are named by their place in the state, as
 "params/conv.weight"; metadata is JSON in the header, and tensors among it are named
 "metadata/<key>"; JSON that is too long for a header is the bytes of "samfn.json/<key>".
-`tensorfile` writes it whole and verifies it at every read.
+`tensorfile` writes it whole and verifies it at every read. Of a state of DTensors, it is
+a directory with one file for each rank: see `parts` and `sharded`.
 """
 
 import json
@@ -11,24 +12,31 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from samfn import checks, tree
+from samfn import checks, distributed, tree
 from samfn.step import NonFiniteError, TrainState
-from samfn.storage import files, tensorfile
+from samfn.storage import files, parts, tensorfile
 
 FORMAT = "2"  # the newest, and the only one that was ever released
 RESERVED = "samfn."
 FORMAT_KEY = f"{RESERVED}format"
 METADATA = "metadata"
 SCORE = "score"
-NAME = re.compile(r"step_([0-9]+)\.safetensors")
+PARTS = f"{RESERVED}parts"
+SUFFIX = ".safetensors"
+NAME = re.compile(rf"step_([0-9]+)({SUFFIX}|{parts.SUFFIX})")
 LONG = 2**16  # characters of JSON, above which it is a tensor: headers have an end
 LONG_KEY = f"{RESERVED}json"
 GOING_ON = ", going on with the one before"
@@ -58,6 +66,10 @@ def save(path: str | os.PathLike[str], state: TrainState, **metadata: Any) -> No
     `restore` verifies. Nothing else of the program is in it: where random numbers come
     from PyTorch's own generators, give `random=samfn.random_state()` along.
 
+    If there are DTensors among the tensors, all ranks call it, and it is a directory with
+    one file for each rank, of which the same is true. Plain tensors and other metadata are
+    those of the first rank then.
+
     Args:
         path: where to; its directory exists.
         state: any training state.
@@ -69,8 +81,138 @@ def save(path: str | os.PathLike[str], state: TrainState, **metadata: Any) -> No
         TypeError: JSON does not hold the metadata, or the file a tensor, as a sparse one;
             or the state has something else in it. Says where.
         ValueError: a name of the metadata begins with "samfn."; two names are one when
-            they are written, as 1 and "1"; or there is more than `restore` takes.
+            they are written, as 1 and "1"; there is more than `restore` takes; or the
+            placement of a DTensor is a sum that was not added up.
     """
+    _begin(Path(path), state, metadata)()
+
+
+def restore(
+    path: str | os.PathLike[str], like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """Read a state back, with its metadata.
+
+    The number of ranks that wrote it need not be that of those that read it, nor their
+    mesh. All ranks call it if there are DTensors in `like`, and each reads its own parts.
+
+    Args:
+        path: what `save` wrote.
+        like: a state of the same structure, as `init` makes it; gives names, shapes,
+            dtypes, devices and memory formats, and how DTensors are cut, not values.
+            Tensors among metadata are cut as the parameter of their name and shape is,
+            and otherwise whole, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointCorruptError: it is damaged, or no checkpoint; a ValueError.
+        CheckpointFormatError: it was written by a newer version; a ValueError.
+        ValueError: it holds other names, shapes or dtypes than `like`; says which.
+    """
+    path, expected = Path(path), _flatten(like)
+    call = _calling(_is_cut(like))
+    tensors, metadata, index = call(lambda: _read(path, expected))
+    found = {**tensors, **{name: whole.layout for name, whole in index.items()}}
+    beside = {name: found.pop(name) for name in [*found] if name.startswith(f"{METADATA}/")}
+    checks.require_same_layout(expected, found, names=f"the state and {path}")
+    wanted = expected | {name: _as_cut(name, leaf, like) for name, leaf in beside.items()}
+    cut = {
+        name: leaf
+        for name, leaf in wanted.items()
+        if name in index or tree.is_sharded(leaf)
+    }
+    if cut:
+        from samfn.storage import sharded  # takes seconds
+
+        directory = parts.index_of(path).parent
+
+        def load() -> dict[str, Tensor]:
+            with _reading(path):
+                return sharded.load(directory, tensors, index, cut)
+
+        tensors |= call(load)
+    for name in beside:
+        _, key, *rest = name.split("/", 2)
+        if rest:
+            metadata.setdefault(key, {})[rest[0]] = tensors.pop(name)
+        else:
+            metadata[key] = tensors.pop(name)
+    return _rebuild(like, tensors), metadata
+
+
+def _is_cut(state: Any, metadata: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Return whether there are DTensors among the tensors."""
+    held = [value for value in metadata.values() if _holds_tensors(value)]
+    return any(map(tree.is_sharded, pytree.tree_leaves((state, held))))
+
+
+def _calling(cut: bool) -> Callable[[Callable[[], Any]], Any]:
+    """Return what calls a function: on all ranks together, if the state is cut."""
+    return distributed.together if cut else lambda function: function()
+
+
+def _decides(cut: bool) -> bool:
+    """Return whether this rank decides what happens to files."""
+    return not cut or distributed.rank() == distributed.FIRST
+
+
+def _begin(
+    path: Path,
+    state: TrainState,
+    metadata: Mapping[str, Any],
+    background: Callable[[], Any] | None = None,
+) -> Callable[[], None]:
+    """Begin to write a checkpoint.
+
+    Args:
+        path: as for `save`, and so are state and metadata.
+        state: may change afterwards.
+        metadata: likewise.
+        background: makes the process group for writing there; None writes at once.
+
+    Returns:
+        Waits for the end, and raises what went wrong.
+    """
+    call = _calling(_is_cut(state, metadata))
+    tensors, texts = call(lambda: _encoded(state, metadata))
+    cut = {name: leaf for name, leaf in tensors.items() if tree.is_sharded(leaf)}
+    whole = {name: leaf for name, leaf in tensors.items() if name not in cut}
+    if background:
+        whole = {
+            name: torch.empty_like(leaf, device="cpu").copy_(leaf)
+            for name, leaf in whole.items()
+        }
+    if not cut:
+        write = partial(tensorfile.write, path, whole, texts)
+        return partial(_finish, "", _in_thread(write) if background else write)
+    from samfn.storage import sharded  # takes seconds
+
+    def write_index(file: Path, index: parts.Index) -> None:
+        _put(json.dumps(parts.listed(index)), PARTS, whole, texts)
+        tensorfile.write(file, whole, texts)
+
+    finish = sharded.begin(path, cut, write_index, background() if background else None)
+    return partial(_finish, f"cannot write {path}: ", finish)
+
+
+def _finish(place: str, write: Callable[[], Any]) -> None:
+    try:
+        write()
+    except OSError as error:
+        raise CheckpointWriteError(f"{place}{error}") from error
+
+
+def _in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Begin to call a function; return what waits for its end."""
+    pool = ThreadPoolExecutor(1)
+    begun = pool.submit(function)
+    pool.shutdown(wait=False)
+    return begun.result
+
+
+def _encoded(
+    state: TrainState, metadata: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and texts that are a state and its metadata."""
     tensors = _flatten(state)
     texts = {FORMAT_KEY: FORMAT}
     if reserved := [key for key in metadata if key.startswith(RESERVED)]:
@@ -80,45 +222,30 @@ def save(path: str | os.PathLike[str], state: TrainState, **metadata: Any) -> No
             if "/" in key:
                 raise ValueError(f"metadata of tensors must have no / in its name: {key!r}")
             tensors |= tree.named(value, f"{METADATA}/{key}")
-        elif len(text := _to_json(value, key)) > LONG:
-            content = bytearray(text.encode())
-            tensors[f"{LONG_KEY}/{key}"] = torch.frombuffer(content, dtype=torch.uint8)
         else:
-            texts[key] = text
-    try:
-        tensorfile.write(Path(path), tensors, texts)
-    except OSError as error:
-        raise CheckpointWriteError(str(error)) from error
+            _put(_to_json(value, key), key, tensors, texts)
+    for name, leaf in tensors.items():
+        if any(placement.is_partial() for placement in getattr(leaf, "placements", ())):
+            raise ValueError(f"expected DTensors that are whole or cut, {name} is a sum")
+    return tensors, texts
 
 
-def restore(
-    path: str | os.PathLike[str], like: TrainState
-) -> tuple[TrainState, dict[str, Any]]:
-    """Read a state back, with its metadata.
+def _put(text: str, key: str, tensors: dict[str, Tensor], texts: dict[str, str]) -> None:
+    """Add a text to those of a file, or to its tensors if it is long."""
+    if len(text) > LONG:
+        content = bytearray(text.encode())
+        tensors[f"{LONG_KEY}/{key}"] = torch.frombuffer(content, dtype=torch.uint8)
+    else:
+        texts[key] = text
 
-    Args:
-        path: a file that `save` wrote.
-        like: a state of the same structure, as `init` makes it; gives names, shapes,
-            dtypes, devices and memory formats, not values.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointCorruptError: it is damaged, or no checkpoint; a ValueError.
-        CheckpointFormatError: it was written by a newer version; a ValueError.
-        ValueError: it holds other names, shapes or dtypes than `like`; says which.
-    """
-    path = Path(path)
-    expected = _flatten(like)
-    try:
-        tensors, texts = tensorfile.read(path, expected)
-    except tensorfile.CorruptError as error:
-        raise CheckpointCorruptError(str(error)) from error
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"no checkpoint at {path}") from error
-    except OSError as error:
-        if path.is_file():
-            raise
-        raise CheckpointCorruptError(f"{path} is no checkpoint: {error}") from error
+def _read(
+    path: Path, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, parts.Parts]]:
+    """Return whole tensors, metadata without tensors, and where the others are."""
+    with _reading(path):
+        plain = {n: leaf for n, leaf in expected.items() if not tree.is_sharded(leaf)}
+        tensors, texts = tensorfile.read(parts.index_of(path), plain)
     if (found := texts.pop(FORMAT_KEY, None)) != FORMAT:
         raise CheckpointFormatError(
             f"{path} has checkpoint format {found}, this samfn reads format {FORMAT}"
@@ -130,17 +257,47 @@ def restore(
         metadata: dict[str, Any] = {key: json.loads(t) for key, t in texts.items()}
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path} has damaged metadata: {error}") from error
-    for name in [name for name in tensors if name.startswith(f"{METADATA}/")]:
-        _, key, *rest = name.split("/", 2)
-        if rest:
-            metadata.setdefault(key, {})[rest[0]] = tensors.pop(name)
-        else:
-            metadata[key] = tensors.pop(name)
-    checks.require_same_layout(expected, tensors, names=f"the state and {path}")
-    return _rebuild(like, tensors), metadata
+    with _reading(path):
+        return tensors, metadata, parts.parsed(path, metadata.pop(PARTS, {}))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what reading raises into the errors of checkpoints."""
+    try:
+        yield
+    except tensorfile.CorruptError as error:
+        raise CheckpointCorruptError(str(error)) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"no checkpoint at {path}") from error
+    except OSError as error:
+        if parts.index_of(path).is_file():
+            raise
+        raise CheckpointCorruptError(f"{path} is no checkpoint: {error}") from error
+
+
+def _verified_texts(path: Path) -> dict[str, str]:
+    """Return the texts of a checkpoint of which every file was verified."""
+    index = parts.index_of(path)
+    if index == path:
+        return tensorfile.verified_texts(path)
+    tensors, texts = tensorfile.read(index)
+    long = tensors.get(f"{LONG_KEY}/{PARTS}")
+    text = texts.get(PARTS, "{}") if long is None else long.numpy().tobytes()
+    parts.verify(path, parts.parsed(path, json.loads(text)))
+    return texts
+
+
+def _as_cut(name: str, leaf: Tensor, like: Any) -> Tensor:
+    """Return how a tensor among metadata is to come."""
+    param = getattr(like, "params", {}).get(name.split("/", 2)[-1])
+    if param is not None and tree.is_sharded(param) and param.shape == leaf.shape:
+        return torch.empty_like(param, dtype=leaf.dtype)
+    return torch.empty_like(leaf, device="cpu") if leaf.is_meta else leaf
 
 
 Scores = dict[Path, dict[str, float]]  # of checkpoints, by their names
+Signature = tuple[tuple[int, ...], ...]
 
 
 class Found(NamedTuple):
@@ -157,6 +314,10 @@ class Checkpoints:
     They are called step_<number>.safetensors, and nothing else there counts. Only one
     process may write there; `samfn.held(directory)` sees to that.
 
+    Of states with DTensors they are directories, called step_<number>.sharded. All ranks
+    call `save`, `wait`, `latest` and `best_whole` then; the first decides what is read and
+    deleted, and it alone holds the directory.
+
     Args:
         directory: the first `save` makes it, and deletes what killed processes left half
             written in it.
@@ -164,6 +325,8 @@ class Checkpoints:
             while the newest is written or turns out to be damaged.
         keep_best: how many of those with the highest score stay besides, for each name
             of a score.
+        background: whether `save` returns as soon as it has copied the state to the CPU.
+            The next `save`, or `wait`, waits for the rest, and raises what went wrong.
         warn: is told in one line what was set aside, and why.
     """
 
@@ -173,6 +336,7 @@ class Checkpoints:
         *,
         keep_last: int = 2,
         keep_best: int = 1,
+        background: bool = False,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         checks.require_count("keep_last", keep_last, least=2)
@@ -180,7 +344,9 @@ class Checkpoints:
         self.directory = Path(directory)
         self._keep_last, self._keep_best, self._warn = keep_last, keep_best, warn
         self._swept = False
-        self._verified: dict[Path, tuple[tuple[int, ...], dict[str, float]]] = {}
+        self._background, self._group = background, None
+        self._unfinished: Callable[[], None] | None = None
+        self._verified: dict[Path, tuple[Signature, dict[str, float]]] = {}
 
     def paths(self) -> list[Path]:
         """Return the checkpoints that are there, by step; none where there is no directory.
@@ -225,23 +391,61 @@ class Checkpoints:
             NonFiniteError: a parameter or buffer is not finite, which no training
                 recovers from; the ones before are untouched.
         """
-        _require_finite(state)
-        if (step := torch.as_tensor(state.step).item()) < 0 or isinstance(step, float):
-            raise ValueError(f"expected a whole step of at least 0, got {step}")
-        if not self._swept:
-            self._prepare()
-        path = self.directory / f"step_{int(state.step):09d}.safetensors"
-        if score is not None:
-            metadata[SCORE] = _required(score)
-        save(path, state, **metadata)
-        self._remember(path, metadata.get(SCORE))
+        self.wait()
+        cut = _is_cut(state, metadata)
+        call, first = _calling(cut), _decides(cut)
+        suffix = parts.SUFFIX if cut else SUFFIX
+        path = self.directory / f"step_{int(state.step):09d}{suffix}"
+
+        def prepare() -> None:
+            _require_finite(state)
+            if (step := torch.as_tensor(state.step).item()) < 0 or isinstance(step, float):
+                raise ValueError(f"expected a whole step of at least 0, got {step}")
+            if score is not None:
+                metadata[SCORE] = _required(score)
+            if first and not self._swept:
+                self._prepare()
+
+        call(prepare)
+        finish = _begin(
+            path, state, metadata, self._make_group if self._background else None
+        )
+
+        def finish_and_tidy() -> None:
+            finish()
+            call(lambda: self._tidy(path, metadata.get(SCORE)) if first else None)
+
+        self._unfinished = finish_and_tidy
+        if not self._background:
+            self.wait()
+        return path
+
+    def wait(self) -> None:
+        """Wait until what is written in the background is there; raises as `save`."""
+        finish, self._unfinished = self._unfinished, None
+        if finish is not None:
+            finish()
+
+    def _make_group(self) -> Any:
+        """Return the process group for writing in the background."""
+        if self._group is None:
+            from samfn.storage import sharded
+
+            self._group = sharded.new_group()
+        return self._group
+
+    def _tidy(self, path: Path, score: Any) -> None:
+        """Delete what is neither new nor good any more now that there is another."""
+        self._remember(path, score)
         found = self._all_scores(self._put_aside)
-        for old in found.keys() - {path, *self._wanted(found)}:
+        # A file may have the step of a directory.
+        other = {old for old in found if old != path and _step(old) == _step(path)}
+        kept = {old: scores for old, scores in found.items() if old not in other}
+        for old in found.keys() - {path, *self._wanted(kept)}:
             try:
-                old.unlink(missing_ok=True)
+                files.discard(old)
             except OSError as error:
                 self._warn(f"cannot delete {old}: {error}")
-        return path
 
     def best(self, by: str = SCORE) -> list[Path]:
         """Return those with the highest scores, the best first; of equals, the older.
@@ -258,15 +462,7 @@ class Checkpoints:
 
         Raises and warns as `latest`.
         """
-        found: Scores = {}
-        for path in self.paths():
-            try:
-                found[path] = _scores(tensorfile.read_texts(path))
-            except tensorfile.CorruptError as error:
-                self._put_aside(path, error, GOING_ON)
-            except OSError:
-                continue  # It has no score; `latest` tells.
-        return self._first_whole(_ranked(found, by), like)
+        return self._first_whole(lambda: _ranked(self._claimed_scores(), by), like)
 
     def latest(self, like: TrainState) -> Found | None:
         """Read the newest checkpoint that is whole, or None if there is none.
@@ -277,7 +473,19 @@ class Checkpoints:
         Raises:
             CheckpointFormatError, ValueError: as `restore`; that is no damage.
         """
-        return self._first_whole(reversed(self.paths()), like)
+        return self._first_whole(lambda: [*reversed(self.paths())], like)
+
+    def _claimed_scores(self) -> Scores:
+        """Return the scores that checkpoints claim to have; nothing is verified."""
+        found: Scores = {}
+        for path in self.paths():
+            try:
+                found[path] = _scores(tensorfile.read_texts(parts.index_of(path)))
+            except tensorfile.CorruptError as error:
+                self._put_aside(path, error, GOING_ON)
+            except OSError:
+                continue  # It has no score; `latest` tells.
+        return found
 
     def _wanted(self, found: Scores) -> set[Path]:
         """Return the last ones, and the best by each score."""
@@ -302,7 +510,7 @@ class Checkpoints:
                 signature = _signature(path)
                 known, scores = self._verified.get(path, ((), {}))
                 if known != signature:
-                    scores = _scores(tensorfile.verified_texts(path))
+                    scores = _scores(_verified_texts(path))
                     self._verified[path] = (signature, scores)
                 found[path] = scores
             except tensorfile.CorruptError as error:
@@ -313,14 +521,22 @@ class Checkpoints:
                 self._warn(f"cannot read {path}, which stays: {error}")
         return found
 
-    def _first_whole(self, paths: Iterable[Path], like: TrainState) -> Found | None:
-        for path in paths:
+    def _first_whole(
+        self, choose: Callable[[], list[Path]], like: TrainState
+    ) -> Found | None:
+        self.wait()
+        cut = _is_cut(like)
+        first = _decides(cut)
+        paths = _calling(cut)(lambda: choose() if first else [])
+        for path in distributed.from_first(paths) if cut else paths:
             try:
                 state, metadata = restore(path, like)
             except CheckpointCorruptError as error:
-                self._put_aside(path, error, GOING_ON)
+                if first:
+                    self._put_aside(path, error, GOING_ON)
                 continue
-            if (step := int(state.step)) != _step(path):  # Somebody renamed or copied it.
+            if first and (step := int(state.step)) != _step(path):
+                # Somebody renamed or copied it.
                 self._warn(f"{path} is of step {step}, whatever its name says")
             return Found(path, state, metadata)
         return None
@@ -366,8 +582,12 @@ class Checkpoints:
 
 
 def _require_finite(state: TrainState) -> None:
-    for name, tensor in {**state.params, **state.buffers}.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+    for name, leaf in {**state.params, **state.buffers}.items():
+        tensor: Any = leaf
+        if tree.is_sharded(leaf):
+            tensor = tensor.to_local()
+        dense = tensor.layout is torch.strided  # The file refuses others by name.
+        if dense and tensor.is_floating_point() and not tensor.isfinite().all():
             raise NonFiniteError(f"{name} is not finite after {int(state.step)} steps")
 
 
@@ -375,10 +595,12 @@ def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def _signature(path: Path) -> tuple[int, ...]:
-    """Return what changes when somebody writes to a file."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _signature(path: Path) -> Signature:
+    """Return what changes when somebody writes to a file, or to those of a directory."""
+    return tuple(
+        (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        for found in (file.stat() for file in (path, *sorted(path.glob("*"))))
+    )
 
 
 def _required(score: Any) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 TEMPORARY = ".samfn-"  # what the directory of an unfinished file is called
+SHARDED = ".sharded"  # what checkpoints end in that are directories
 PARTS = ("file", "mode")  # the unfinished file in it, and one that shows the umask
 MARGIN = 2**20  # bytes that stay free beside a new file
 LOCK = ".samfn.lock"
@@ -179,20 +180,31 @@ def free_name(path: Path, *first: Path) -> Path:
 
 
 def sweep(directory: Path) -> None:
-    """Delete what processes that were killed left of `replacing`, and nothing else.
+    """Delete what killed processes left of `replacing` and `discard`, and nothing else.
 
     Only for who holds the directory: a file that is being written would go as well.
     """
     for folder in directory.glob(f"{TEMPORARY}*"):
         with suppress(OSError):  # It is no directory, say.
             names = [path.name for path in folder.iterdir()]
-            if not folder.is_symlink() and all(map(_is_part, names)):
+            if not folder.is_symlink() and all(_is_part(name, folder) for name in names):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_part(name: str) -> bool:
-    """Return whether `replacing` leaves a file of this name; safetensors begins .tmp."""
-    return name in PARTS or name.startswith(".tmp")
+def _is_part(name: str, folder: Path) -> bool:
+    """Return whether samfn leaves this name in a temporary folder; safetensors: .tmp."""
+    of_ranks = folder.name.removeprefix(TEMPORARY)  # what all ranks write together
+    return name in (*PARTS, of_ranks) or name.startswith(".tmp") or name.endswith(SHARDED)
+
+
+def discard(path: Path) -> None:
+    """Delete a file, or a directory, which is gone at once; `sweep` takes what is left."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    path.rename(folder / path.name)
+    shutil.rmtree(folder)
 
 
 @contextmanager

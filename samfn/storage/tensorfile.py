@@ -11,8 +11,9 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -59,13 +60,18 @@ class CorruptError(ValueError):
     """A file is not what was written."""
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> dict[str, str]:
     """Write a file whole, or leave what is there; hashes are made while it is written.
 
     Args:
         path: where to; its directory exists.
         tensors: on any device, of any strides.
         texts: by names other than `DIGEST`.
+
+    Returns:
+        The SHA-256 of each tensor's bytes.
 
     Raises:
         ValueError: more tensors, or more of names and texts, than `read` takes; or a name
@@ -83,12 +89,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
             files.replacing(path, size) as temporary,
             ThreadPoolExecutor(THREADS) as pool,
         ):
-            hashes = pool.map(sha256, plain.values())
+            hashing = pool.map(sha256, plain.values())
             save_file(plain, temporary, {**texts, DIGEST: UNKNOWN})
             files.sync(temporary)  # The disk works while the last hashes are made.
-            _fill_in(temporary, _digest(plain, hashes, texts))
+            hashes = dict(zip(plain, hashing, strict=True))
+            _fill_in(temporary, _digest(plain, hashes.values(), texts))
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"cannot write {path}, {size:,} bytes: {error}") from error
+    return hashes
 
 
 def read(
@@ -170,6 +178,31 @@ def verified_texts(path: Path) -> dict[str, str]:
     if found != expected:
         raise CorruptError(f"{path} {DAMAGED}")
     return texts
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Callable[[str, Tensor, str], Tensor]]:
+    """Open a file of which only some tensors are wanted, each verified by itself.
+
+    Yields:
+        (name, a tensor of its dtype and shape, SHA-256 of its bytes) -> the tensor, on the
+        CPU; raises CorruptError if the file holds another or none. Threads may call it.
+
+    Raises as `read_texts`.
+    """
+    with files.open_regular(path) as file:
+        _, places = _contents(path, file)
+
+        def read_one(name: str, like: Tensor, expected: str) -> Tensor:
+            place = places.get(name)
+            if place is None or _kind(place.layout) != _kind(like):
+                raise CorruptError(f"{path} does not hold {name} as it was written")
+            made = torch.empty_like(place.layout, device="cpu")
+            if _fill(made, file.fileno(), place.start, path) != expected:
+                raise CorruptError(f"{path} does not hold {name} as it was written")
+            return made
+
+        yield read_one
 
 
 class _Scratch(threading.local):

@@ -315,20 +315,22 @@ def test_batches_of_different_lengths_count_by_their_examples(placement):
     assert difference(found.params, expected.params) < 1e-6
 
 
-def compiled_and_not(placement):
+def compiled_and_not(placement, backend):
     found = {}
-    for backend in (None, "inductor"):
+    for run_by in (None, backend):
         torch.manual_seed(1)  # A small network, for both ranks compile it.
         model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))
-        how = {"model": model, "placement": placement, "backend": backend}
-        found[backend] = train(samfn.sam(), **how)
+        how = {"model": model, "placement": placement, "backend": run_by}
+        found[run_by] = train(samfn.sam(), **how)
     return found
 
 
-@pytest.mark.parametrize("placement", ["replica", "sharded"])  # global: see BatchNorm.
-def test_collectives_are_in_the_one_compiled_graph(placement):
-    found = on_ranks(2, compiled_and_not, placement, timeout=300)[0]
-    (compiled, _, plan), (eager, *_) = found["inductor"], found[None]
+@pytest.mark.parametrize(  # global: see BatchNorm.
+    ("placement", "backend"), [("replica", "inductor"), ("sharded", "aot_eager")]
+)
+def test_collectives_are_in_the_one_compiled_graph(placement, backend):
+    found = on_ranks(2, compiled_and_not, placement, backend, timeout=300)[0]
+    (compiled, _, plan), (eager, *_) = found[backend], found[None]
     assert plan == "whole"
     assert difference(compiled.params, eager.params) < 1e-5
 

@@ -416,7 +416,9 @@ def compiled(plan):
     loss_fn, optimizer = samfn.supervised(model, criterion), samfn.adam()
     start = distributed.shard(samfn.init(*samfn.split(model), optimizer=optimizer))
     given = {"loss_fn": loss_fn, "optimizer": optimizer}
-    step, states = samfn.compile_update(**given, plan=plan), [start, start]
+    backend = "inductor" if plan == "loss" else "aot_eager"
+    step = samfn.compile_update(**given, plan=plan, backend=backend)
+    states = [start, start]
     for _ in range(3):
         states[0], _ = step(states[0], batch, lr=0.01)
         states[1], _ = samfn.sam_update(states[1], batch, lr=0.01, **given)

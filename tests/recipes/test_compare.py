@@ -15,6 +15,7 @@ from recipes.settings.saved import to_toml
 from recipes.study.groups import differing, grouped
 from recipes.study.report import PASSES, unlike
 from recipes.terminal.console import Display
+from recipes.train import recorded
 from recipes.train.directory import RunDirectory
 
 CHEAP = ["--images", "20", "--steps", "1", "--eigenvalues", "0", "--probes", "0"]
@@ -424,7 +425,7 @@ def test_curves_are_drawn_against_epochs_gradients_and_seconds(
 
 def test_a_run_that_diverged_is_told_and_in_no_mean(tmp_path, capsys):
     paths = [made(tmp_path / "a"), made(tmp_path / "b", "--seed 1", shifted(9)[:1])]
-    (paths[1] / "diverged.txt").write_text("stage1 is not finite after 7 steps\n")
+    recorded.write_divergence(paths[1], "stage1 is not finite after 7 steps")
     (row,) = compared(*paths)["rows"]
     assert row["numbers"]["last"]["values"] == [80]
     assert [bool(run["diverged"]) for run in row["runs"]] == [False, True]

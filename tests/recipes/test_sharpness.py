@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_library(runs, capsys):
         params = solution.params
         whole = Objective(solution.loss_fn, solution.buffers, solution.batches(80))
         parts = Objective(solution.loss_fn, solution.buffers, solution.batches(20))
-        assert whole.examples == record["images"] == 80
+        assert whole.examples(params) == record["images"] == 80
         one = sharpness.worst_case(whole, params, rho=0.05)
         metric = samfn.adaptive_metric(params)
         adaptive = sharpness.worst_case(whole, params, rho=0.5, steps=3, metric=metric)

@@ -190,8 +190,8 @@ MUTANTS = {
     ),
     "what a header says of its score counts unverified": (
         "storage/checkpoint.py",
-        "scores = _scores(tensorfile.verified_texts(path))",
-        "scores = _scores(tensorfile.read_texts(path))",
+        "return tensorfile.verified_texts(path)",
+        "return tensorfile.read_texts(path)",
         "samfn/storage/test_checkpoint::test_a_forged_score_costs_no_whole_checkpoint",
     ),
     "checkpoints are ordered by their names": (
@@ -208,7 +208,7 @@ MUTANTS = {
     ),
     "states that are not finite are kept": (
         "storage/checkpoint.py",
-        "        _require_finite(state)\n",
+        "            _require_finite(state)\n",
         "",
         "samfn/storage/test_checkpoint::test_states_that_are_not_finite_are_not_kept",
     ),

@@ -174,9 +174,11 @@ def stop_after(steps, monkeypatch, number=signal.SIGINT):
 def test_a_study_that_was_stopped_goes_on_bit_for_bit(
     whole, tmp_path, monkeypatch, capsys, runs, steps, number, code
 ):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may run by nohup.
     with monkeypatch.context() as patch:
         stop_after(steps, patch, number)  # in the second run, and in its last step
         assert coded(ARMS, tmp_path, seeds=1) == code
+    signal.signal(signal.SIGHUP, before)
     error = capsys.readouterr().err
     assert f"{number.name} ended this; the same command goes on\n" in error
     del runs[:]
@@ -285,7 +287,10 @@ def a_pipe(file):
 def of_an_earlier_time(file):
     checkpoints = RunDirectory(file.parent).checkpoints()
     state = samfn.init({"w": torch.ones(1)}, {}, optimizer=samfn.sgd())
-    about = {"config": plain_values(of_run(file.parent)), "progress": {"epoch": 1}}
+    about = {
+        "config": plain_values(of_run(file.parent)),
+        "progress": {"step": 0, "epoch": 1, "batch": 0},
+    }
     checkpoints.save(state, **about, data="x", row={"epoch": 1})
 
 

@@ -352,7 +352,7 @@ def refused():
 
     def of(model):
         parts = samfn.init(distributed.shard(samfn.split(model)[0]), {}, optimizer=SGD)
-        return step(parts, samfn.supervised(model, lambda outputs, _: outputs.sum()))
+        return step(parts, samfn.supervised(model, lambda outputs, _: outputs.mean()))
 
     hooked = network()
     hooked[0].weight.register_hook(lambda grad: grad)

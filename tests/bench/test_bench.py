@@ -176,11 +176,11 @@ def test_a_flat_buffer_trains_alike():
 
 def test_what_checkpoints_cost_is_measured(tmp_path):
     report = tmp_path / "report.md"
-    options = ("--model", "10-1", "--rounds", "1", "--batch", "2", "--report", report)
+    options = ("--model", "10-1", "--rounds", "2", "--batch", "2", "--report", report)
     out = bench("checkpoints", *options, cwd=tmp_path)
     assert "WRN-10-1" in out
     assert "| samfn.restore" in report.read_text()
-    assert "--rounds 1" in report.read_text()
+    assert "--rounds 2" in report.read_text()
 
 
 def test_faults_are_reported(tmp_path):

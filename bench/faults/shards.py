@@ -85,7 +85,6 @@ def train(directory: str, log: str, strike: Callable[[int], None] | None = None)
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     optimizer, agreement = samfn.adamw(), distributed.Agreement(1)
-    method = distributed.placed(samfn.sam(), "global")
     torch.manual_seed(0)
     params = {"w": torch.randn(31, 7), "b": torch.randn(1)}
     like = samfn.init(distributed.shard(params), {}, optimizer=optimizer)
@@ -99,7 +98,6 @@ def train(directory: str, log: str, strike: Callable[[int], None] | None = None)
             distributed.share(batch),
             loss_fn=_loss,
             optimizer=optimizer,
-            method=method,
             lr=0.01,
         )
         if distributed.rank() == distributed.FIRST:

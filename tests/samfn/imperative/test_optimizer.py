@@ -780,3 +780,15 @@ def test_one_autocast_around_a_loop_hides_nothing_that_is_loaded():
         before = model(inputs)
         samfn.load(model, {name: 2 * w for name, w in params.items()}, buffers)
         assert_close(model(inputs), 2 * before)
+
+
+def test_one_autocast_around_a_loop_hides_no_weights_that_were_put_back():
+    model, inputs = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=10.0, lr=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(inputs)
+        before.sum().backward()
+        optimizer.first_step(zero_grad=True)
+        assert not torch.equal(model(inputs), before)
+        optimizer.restore()
+        assert torch.equal(model(inputs), before)

@@ -486,19 +486,21 @@ def keep(record: Record, file: Path, display: Display) -> None:
         OSError: the file cannot be written; it is what it was.
     """
     same = ("path", *IDENTITY)
-    try:
-        before = _measurements(file)
-    except UNREADABLE:
-        before, aside = [], files.put_aside(file, "corrupt")
-        display.warn(f"{file} held no records; kept as {aside.name}")
-    others = [
-        one
-        for one in before
-        # Older versions wrote no checksum; what they measured is kept, not believed.
-        if (is_whole(one) or "checksum" not in one)
-        and any(one.get(key) != record[key] for key in same)
-    ]
-    write_json(file, {"measurements": [*others, record]})
+    lock = file.with_name(f".{file.name}.lock")
+    with files.locked(lock, str(file), wait=True, tell=display.warn):
+        try:
+            before = _measurements(file)
+        except UNREADABLE:
+            before, aside = [], files.put_aside(file, "corrupt")
+            display.warn(f"{file} held no records; kept as {aside.name}")
+        others = [
+            one
+            for one in before
+            # Older versions wrote no checksum; what they measured is kept, not believed.
+            if (is_whole(one) or "checksum" not in one)
+            and any(one.get(key) != record[key] for key in same)
+        ]
+        write_json(file, {"measurements": [*others, record]})
 
 
 IDENTITY = ("version", "sha256", "settings", "config")

@@ -189,8 +189,9 @@ class SAM(torch.optim.Optimizer):
     def unperturbed(self) -> Iterator[None]:
         """Let the weights be w inside of a `with`, and what they were after it.
 
-        To evaluate, copy or average the model between the two steps. If the step ends
-        inside, the weights stay what it makes of them.
+        To evaluate, copy or average the model between the two steps. Weights that are
+        written inside become w, and e is added to them after it. If the step ends inside,
+        the weights stay what it makes of them.
         """
         clean = self._clean
         if clean is None or self._is_aside:
@@ -204,6 +205,7 @@ class SAM(torch.optim.Optimizer):
         finally:
             self._is_aside = False
             if self._clean is clean:
+                _take_over(clean, perturbed)
                 _assign(perturbed)
 
     def guard(self, model: torch.nn.Module) -> None:
@@ -581,6 +583,7 @@ class SAM(torch.optim.Optimizer):
 
 
 _assign = _in_any_mode(parts.write)
+_take_over = _in_any_mode(parts.take_over)
 
 
 def _require_usable(group: dict[str, Any]) -> None:

@@ -57,6 +57,14 @@ def write(values: Mapping[Tensor, Tensor]) -> None:
         torch.clear_autocast_cache()  # Within one autocast, it holds casts of the old ones.
 
 
+def take_over(before: Mapping[Tensor, Tensor], elsewhere: dict[Tensor, Tensor]) -> None:
+    """Let what was written be the parts `before`, and let `elsewhere` move as far."""
+    for p, old in before.items():
+        new, there = tree.local(p.detach()), elsewhere[p]
+        elsewhere[p] = torch.where(new == old, there, there + (new - old))
+        old.copy_(new)
+
+
 Groups = Mapping[str, Mapping[str, Any]]
 
 

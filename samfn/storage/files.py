@@ -225,16 +225,24 @@ def held(
         InUseError: another process holds it, and `wait` is False; says which.
         OSError: no file can be made there, or that file is none of samfn's own.
     """
+    with locked(Path(directory, LOCK), str(directory), wait=wait, tell=tell):
+        yield
+
+
+@contextmanager
+def locked(
+    path: Path, what: str, *, wait: bool, tell: Callable[[str], None] = warnings.warn
+) -> Iterator[None]:
+    """Hold a lock file, which stays; as `held`, for what is called `what` in messages."""
     import filelock  # Only who locks needs it, and it takes a while.
 
-    path = Path(directory, LOCK)
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=PATIENCE if wait else 0)
     except filelock.Timeout as error:
         if not wait:
-            raise InUseError(f"{directory} is in use by process {_holder(path)}") from error
-        tell(f"waiting for {directory}, which process {_holder(path)} holds")
+            raise InUseError(f"{what} is in use by process {_holder(path)}") from error
+        tell(f"waiting for {what}, which process {_holder(path)} holds")
         lock.acquire()
     try:
         _write_holder(path)

@@ -25,7 +25,7 @@ from recipes.train.build import generator
 from recipes.train.directory import RunDirectory
 from samfn.measure import curvature, sharpness
 from samfn.measure.objective import Objective
-from tests import ROOT
+from tests import ROOT, commands
 from tests.recipes.data.test_sources import make_folder
 
 SMALL = ["--data", "digits", "--model", "wrn-10-1", "--batch-size", "256", "--epochs", "2"]
@@ -266,6 +266,32 @@ def test_a_damaged_file_is_measured_anew_and_replaced(measured, tmp_path, capsys
     assert recipe.known(run, of_run(run), settings_of(run), Display()) == record
     kept = [path.read_bytes() for path in run.glob("sharpness.json.corrupt*")]
     assert kept == [text.encode("latin-1")] * (not text.startswith('{"measurements": ['))
+
+
+def test_records_that_are_written_at_once_are_all_kept(measured, tmp_path):
+    file = tmp_path / "sharpness.json"
+    writers = 4
+    processes = [
+        commands.context().Process(
+            target=keep_several, args=(records(measured)[0], file, n)
+        )
+        for n in range(writers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert not any(process.exitcode for process in processes)
+    found = json.loads(file.read_text())["measurements"]
+    assert sorted(one["path"] for one in found) == sorted(
+        f"{n} {m}" for n in range(writers) for m in range(10)
+    )
+
+
+def keep_several(record, file, writer):
+    for number in range(10):
+        own = record | {"path": f"{writer} {number}"}
+        recipe.keep(own | {"checksum": recipe.checksum(own)}, file, Display())
 
 
 def test_a_damaged_record_hides_no_other(measured, tmp_path):

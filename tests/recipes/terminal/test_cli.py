@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +91,30 @@ def test_a_command_that_looks_at_runs_speaks_of_no_checkpoint(command, capsys, m
     said = capsys.readouterr().err
     assert "SIGTERM ended this; " in said
     assert "checkpoint" not in said
+
+
+@pytest.mark.parametrize("module", ["recipes.compare", "recipes.cifar_wrn"])
+def test_an_interrupt_while_modules_are_imported_ends_without_a_traceback(module):
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():  # The import of torch has begun.
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == (b"", None)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_recipes_that_are_imported_leave_interrupts_as_they_are():
+    code = (
+        "import signal, recipes;"
+        " assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import bench.measure; " + code], cwd=ROOT, check=True
+    )

@@ -261,6 +261,25 @@ def test_unperturbed_shows_the_weights_and_puts_the_perturbation_back_bit_for_bi
     equal(model.state_dict(), before)
 
 
+@pytest.mark.parametrize("written", ["loaded", "data", "all"])
+def test_weights_that_are_written_while_unperturbed_stay(written):
+    model, optimizer, before = perturbed()
+    moved = {name: w - before[name] for name, w in weights(model).items()}
+    other = {name: w + 1 for name, w in weights(model).items()}
+    with optimizer.unperturbed():
+        if written == "data":
+            model[0].weight.data.copy_(other["0.weight"])
+        elif written == "loaded":
+            model[0].load_state_dict({"weight": other["0.weight"]}, strict=False)
+        else:
+            model.load_state_dict(other, strict=False)
+        wanted = weights(model)
+    for name, w in weights(model).items():  # w + e, of the new w
+        torch.testing.assert_close(w - wanted[name], moved[name], rtol=0, atol=1e-6)
+    optimizer.restore()
+    equal(weights(model), wanted)
+
+
 @pytest.mark.parametrize("end", ["second_step", "restore"])
 def test_a_step_that_ends_while_unperturbed_has_ended(end):
     model, optimizer, before = perturbed()

@@ -13,7 +13,7 @@ ORDER = {
     "samfn": "tree nested schedules checks batches collectives loss perturb methods descend"
     " modules distributed step imperative storage training measure compiled",
     "recipes": "errors roles terminal plots data models settings train study cifar_wrn"
-    " finetune sweep label_noise arms sharpness landscape compare",
+    " finetune finetune_text sweep label_noise arms sharpness landscape compare",
     "bench": "measure networks peers candidates cost_model cost scaling"
     " checkpoints gpu faults zoo",
 }

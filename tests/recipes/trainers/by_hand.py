@@ -32,8 +32,8 @@ def table():
     return inputs, torch.randint(3, (ROWS,), generator=source)
 
 
-def batches(size=BATCH):
-    return [*zip(*(part.split(size) for part in table()), strict=True)]
+def batches():
+    return [*zip(*(part.split(BATCH) for part in table()), strict=True)]
 
 
 def single():

@@ -42,8 +42,9 @@ def _itself(optimizer: Any) -> Any:
     What `self.optimizers()` is in a module of Lightning gets a subclass of ours as its
     class, so that a method of ours is called with it; all that is written is to be here.
     """
-    own = "base_optimizer" in vars(optimizer)
-    return optimizer if own else getattr(optimizer, "optimizer", optimizer)
+    if "base_optimizer" in optimizer.__dict__:
+        return optimizer
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class SAM(torch.optim.Optimizer):

@@ -65,7 +65,7 @@ def fit(module, batch_size=by_hand.BATCH, checkpoint=None, **settings):
         steps = by_hand.divided()
         rows = by_hand.merge([step[dist.get_rank()] for step in steps])
     loader = DataLoader(TensorDataset(*rows), batch_size=batch_size)
-    made.fit(module, loader, ckpt_path=checkpoint, weights_only=checkpoint and True)
+    made.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     return made
 
 

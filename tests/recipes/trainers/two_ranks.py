@@ -4,6 +4,7 @@ import os
 import tempfile
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,7 +13,13 @@ import torch.distributed as dist
 from tests import commands
 from tests.ranks import on_ranks
 
-TRAINERS = ("in_accelerate", "in_hugging_face", "in_lightning", "in_timm")
+PACKAGES = {
+    "in_accelerate": "accelerate",
+    "in_hugging_face": "transformers",
+    "in_lightning": "lightning",
+    "in_timm": "timm",
+}
+TRAINERS = [name for name, package in PACKAGES.items() if find_spec(package)]
 
 
 @cache

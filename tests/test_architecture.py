@@ -45,7 +45,9 @@ OWNERS = {
     "trackio": {"recipes/train/loggers.py"},
     # The files for trainers are to be copied, also by those who have another trainer.
     **{name: set() for name in ("lightning", "accelerate", "skorch")},
-    **{name: {"bench/zoo"} for name in ("transformers", "timm")},
+    "timm": {"bench/zoo"},
+    "transformers": {"recipes/models/language.py", "bench/zoo"},
+    "peft": {"recipes/models/language.py"},
     "torch.optim": {"samfn/descend.py", "samfn/imperative", "samfn/modules"},
     "torch._dynamo": {"samfn/compiled", "bench/faults/trial.py"},
     "torch._inductor": {"samfn/compiled"},

@@ -23,8 +23,8 @@ BRACKETS = {
     "{": (r"\{", r"\}", "}"),
 }
 BESIDE_VARIABLES = {"*", "/", *SIGNS, *SCRIPTS} - {",", "->"}
-LETTER = re.compile(r"((?:^|: )[A-Za-z])\. ")  # begins no list
-ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
+LETTER = re.compile(r"((?:^|: )[A-Za-z])\.(?= |$)")  # begins no list
+ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 TOKEN = re.compile(
     r"`[^`]*`|(?<= )-\d+|<[-=]|->|>=|\*\*|\|\||d[12]\b|[A-Za-z]{2,}(?:_[a-z]{2,})+"
     r"|[A-Za-z]+(?:[-'][A-Za-z]+)*|\d+(?:\.\d+)?|\S"
@@ -132,7 +132,7 @@ def mark(app, what, name, obj, options, lines):
     if what == "attribute":  # Nor here; napoleon would take it for one.
         lines[:0] = ["..", ""]
     for i, line in enumerate(lines):
-        line = LETTER.sub(r"\1\\. ", line)
+        line = LETTER.sub(r"\1\\.", line)
         lines[i] = ARXIV.sub(r"`\g<0> <https://arxiv.org/abs/\1>`__", line)
 
 

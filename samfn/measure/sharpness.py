@@ -1,5 +1,7 @@
 """How sharp a minimum is: measurements that change nothing.
 
+For example::
+
     objective = samfn.Objective(loss_fn, state.buffers, batches)
     samfn.measure.sharpness.worst_case(objective, state.params, rho=0.05)
 

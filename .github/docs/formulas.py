@@ -117,8 +117,8 @@ def _bare(*factors):
 
 def mark(app, what, name, obj, options, lines):
     """Set the formula of a docstring as mathematics, and link papers."""
-    if lines[0].startswith("Alias for field number"):  # as namedtuple says
-        del lines[0]
+    if "".join(lines).startswith("Alias for field number"):  # as namedtuple says
+        lines.clear()
     start = lines.index("") + 1 if "" in lines else len(lines)
     end = next((i for i in range(start, len(lines)) if not lines[i]), len(lines))
     paragraph = " ".join(lines[start:end])

@@ -109,7 +109,7 @@ def _held(value: Any, seen: dict[int, Any]) -> Iterator[Held]:
     elif isinstance(value, tuple):
         within = [*value]
     elif isinstance(value, list | set | deque | MutableMapping) and hasattr(value, "copy"):
-        yield value.copy, partial(_refilled, value)
+        yield partial(_copied, value), partial(_refilled, value)
         within = [*(value.values() if isinstance(value, MutableMapping) else value)]
     if _package(value) == "samfn" and hasattr(value, "users"):  # What users gave to it.
         within.append(value.users)
@@ -156,6 +156,12 @@ def _package(value: Any) -> str:
     return (owner.__module__ or "").partition(".")[0]
 
 
+def _copied(container: Any) -> Any:
+    # To ask a mapping for an item may make one, as of the activations of transformers.
+    mapping = isinstance(container, MutableMapping)
+    return dict(container.items()) if mapping else container.copy()
+
+
 def _refilled(container: Any, old: Any) -> None:
     container.clear()
     container.extend(old) if hasattr(container, "extend") else container.update(old)
@@ -166,7 +172,7 @@ def _same(old: Any, new: Any) -> bool:
     if old is new or type(old) is not type(new) or isinstance(old, Tensor):
         return old is new
     if isinstance(old, MutableMapping):
-        return [*old] == [*new] and all(old[key] is new[key] for key in old)
+        return [*old] == [*new] and all(map(operator.is_, old.values(), new.values()))
     if isinstance(old, list | deque):
         return len(old) == len(new) and all(map(operator.is_, old, new))
     return isinstance(old, set) and {*map(id, old)} == {*map(id, new)}

@@ -224,6 +224,74 @@ def proportional(
     return lambda step: final + (peak - final) * ((lr(step) - lr_min) / (lr_max - lr_min))
 
 
+def stable_decay(
+    peak: float, steps: int, cooldown: float = 0.2, final: float = 0.0
+) -> Schedule:
+    """Return `peak`, and at the end a straight line from it down to `final`.
+
+    value(t) = final + (peak - final) * min(1, (steps - t) / n), n = round(cooldown * steps)
+
+    With `warmup` around it, this is the warmup-stable-decay schedule (WSD).
+
+    Args:
+        peak: value until the last n steps begin.
+        steps: where `final` is reached.
+        cooldown: share of the steps in which it falls, above 0 to 1.
+        final: value at `steps`.
+
+    Raises:
+        ValueError: `steps` is not positive, or `cooldown` is no such share.
+
+    Source:
+        Hu et al., 2024, arXiv:2404.06395, section 4, where the fall is exponential; the
+        straight line is the linear cooldown of Haegele et al., 2024, arXiv:2405.18392,
+        figure 2 of which finds 10 to 20 % of the steps enough.
+    """
+    length = _last(cooldown, steps, "cooldown")
+
+    def value(step: int) -> float:
+        left = max(0, steps - step) / length
+        return float(final + (peak - final) * min(1.0, left))
+
+    return value
+
+
+def tail(rho: float | Schedule, steps: int, share: float = 0.3, ramp: int = 0) -> Schedule:
+    """Return the schedule of SAM at the end: 0, and `rho` in the last steps.
+
+    value(t) = 0 for t < t0, then rho(t) * min(1, (t - t0 + 1) / ramp), with
+    t0 = steps - round(share * steps)
+
+    The 0 is the number, so that until t0 a step is the base optimizer's, of one gradient,
+    and a run takes 1 + share gradients a step instead of 2. With the same `share` as
+    cooldown, `stable_decay` begins to fall at t0, too.
+
+    Args:
+        rho: radius at the end, or a schedule of it.
+        steps: length of the whole schedule.
+        share: of the steps that perturb, above 0 to 1.
+        ramp: steps over which the radius rises to rho.
+
+    Raises:
+        ValueError: `steps` is not positive, `share` is no such share, or `ramp` negative.
+
+    Source:
+        Zhou et al., 2025, arXiv:2410.10373, by which SAM in the last epochs finds nearly
+        the minima of SAM throughout.
+    """
+    start = steps - _last(share, steps, "share")
+    schedule = rho if callable(rho) else constant(rho)
+    if ramp < 0:
+        raise ValueError(f"a ramp takes 0 or more steps, got {ramp}")
+
+    def value(step: int) -> float:
+        if step < start:
+            return 0.0
+        return schedule(step) * min(1.0, (step - start + 1) / max(1, ramp))
+
+    return value
+
+
 def warmup(schedule: Schedule, steps: int) -> Schedule:
     """Return `schedule` with its first `steps` values ramped up linearly.
 
@@ -240,6 +308,14 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
 
 def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _last(share: float, steps: int, name: str) -> int:
+    """Return how many steps this share of them is, at least one."""
+    _require_positive(steps)
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} is a share above 0 to 1, got {share}")
+    return max(1, round(share * steps))
 
 
 def _require_positive(steps: int) -> None:

@@ -16,12 +16,13 @@ from tests import commands
 TIMEOUT = 300.0  # seconds that a rank waits for another; far more than any case takes
 
 
-def on_ranks(count, function, *arguments, timeout=TIMEOUT):
+def on_ranks(count, function, *arguments, timeout=TIMEOUT, context=None):
     """Call a function of a module on `count` ranks; return the results, by rank.
 
     The function is found again by its name, and its results are what `torch.save` takes.
+    Processes are made by `context`, of multiprocessing, if another than usual.
     """
-    context = commands.context()
+    context = context or commands.context()
     with tempfile.TemporaryDirectory() as directory:
         store = Path(directory, "store")
         pipes = [context.Pipe(duplex=False) for _ in range(count)]

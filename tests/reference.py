@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from samfn.loss import evaluate
 from samfn.methods.base import Point
@@ -78,6 +79,35 @@ def batches(count: int, dtype: torch.dtype = torch.float64) -> list[tuple[Any, A
         )
         for _ in range(count)
     ]
+
+
+class NextToken(nn.Module):
+    """A language model that computes its own loss, as those of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+        self.double()
+
+    def forward(self, input_ids, labels=None, *, num_items_in_batch=None, use_cache=None):
+        assert use_cache is not True
+        logits = self.head(torch.tanh(self.embed(input_ids)).cumsum(1))
+        if labels is None:
+            return {"loss": None, "logits": logits}
+        next_ones = F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous().view(-1)
+        how = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(logits.view(-1, 9), next_ones, reduction=how)
+        return {"loss": loss / (num_items_in_batch or 1), "logits": logits}
+
+
+def tokens():
+    """Return a batch for `NextToken`, of whose rows different numbers count."""
+    ids = torch.arange(30).reshape(5, 6) * 7 % 9
+    labels = ids.clone()
+    labels[0, 2:], labels[1, :5], labels[3] = -100, -100, -100
+    return {"input_ids": ids, "labels": labels, "use_cache": False}
 
 
 class Counted:

@@ -12,8 +12,8 @@ from tests import ROOT
 ORDER = {
     "samfn": "tree nested schedules checks batches collectives loss perturb methods descend"
     " modules distributed step imperative storage training measure compiled",
-    "recipes": "errors roles terminal plots data models settings train study cifar_wrn"
-    " finetune sweep label_noise arms sharpness landscape compare",
+    "recipes": "errors roles trainers terminal plots data models settings train study"
+    " cifar_wrn finetune finetune_text sweep label_noise arms sharpness landscape compare",
     "bench": "measure networks peers candidates cost_model cost scaling"
     " checkpoints gpu faults zoo",
 }
@@ -43,6 +43,9 @@ OWNERS = {
     "torch.utils.tensorboard": {"recipes/train/loggers.py"},
     "wandb": {"recipes/train/loggers.py"},
     "trackio": {"recipes/train/loggers.py"},
+    # The files for trainers are to be copied, also by those who have another trainer.
+    **{name: set() for name in ("lightning", "accelerate", "skorch")},
+    **{name: {"bench/zoo"} for name in ("transformers", "timm")},
     "torch.optim": {"samfn/descend.py", "samfn/imperative", "samfn/modules"},
     "torch._dynamo": {"samfn/compiled", "bench/faults/trial.py"},
     "torch._inductor": {"samfn/compiled"},

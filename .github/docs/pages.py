@@ -21,7 +21,8 @@ import samfn
 ROOT = Path(samfn.__file__).parents[1]
 CHAPTERS = (
     *("samfn", "samfn/methods", "samfn/imperative", "samfn/distributed", "samfn/storage"),
-    *("samfn/measure", "samfn/training", "recipes", "bench", "bench/faults", "tests"),
+    *("samfn/measure", "samfn/training", "recipes", "recipes/trainers", "bench"),
+    *("bench/faults", "tests"),
 )
 READMES = [*(f"{folder}/README.md" for folder in CHAPTERS), ".github/CONTRIBUTING.md"]
 LINK = re.compile(r"\[([^]]*)\]\(([^)#\s:]+)(#[^)]+)?\)")

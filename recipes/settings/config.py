@@ -135,8 +135,9 @@ class Config(Group, role=Role.RESULT):
         yield "ema_start", 0 <= average.ema_start <= self.epochs, "0 to all epochs"
         yield "eval_only", bool(self.resume) or not self.call.eval_only, "--resume with it"
         how, averages = self.selection, average.ema_decay is not None
-        steep = how.select != "sharpness" or self.rho > 0
-        yield "select", steep, "--rho above 0 with it"
+        perturbs = self.rho > 0 and self.perturbation.sam_last == 1
+        steep = how.select != "sharpness" or perturbs
+        yield "select", steep, "--rho above 0, and --sam-last 1, with it"
         averaged = how.select_with == "weights" or averages
         yield "select_with", averaged, "--ema-decay with it"
         wide, network = networks.is_wide(self.model), self.network

@@ -38,6 +38,9 @@ class Perturbation(Group, role=Role.RESULT):
     where the learning rate is lr to rho-final where it is 0. A rho of 0 stays 0."""
     rho_final: float = setting(0.0, FROM_0)
     """Radius that a linear or proportional schedule leads to."""
+    sam_last: float = setting(1.0, ABOVE_0_TO_1)
+    """Share of the steps, the last, that perturb the weights, above 0 to 1. Those before
+    are the plain optimizer's, of one pass."""
     same_dropout: bool = False
     """One dropout mask for both passes of a step."""
 
@@ -83,14 +86,15 @@ class LearningRate(Group, role=Role.RESULT, choice="schedule"):
     """The learning rate over time."""
 
     schedule: Literal[
-        "cosine", "polynomial", "one-cycle", "warm-restarts", "step", "constant"
+        "cosine", "polynomial", "one-cycle", "warm-restarts", "step", "wsd", "constant"
     ] = "cosine"
     """Learning rate over time: cosine or polynomial, with power 0.9, to lr-final;
     one-cycle, from lr / 25 up to lr and down to almost 0; warm-restarts, a cosine again and
-    again; step, times step-factor at each of the milestones."""
-    lr_final: float = setting(0.0, readers=("cosine", "polynomial", *RESTARTS))
-    """Learning rate that a cosine or polynomial schedule, or each of the restarts, leads
-    to."""
+    again; step, times step-factor at each of the milestones; wsd, constant until the
+    cooldown, a straight line to lr-final."""
+    lr_final: float = setting(0.0, readers=("cosine", "polynomial", "wsd", *RESTARTS))
+    """Learning rate that a cosine, polynomial or wsd schedule, or each of the restarts,
+    leads to."""
     milestones: tuple[int, ...] | None = setting(None, readers=("step",))
     """Epochs after which the step schedule multiplies the learning rate. None is 30, 60 and
     80 % of all."""
@@ -100,6 +104,9 @@ class LearningRate(Group, role=Role.RESULT, choice="schedule"):
     """Epochs of the first cosine of warm-restarts."""
     restart_growth: int = setting(2, at_least(1), readers=RESTARTS)
     """Length of each further cosine, relative to the one before."""
+    cooldown: float = setting(0.2, ABOVE_0_TO_1, readers=("wsd",))
+    """Share of the steps, the last, in which wsd falls, above 0 to 1; the same as sam-last
+    lets SAM begin where the learning rate begins to fall."""
     warmup_epochs: float = 0.0
     """Epochs over which the learning rate rises linearly from 0."""
 

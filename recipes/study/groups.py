@@ -18,7 +18,7 @@ from recipes.train.recorded import Recorded, chosen_by, column
 from recipes.train.running import name
 
 MISSING = "-"
-NAMED = {"method", "rho", "rho_schedule", "rho_final"}  # what `name` says
+NAMED = {"method", "rho", "rho_schedule", "rho_final", "sam_last"}  # what `name` says
 
 Value = Callable[[Recorded], float | None]
 """A number of a run, or None where it has none."""

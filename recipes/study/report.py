@@ -83,20 +83,37 @@ def numeric(head: str, value: Value, text: Callable[[Spread], str] = measured) -
     return Column(head, cell, value)
 
 
-def gradients(config: Config) -> float | None:
-    """Return the gradients of a batch that a step takes, if the method says it."""
-    return 1.0 if config.rho == 0 else method_expression.gradients(config.method)
+def gradients(config: Config, epochs: float | None = None) -> float | None:
+    """Return the gradients of a batch that a step takes, if the method says it.
+
+    The mean over all epochs of the run, or over its first `epochs`.
+    """
+    if config.rho == 0:
+        return 1.0
+    late = config.epochs * (1 - config.perturbation.sam_last)  # without SAM until then
+    epochs = config.epochs if epochs is None else epochs
+    count = method_expression.gradients(config.method)
+    return None if count is None else 1 + (count - 1) * max(0.0, 1 - late / epochs)
 
 
-def _median(name: str) -> Value:
-    """Return what gives the median of a number over the epochs of a run."""
-    return lambda run: statistics.median(r[name] for r in run.rows) if run.rows else None
+def _usual(name: str) -> Value:
+    """Return what gives the median of a number over the epochs of a run.
+
+    Where epochs with SAM follow others without it, it is the mean.
+    """
+
+    def value(run: Recorded) -> float | None:
+        of = statistics.median if run.config.perturbation.sam_last == 1 else statistics.mean
+        return of([row[name] for row in run.rows]) if run.rows else None
+
+    return value
 
 
 EXPLAINED = {
     "accuracy": "Test accuracy, mean ± standard deviation of the runs of a row; the best"
     " epoch is chosen by the set that the last column names.",
-    "cost": "Median over the epochs of a run, of training without evaluation.",
+    "cost": "Median over the epochs of a run, or mean where SAM begins late, of training"
+    " without evaluation.",
     "settings": "Those that differ, but for the seed.",
 }
 
@@ -147,7 +164,7 @@ def epochs(group: Group) -> str:
 
 def ratio(group: Group, first: Group) -> str:
     """Return how many times as long as in the first row an epoch takes."""
-    one, base = (found.spread(_median("seconds")) for found in (group, first))
+    one, base = (found.spread(_usual("seconds")) for found in (group, first))
     return f"{one.mean / base.mean:.2f}" if one and base and base.mean else MISSING
 
 
@@ -165,9 +182,12 @@ TABLES: Tables = {
         "chosen_by": Column("chosen by", lambda group, _: chosen_by(group.config)),
     },
     "cost": {
-        "seconds": numeric("s/epoch", _median("seconds")),
-        "images_per_second": numeric("images/s", _median("images_per_second")),
-        "gradients": numeric("gradients/step", lambda run: gradients(run.config)),
+        "seconds": numeric("s/epoch", _usual("seconds")),
+        "images_per_second": numeric("images/s", _usual("images_per_second")),
+        "gradients": numeric(
+            "gradients/step",
+            lambda run: gradients(run.config, run.rows[-1]["epoch"] if run.rows else None),
+        ),
         "ratio": Column("s/epoch against the first", ratio),
     },
 }
@@ -312,7 +332,7 @@ def _curve(run: Recorded, groups: Sequence[Group], times: bool) -> plots.Curve:
     x, counted = {"epoch": at}, [gradients(group.config) for group in groups]
     # Epochs of one gradient a step would be drawn twice.
     if None not in counted and {*counted} != {1.0}:
-        x[PASSES] = [epoch * (gradients(run.config) or 0.0) for epoch in at]
+        x[PASSES] = [epoch * (gradients(run.config, epoch) or 0.0) for epoch in at]
     if times:
         x["seconds of training"] = [*accumulate(row["seconds"] for row in run.rows)]
     y = {

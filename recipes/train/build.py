@@ -304,19 +304,25 @@ def _lr(config: Config, steps_per_epoch: int) -> schedules.Schedule:
             schedule = schedules.multi_step(lr, milestones, how.step_factor)
         case "step":
             schedule = schedules.step_decay(lr, steps, factor=how.step_factor)
+        case "wsd":
+            schedule = schedules.stable_decay(lr, steps, how.cooldown, how.lr_final)
         case "constant":
             schedule = schedules.constant(lr)
     return schedules.warmup(schedule, round(how.warmup_epochs * steps_per_epoch))
 
 
 def _rho(config: Config, lr: schedules.Schedule, steps: int) -> schedules.Schedule:
-    """Return the radius over time; where --rho is 0, the number 0 and one pass a step."""
-    rho, final = config.rho, config.perturbation.rho_final
-    if rho == 0 or config.perturbation.rho_schedule == "constant":
-        return schedules.constant(rho)
-    if config.perturbation.rho_schedule == "linear":
-        return schedules.linear(rho, final, steps)
-    return schedules.proportional(lr, lr_max=config.lr, peak=rho, final=final)
+    """Return the radius over time; the number 0, and one pass a step, where it is 0."""
+    rho, how = config.rho, config.perturbation
+    if rho == 0 or how.rho_schedule == "constant":
+        schedule = schedules.constant(rho)
+    elif how.rho_schedule == "linear":
+        schedule = schedules.linear(rho, how.rho_final, steps)
+    else:
+        schedule = schedules.proportional(
+            lr, lr_max=config.lr, peak=rho, final=how.rho_final
+        )
+    return schedule if how.sam_last == 1 else schedules.tail(schedule, steps, how.sam_last)
 
 
 def _to(split: Split, device: torch.device) -> Split:

@@ -53,7 +53,7 @@ def decide(
         return True, "yes, on a GPU"
     if (count := operations()) > ARITHMETIC:
         return False, "no: a CPU spends its time in the convolutions either way"
-    passes = 1 if config.rho == 0 else 2
+    passes = 1 if config.rho == 0 else 1 + config.perturbation.sam_last
     arithmetic = passes * count / OPERATIONS_PER_SECOND
     saving = SECONDS_OF_PYTHON + SHARE_OF_ARITHMETIC * arithmetic
     if steps * saving > SECONDS_TO_COMPILE:

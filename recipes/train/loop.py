@@ -74,12 +74,21 @@ def schedule_place(task: Task, training: Training, back: int = 0) -> int:
 
 
 def prepare(task: Task, training: Training, display: Display) -> None:
-    """Compile the step, where it is to be, by a step whose result is dropped."""
-    if task.config.arithmetic.compile == "yes" and training.epoch < task.config.epochs:
-        batch = next(augmented(task, training.epoch))
-        keep_compiled(display.warn)
+    """Compile the step, where it is to be, by steps whose results are dropped.
+
+    Where SAM begins late, a step with it and one without it are compiled.
+    """
+    config = task.config
+    if config.arithmetic.compile != "yes" or training.epoch >= config.epochs:
+        return
+    batch = next(augmented(task, training.epoch))
+    keep_compiled(display.warn)
+    first, end = training.step, config.epochs * task.steps_per_epoch
+    ahead = (place for place in range(first, end) if task.rho(place) != 0)
+    places = {task.rho(place) != 0: place for place in (next(ahead, first), first)}
+    for place in places.values():
         with display.waiting("compiling the training step"):
-            step(task, training.state, 0, batch)
+            step(task, training.state, 0, batch, place)
 
 
 def evaluate(

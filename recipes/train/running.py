@@ -294,7 +294,19 @@ def name(config: Config) -> str:
     text = f"{config.method}, rho {config.rho:g}"
     if config.perturbation.rho_schedule != "constant":
         text += f" to {config.perturbation.rho_final:g} {config.perturbation.rho_schedule}"
+    if config.perturbation.sam_last < 1:
+        text += f" in the last {config.perturbation.sam_last:.0%}"
     return text
+
+
+def perturbed(task: Task) -> str:
+    """Return in which steps the weights are perturbed, if not in all or none; else ""."""
+    if task.config.rho == 0 or task.config.perturbation.sam_last == 1:
+        return ""
+    steps = task.config.epochs * task.steps_per_epoch
+    start = next(place for place in range(steps) if task.rho(place) != 0)
+    share = (steps - start) / steps
+    return f"from step {start + 1:,} of {steps:,} on, {share:.0%} of the steps"
 
 
 def new_name(config: Config) -> Path:
@@ -320,7 +332,7 @@ def describe(task: Task) -> dict[str, str]:
         "data": f"{config.data}, {len(task.train_labels):,} training and"
         f" {len(task.test.labels):,} test images, {width}x{height}",
         "model": f"{config.model}, {size}",
-        "method": name(config),
+        "method": name(config) + (f": {when}" if (when := perturbed(task)) else ""),
         "training": f"{config.epochs} epochs of {task.steps_per_epoch} steps, batch"
         f" {config.batch_size}, {base}, lr {config.lr:g} {config.learning_rate.schedule},"
         f" preset {config.preset}",
@@ -366,11 +378,13 @@ def summarise(
         if config.selection.select != "all"
         else {}
     )
+    late = {"perturbed": when} if (when := perturbed(task)) else {}
     return {
         "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",
         "best epoch": f"test accuracy{of} {best[test]:.2f} % in epoch"
         f" {best['epoch']}, chosen by the {task.chosen_by.name} set",
         "time": f"{seconds:.1f} s, {rows[-1]['images_per_second']:,.0f} images/s",
+        **late,
         **spared,
         "files": str(directory.path),
         "model": str(directory.weights),

@@ -36,6 +36,17 @@ def _in_any_mode(method: Callable[P, R]) -> Callable[P, R]:
     return same
 
 
+def _itself(optimizer: Any) -> Any:
+    """Return the optimizer, where it may be a wrapper of it.
+
+    What `self.optimizers()` is in a module of Lightning gets a subclass of ours as its
+    class, so that a method of ours is called with it; all that is written is to be here.
+    """
+    if "base_optimizer" in optimizer.__dict__:
+        return optimizer
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimisation around an optimizer of PyTorch.
 
@@ -137,6 +148,7 @@ class SAM(torch.optim.Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups, which are those of the base optimizer."""
         # So does a GradScaler to unscale gradients, which shows in nothing else.
+        self = _itself(self)
         self._asked = True
         return self._groups()
 
@@ -173,6 +185,7 @@ class SAM(torch.optim.Optimizer):
         For a loop that leaves between the two steps, as in the `finally` of a `try`. What
         `keep_step` kept for the step is given up, too.
         """
+        self = _itself(self)
         self._put_back()
         self._kept.give_up()
         self._finite = None
@@ -193,6 +206,7 @@ class SAM(torch.optim.Optimizer):
         written inside become w, and e is added to them after it. If the step ends inside,
         the weights stay what it makes of them.
         """
+        self = _itself(self)
         clean = self._clean
         if clean is None or self._is_aside:
             yield
@@ -216,6 +230,7 @@ class SAM(torch.optim.Optimizer):
         pickle the model is an error. This optimizer's `state_dict` may then be taken, too:
         from both, training goes on before this step. Buffers are as they are.
         """
+        self = _itself(self)
         Guard(self).watch(model)
         self._guarded |= {id(p) for p in model.parameters()}
 
@@ -228,6 +243,7 @@ class SAM(torch.optim.Optimizer):
                 the gradients stay where those that `keep_step` kept have to be.
             TypeError, ValueError: a group was given a rho, or else, that is none.
         """
+        self = _itself(self)
         if self._clean is not None:
             raise RuntimeError(
                 "first_step was called twice: call second_step or keep_step in between, or"
@@ -289,6 +305,7 @@ class SAM(torch.optim.Optimizer):
             RuntimeError: `first_step` was not called before, or the two passes are not of
                 as many backward passes; the step is given up then.
         """
+        self = _itself(self)
         self._come_back()
         self._descend()
         self._finish(zero_grad)
@@ -320,6 +337,7 @@ class SAM(torch.optim.Optimizer):
         Raises:
             RuntimeError: as `second_step`, or there is no gradient of a second pass.
         """
+        self = _itself(self)
         self._come_back()
         parameters = self._all()
         if self._kept.is_alone(parameters):
@@ -374,7 +392,8 @@ class SAM(torch.optim.Optimizer):
                 "step(closure) found gradients of a backward pass outside of the closure."
                 " If they are of its batch, call first_step(zero_grad=True) before, or"
                 " leave that pass out, since step calls the closure for both. If they are"
-                " accumulated from other batches, the closure has to go through all of them"
+                " accumulated from other batches, as by a trainer, the closure has to go"
+                " through all of them, or each of those takes first_step and keep_step"
             )
         rhos = [cast(float, group.get("rho")) for group in self.param_groups]
         one_pass = all(map(is_number_zero, rhos)) and not self.kept
@@ -486,6 +505,7 @@ class SAM(torch.optim.Optimizer):
         Raises:
             RuntimeError: the second pass has added to those already.
         """
+        self = _itself(self)
         if self._kept.is_placed:
             if not self._kept.is_alone(self._all()):
                 raise RuntimeError(
@@ -513,6 +533,7 @@ class SAM(torch.optim.Optimizer):
             RuntimeError: the weights are perturbed, or gradients are kept, and not all are
                 of a model that is guarded; see `guard`.
         """
+        self = _itself(self)
         if self.perturbed and not self._guarded.issuperset(map(id, self._clean or ())):
             raise RuntimeError(
                 "the weights are perturbed, so there is no state to save: call second_step"
@@ -535,6 +556,7 @@ class SAM(torch.optim.Optimizer):
             TypeError, ValueError: the state has a rho, or else, that is none, or is of
                 other groups. Nothing has changed then.
         """
+        self = _itself(self)
         if self._clean is not None:
             raise RuntimeError(
                 "the weights are perturbed: call restore() before a state is loaded, and"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samfn.batches import length_of, together
+from samfn.batches import length_of, pair_of, together
 from samfn.loss import LossFn, Pass, as_loss, evaluate
 from samfn.training import sampling
 from samfn.tree import Batch, Params
@@ -77,7 +77,7 @@ def easy(
     """
 
     def of_batch(seen: Pass, batch: Batch) -> Tensor:
-        _, targets = batch
+        _, targets = pair_of(batch)
         found = sampling.is_easy(seen.outputs, targets, confidence)
         counts = as_loss(loss_fn).counts(batch)
         return found if counts is None else found | ~counts

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Collection, Hashable, Mapping
 from fnmatch import fnmatchcase
+from math import nan
 from typing import Any, Literal
 
 import numpy
@@ -338,9 +339,9 @@ def _weights(
 ) -> list[float | Tensor]:
     """Return each part's share of what counts; asked after a pass, which may have told."""
     weights = [weigh(part) for part, _ in parts]
-    if not any(isinstance(weight, Tensor) for weight in weights):
-        return [share for _, share in parts]
-    total = sum(weights)
+    total: Any = sum(weights)
+    if not isinstance(total, Tensor) and not total:  # The mean of nothing is NaN.
+        total = nan
     return [weight / total for weight in weights]
 
 
@@ -384,7 +385,9 @@ def _cat(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 def _counting(part: Tensor, weight: float | Tensor) -> Tensor:
     # What has no weight is the mean of nothing, NaN, which a weight of 0 would not remove.
-    return torch.where(weight > 0, part, 0) if isinstance(weight, Tensor) else part
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, part, 0)
+    return part if weight else torch.zeros_like(part)
 
 
 def _add(total: Tensor | None, part: Tensor, weight: float | Tensor) -> Tensor:

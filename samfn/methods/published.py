@@ -10,10 +10,9 @@ from math import ceil
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from samfn import checks, tree
-from samfn.batches import length_of
+from samfn.batches import length_of, rows_of
 from samfn.collectives import placed_as
 from samfn.loss import Evaluate, Pass
 from samfn.methods.base import (
@@ -342,7 +341,7 @@ def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:
             return Descent(worst.grads, clean, worst.loss, length), memory
         again = evaluate(there, point.buffers, point.batch, wrt=())
         rows = _largest(_losses(again) - _losses(clean), gamma, length_of(point.batch))
-        sharpest = pytree.tree_map(lambda leaf: leaf[rows], point.batch)
+        sharpest = rows_of(point.batch, rows)
         worst = evaluate(there, point.buffers, sharpest)
         return Descent(worst.grads, clean, again.loss, length), memory
 

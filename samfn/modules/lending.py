@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from samfn.modules.memory import address, is_watchable, sharing
 from samfn.modules.weighing import Reductions
-from samfn.tree import Params
+from samfn.tree import Batch, Params
 
 KINDS = "_parameters", "_buffers", "_modules"
 HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
@@ -384,13 +384,13 @@ def changes_gradients(model: nn.Module) -> str | None:
 class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises before an operation writes to one of some tensors, or takes one of others."""
 
-    def __init__(self, tensors: Params, others: Params) -> None:
+    def __init__(self, tensors: Params, others: Params, batch: Batch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._names = {address(tensor): name for name, tensor in tensors.items()}
         self._names.pop(None, None)
         self._others = {address(tensor): name for name, tensor in others.items()}
         self._others.pop(None, None)
-        self.taken = Reductions()
+        self.taken = Reductions(batch)
         """Sums and means that were taken."""
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

@@ -103,7 +103,7 @@ def reestimated(
         buffers: the rest stays as it is in them.
         inputs: batches of what the model takes, or (inputs, targets), of at least two
             examples; those of some thousand examples suffice. Several inputs of a model are
-            a tuple, ((a, b), targets).
+            a tuple, ((a, b), targets), or a mapping.
 
     Raises:
         ValueError: names, shapes or dtypes are not those of `split(model)`; there are no
@@ -125,7 +125,8 @@ class _Unpacking(nn.Module):
         self._model = model
 
     def forward(self, inputs: Any) -> Any:
-        return self._model(*arguments(inputs))
+        positional, named = arguments(inputs)
+        return self._model(*positional, **named)
 
 
 def norm_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -156,10 +157,17 @@ def no_decay_parameters(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def arguments(inputs: Any) -> tuple[Any, ...]:
-    """Return the positional arguments of a model: those of a tuple, or one."""
+def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the keyword arguments of a model.
+
+    A tuple is the positional ones, a mapping the others; anything else is one argument.
+    """
     # A packed sequence, and any named tuple, is one argument.
-    return inputs if type(inputs) is tuple else (inputs,)
+    if type(inputs) is tuple:
+        return inputs, {}
+    if not isinstance(inputs, Tensor) and isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,), {}
 
 
 def references(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

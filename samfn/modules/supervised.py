@@ -11,7 +11,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from samfn import checks
-from samfn.batches import pair_of
+from samfn.batches import VALUES, keyed, pair_of
 from samfn.loss import Aux, Loss, graph, is_reentrant
 from samfn.modules import weighing
 from samfn.modules.gathering import Gathering
@@ -34,7 +34,15 @@ RECOMPUTES = (
     " backward pass is done"
 )
 
-VALUES = str, bytes, int, float, complex, type(None)
+Criterion = Callable[[Any, Any], Tensor]
+Call = Callable[[Any, Any], Any]
+
+NO_LOSS = (
+    "without a criterion, the model must return its loss: a tensor of shape (), or"
+    ' something that has it as `.loss` or under "loss"; got {}: give the batch the labels'
+    " that it needs for one, or give samfn.supervised a criterion, as of several losses"
+    " lambda outputs, targets: sum(outputs.values())"
+)
 
 CHANGED = (
     "{} is frozen in the model and trained in the state, or the other way round: let"
@@ -55,14 +63,15 @@ class _Supervised:
     def __init__(
         self,
         model: nn.Module,
-        criterion: Callable[[Any, Any], Tensor],
+        criterion: Criterion | None,
+        call: Call | None,
         dtype: torch.dtype | None,
         reshard_after_forward: bool,
     ) -> None:
         require_plain(model)
-        self._model, self._criterion, self._dtype = model, criterion, dtype
-        self._reshards = reshard_after_forward
-        self.users = criterion, model
+        self._model, self._criterion, self._call = model, criterion, call
+        self._dtype, self._reshards = dtype, reshard_after_forward
+        self.users = criterion, call, model
         self._take_note()
         # By the modes in which a forward pass was watched.
         self._seen: dict[bool, weighing.Weighing] = {}
@@ -154,7 +163,7 @@ class _Supervised:
         Args:
             params: at which.
             buffers: beside them.
-            batch: (inputs, targets).
+            batch: beside them, too.
             leaves: `params` were made for this pass alone.
         """
         compiling, lent = torch.compiler.is_compiling(), {}
@@ -169,7 +178,7 @@ class _Supervised:
         elif self._hooks:
             raise RuntimeError(f"hooks of parameters: {[*self._hooks]}")
         fresh = {name: _copied(buffers[name]) for name in self._lender.buffers}
-        pair, others = _apart(pair_of(batch))
+        own, others = _apart(batch if self._call else keyed(batch))
         objects = [x for x in others if not isinstance(x, VALUES)]
         if compiling and objects and not self._leaves.get(self._model.training):
             raise RuntimeError("objects in a batch that forward is not seen to leave alone")
@@ -182,15 +191,15 @@ class _Supervised:
         with self._lender.holding(given), apart, gathering as again:
             # Inside of torch.func there is no memory to be watched.
             if compiling or any(map(is_functorch_wrapped_tensor, lent.values())):
-                found = self._run(buffers, pair)
+                found = self._run(buffers, own)
             else:
                 hidden = {
                     type(x).__name__: [*filter(is_watchable, inside(x))] for x in others
                 }
                 plain = {n: w for n, w in lent.items() if n not in parts} if parts else lent
-                watching = self._reading(params, buffers, pair[1])
+                watching = self._reading(params, buffers, own)
                 with watching as told, self._lender.reading(plain, hidden), again:
-                    found = self._run(buffers, pair)
+                    found = self._run(buffers, own)
                     told.append(found)
             yield found
 
@@ -230,19 +239,29 @@ class _Supervised:
             if changed or whole:
                 self._leaves[mode] = self._leaves.get(mode, True) and not changed
 
-    def _run(self, buffers: Params, pair: tuple[Any, Any]) -> tuple[Tensor, Aux]:
-        inputs, targets = pair  # copies, and so are the buffers that it may write to
+    def _run(self, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+        # The batch is a copy, and so are the buffers that it may write to.
         device = next(iter(self._params.values())).device.type
         with self._precision(device):
-            outputs = self._model(*arguments(inputs))
-            loss = _loss_of(self._criterion(outputs, targets))
+            outputs, loss = self._outputs_and_loss(batch)
         aux = Aux(outputs, {**buffers, **self._lender.left()})
         if loss.ndim == 1:
             return loss.mean(), aux._replace(losses=loss)
         return loss, aux
 
+    def _outputs_and_loss(self, batch: Batch) -> tuple[Any, Tensor]:
+        if self._call:
+            outputs, targets = self._call(self._model, batch), None
+        else:
+            inputs, targets = pair_of(batch)
+            positional, named = arguments(inputs)
+            outputs = self._model(*positional, **named)
+        if self._criterion is None:
+            return outputs, _own_loss(outputs)
+        return outputs, _loss_of(self._criterion(outputs, targets))
+
     def _reading(
-        self, params: Params, buffers: Params, targets: Any
+        self, params: Params, buffers: Params, batch: Batch
     ) -> AbstractContextManager[list[tuple[Tensor, Aux]]]:
         """Watch the first pass in each mode as it goes; others are looked at after.
 
@@ -250,21 +269,21 @@ class _Supervised:
             A context with a list for what the pass gives.
         """
         known = self._model.training in self._seen
-        return nullcontext([]) if known else self._watching(params, buffers, targets)
+        return nullcontext([]) if known else self._watching(params, buffers, batch)
 
     @contextmanager
     def _watching(
-        self, params: Params, buffers: Params, targets: Any
+        self, params: Params, buffers: Params, batch: Batch
     ) -> Iterator[list[tuple[Tensor, Aux]]]:
         criterion = self._criterion
         kept = dict(criterion.named_buffers()) if isinstance(criterion, nn.Module) else {}
         mine = {f"the criterion's {name}": buffer for name, buffer in kept.items()}
         own = {name: w for name, w in self._params.items() if name in params}
         told: list[tuple[Tensor, Aux]] = []
-        with ReadOnly({**mine, **buffers, **params}, own) as watch:
+        with ReadOnly({**mine, **buffers, **params}, own, batch) as watch:
             yield told
         (loss, aux), mode = told[0], self._model.training
-        self._seen[mode] = weighing.seen(watch.taken, loss, aux.losses, targets)
+        self._seen[mode] = weighing.seen(watch.taken, loss, aux.losses, batch)
 
     def _lent(self, params: Params, buffers: Params, *, leaves: bool) -> dict[str, Tensor]:
         """Return the parameters as the model knows its own: with attributes and hooks."""
@@ -314,8 +333,9 @@ class _Supervised:
 
 def supervised(
     model: nn.Module,
-    criterion: Callable[[Any, Any], Tensor],
+    criterion: Criterion | None = None,
     *,
+    call: Call | None = None,
     dtype: torch.dtype | None = None,
     weigh: Callable[[Batch], int | Tensor] | None = None,
     reshard_after_forward: bool = True,
@@ -323,6 +343,11 @@ def supervised(
     """Turn a model and a criterion into a pure loss function.
 
     (params, buffers, (inputs, targets)) -> criterion(model(inputs), targets), Aux
+
+    Inputs that are a tuple are positional arguments, model(a, b); those that are a dict,
+    or another mapping, are keyword arguments, model(a=a, b=b); anything else is one
+    argument. A model that takes one tuple or dict is given it in a tuple, ((a_dict,),
+    targets). A batch that is itself a mapping has no targets, as (batch, None).
 
     The model lends its forward pass; none of its tensors is read or written, and neither
     is the batch. Its mode counts at every call: `model.eval()` makes this the loss of
@@ -332,19 +357,25 @@ def supervised(
     until the backward pass is done; differentiating the result by other means is refused.
 
     Args:
-        model: any module. A tuple of inputs becomes its positional arguments.
+        model: any module.
         criterion: (outputs, targets) -> the loss, a scalar, or the loss of each example,
             shape (examples,), whose mean is the loss then. `esam` needs the latter. It may
             read the model, as for a penalty on its weights, and has no parameters itself.
+            None takes the loss that the model returns: a scalar, or what it has as `.loss`
+            or under "loss", as models of transformers do that are given labels.
+        call: (model, batch) -> outputs, for models that are entered by another method than
+            forward, as lambda module, batch: module.training_step(batch, 0). The batch is
+            of any form then, and a criterion is given None for targets.
         dtype: compute in this dtype where PyTorch's autocast deems it safe, as
             `torch.bfloat16`; parameters, gradients and buffers keep theirs. None computes
             in the dtype of the parameters.
         weigh: batch -> what its loss is a mean over, a number or shape (), by which parts
             of a batch, ranks and evaluations are averaged. None is known of the losses of
             classes, whose `ignore_index` and weights count: of PyTorch's own by what they
-            are, and of those in a function by what its first pass computes; where that
-            cannot be told from a batch, to average is an error. Of any other loss it is
-            the number of examples, so say it of one that has a mask of its own.
+            are, and of those in a function, or in the model, by what its first pass
+            computes, be it of tokens that are shifted by one; where that cannot be told
+            from a batch, to average is an error. Of any other loss it is the number of
+            examples, so say it of one that has a mask of its own.
         reshard_after_forward: where parameters are DTensors, each is gathered as its module
             reads it, and released after; for the backward pass it is gathered again, as by
             `fully_shard`. False keeps it until then: less to send, more memory. A compiled
@@ -366,7 +397,7 @@ def supervised(
                 f"the criterion has parameters of its own, {checks.some(learnt)}, that no"
                 " step would train: put them into the model, or let them not require grad"
             )
-    made = _Supervised(model, criterion, dtype, reshard_after_forward)
+    made = _Supervised(model, criterion, call, dtype, reshard_after_forward)
     known = weighing.of_criterion(criterion) or made
     return Loss(
         made.function,
@@ -378,12 +409,14 @@ def supervised(
     )
 
 
-def _apart(pair: tuple[Any, Any]) -> tuple[tuple[Any, Any], list[Any]]:
+def _apart(batch: Batch) -> tuple[Batch, list[Any]]:
     """Return a batch with tensors of its own, and what it holds beside tensors."""
-    inputs, targets = pair
-    if isinstance(inputs, Tensor) and isinstance(targets, Tensor):  # spares two walks
-        return (inputs.clone(), targets.clone()), []
-    given, structure = pytree.tree_flatten(pair)
+    kind = type(batch)
+    if kind in (tuple, list) and len(batch) == 2:
+        inputs, targets = batch
+        if isinstance(inputs, Tensor) and isinstance(targets, Tensor):
+            return kind((inputs.clone(), targets.clone())), []  # It spares two walks.
+    given, structure = pytree.tree_flatten(batch)
     copies = [x.clone() if isinstance(x, Tensor) else x for x in given]
     others = [x for x in given if not isinstance(x, Tensor)]
     return pytree.tree_unflatten(copies, structure), others
@@ -409,3 +442,19 @@ def _loss_of(returned: Any) -> Tensor:
             f" {type(returned).__name__}"
         )
     return returned
+
+
+def _own_loss(outputs: Any) -> Tensor:
+    """Return the loss that a model returns, alone or among its outputs."""
+    if isinstance(outputs, Mapping):
+        came = f"a {type(outputs).__name__} of {checks.some([*map(str, outputs)])}"
+        loss = outputs.get("loss")
+    else:
+        came = type(outputs).__name__
+        loss = getattr(outputs, "loss", None)
+    if isinstance(outputs, Tensor):
+        came = f"a tensor of shape {tuple(outputs.shape)}"
+        loss = outputs if outputs.ndim == 0 else None
+    if not isinstance(loss, Tensor):
+        raise TypeError(NO_LOSS.format(came))
+    return loss

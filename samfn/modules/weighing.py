@@ -1,6 +1,6 @@
 """What a loss is a mean over: all examples, those that count, or their weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from samfn.batches import length_of, pair_of
+from samfn.batches import keyed, length_of, pair_of
+from samfn.modules.labels import Labels, Trail
 from samfn.modules.memory import address
 from samfn.tree import Batch
 
@@ -31,12 +32,16 @@ class Weighing(NamedTuple):
     """batch -> which examples have a target that counts, shape (examples,); None is all."""
 
 
-class Mean(NamedTuple):
-    """A mean over targets that are not ignored, as the kernel of `nll_loss` takes it."""
+class OfClasses(NamedTuple):
+    """A loss of classes, as the kernel of `nll_loss` takes it."""
 
-    targets: Tensor
+    labels: Labels | None
+    """Its targets, if it is known where they come from."""
+    picked: bool
+    """Whether they are those that a mask has picked."""
     weighted: bool
     ignored: int
+    summed: bool
 
 
 class Reduction(NamedTuple):
@@ -56,31 +61,43 @@ MEANS = ATEN.mean.default, ATEN.mean.dim
 
 
 class Reductions:
-    """The sums and means that a forward pass was seen to take."""
+    """The sums and means that a forward pass was seen to take.
 
-    def __init__(self) -> None:
-        self.means: list[Mean] = []
-        """Those of losses of classes."""
+    Args:
+        batch: that it is given.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.of_classes: list[OfClasses] = []
+        """The losses of classes among them."""
         self._all: list[Reduction] = []
         self._picked: list[Tensor] = []
+        self._trail = Trail(batch)
 
     def note(self, operation: Any, args: Sequence[Any], result: Any) -> None:
         """Look at an operation, and what it gave."""
         named = {a.name: b for a, b in zip(operation._schema.arguments, args, strict=False)}
-        if operation in KERNELS and named["reduction"] == 1:
-            targets, weight = named["target"], named["weight"]
-            self.means.append(Mean(targets, weight is not None, named["ignore_index"]))
+        if operation in KERNELS and named["reduction"]:
+            self._note_classes(named)
         if operation is ATEN.masked_select.default or (
             operation is ATEN.index.Tensor
             and any(i is not None and i.dtype is torch.bool for i in named["indices"])
         ):
             self._picked.append(result)
+        self._trail.note(operation, named, result)
         reduction = named.get("reduction")
         summed = operation in SUMS or (bool(args) and reduction == 2)
         if summed or operation in MEANS or (bool(args) and reduction == 1):
             value = result[0] if isinstance(result, tuple) else result
             picked = any(map(self.is_picked, args))
             self._all.append(Reduction(value, summed, args[0].numel(), picked))
+
+    def _note_classes(self, named: Mapping[str, Any]) -> None:
+        target, ignored = named["target"], named["ignore_index"]
+        labels = self._trail.labels(target, ignored)
+        weighted, summed = named["weight"] is not None, named["reduction"] == 2
+        found = OfClasses(labels, self.is_picked(target), weighted, ignored, summed)
+        self.of_classes.append(found)
 
     def is_picked(self, given: Any) -> bool:
         """Return whether it is what a mask has picked."""
@@ -93,37 +110,42 @@ class Reductions:
         return found[-1] if found else None
 
 
-def seen(taken: Reductions, loss: Tensor, losses: Tensor | None, targets: Any) -> Weighing:
+def seen(taken: Reductions, loss: Tensor, losses: Tensor | None, batch: Batch) -> Weighing:
     """Return what a loss is a mean over that was seen to take some means.
 
     Args:
         taken: in its forward pass.
         loss: that it gave.
         losses: of each example, if it gave these.
-        targets: that the criterion was given.
+        batch: that it was given.
     """
-    last = taken.that_gave(loss)
-    if last and last.summed and losses is None and _is_of_rows(last.entries, targets):
+    last, found = taken.that_gave(loss), taken.of_classes
+    if last and last.summed and losses is None and _is_of_rows(last.entries, batch):
         return Weighing(_refused_sum)
-    if (last and last.picked) or any(taken.is_picked(mean.targets) for mean in taken.means):
+    if (last and last.picked) or any(one.picked for one in found):
         return Weighing(partial(_refused, "the examples, those that a mask picks"))
-    means = taken.means
-    if not means:
+    if not found:
         return Weighing()
-    ignored = {mean.ignored for mean in means}
-    weighted = any(mean.weighted for mean in means)
-    same = all(_is_same(mean.targets, targets) for mean in means)
-    if same and len(ignored) == 1 and not weighted:
-        return of_classes(lambda: {"ignore_index": next(iter(ignored))})
+    summed = any(one.summed for one in found)
+    # As transformers' num_items_in_batch, by which it divides.
+    numbers = [x for x in pytree.tree_leaves(keyed(batch)) if type(x) in (int, float)]
+    if summed and numbers:
+        return Weighing(partial(_refused, "what a number in the batch says"))
+    weighted = any(one.weighted for one in found)
+    ignored, labels = {one.ignored for one in found}, found[0].labels
+    alike = len(ignored) == 1 and all(one.labels == labels for one in found)
+    if labels and alike and not (weighted or summed):
+        return of_classes(lambda: {"ignore_index": next(iter(ignored))}, labels.of)
     if weighted or ignored != {IGNORED}:
         return Weighing(partial(_refused, "the weights or classes of its targets"))
     return Weighing(_rows_of_whole)
 
 
-def _is_of_rows(entries: int, targets: Any) -> bool:
+def _is_of_rows(entries: int, batch: Batch) -> bool:
     """Return whether so many entries can be some of each example."""
-    leaves = [x for x in pytree.tree_leaves(targets) if isinstance(x, Tensor) and x.ndim]
-    return not leaves or (entries > 0 and entries % len(leaves[0]) == 0)
+    leaves = pytree.tree_leaves(keyed(batch))
+    rows = [len(x) for x in leaves if isinstance(x, Tensor) and x.ndim][-1:]
+    return not any(rows) or (entries > 0 and entries % rows[0] == 0)
 
 
 def _refused_sum(batch: Batch) -> int:
@@ -148,7 +170,7 @@ def _rows_of_whole(batch: Batch) -> int | Tensor:
     """Return the number of examples, of which no part may be ignored."""
     whole = [
         (leaf != IGNORED).all()
-        for leaf in pytree.tree_leaves(batch)
+        for leaf in pytree.tree_leaves(keyed(batch))
         if isinstance(leaf, Tensor) and leaf.dtype is torch.int64  # as ignored targets are
     ]
     length = length_of(batch)
@@ -179,10 +201,17 @@ def of_criterion(criterion: Any) -> Weighing | None:
     return Weighing(weigh)
 
 
-def of_classes(options: Callable[[], dict[str, Any]]) -> Weighing:
+def of_classes(
+    options: Callable[[], dict[str, Any]],
+    labels: Callable[[Batch], Tensor] = lambda batch: pair_of(batch)[1],
+) -> Weighing:
     """Return what `cross_entropy` or `nll_loss` with some options is a mean over.
 
     sum of weight[target] over the targets that are not ignored
+
+    Args:
+        options: -> those that are not PyTorch's.
+        labels: batch -> its targets.
     """
 
     def kept(targets: Tensor) -> Tensor:
@@ -190,7 +219,7 @@ def of_classes(options: Callable[[], dict[str, Any]]) -> Weighing:
         return targets.long() != ignored  # Of bytes, -100 would be 156.
 
     def counts(batch: Batch) -> Tensor | None:
-        _, targets = pair_of(batch)
+        targets = labels(batch)
         if targets.is_floating_point():  # Of probabilities of classes, none is ignored.
             return None
         return kept(targets).reshape(len(targets), -1).any(1)
@@ -200,7 +229,7 @@ def of_classes(options: Callable[[], dict[str, Any]]) -> Weighing:
         reduction = said.get("reduction", "mean")
         if reduction == "sum":
             return _refused_sum(batch)
-        _, targets = pair_of(batch)
+        targets = labels(batch)
         if reduction != "mean" or targets.is_floating_point():
             return length_of(batch)
         count = kept(targets)

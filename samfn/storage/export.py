@@ -57,7 +57,7 @@ def export_program(
         params: as `TrainState.params`.
         buffers: as `TrainState.buffers`.
         inputs: a batch of at least two examples, on the device of the model; a tuple
-            becomes positional arguments.
+            becomes positional arguments, a mapping keyword arguments.
 
     Raises:
         ExportError: the program's outputs differ by more than 1e-5 of the largest.
@@ -68,14 +68,17 @@ def export_program(
     network = network.to(memory_format=torch.contiguous_format)  # all that it can hold
     any_length: Any = torch.export.Dim.AUTO
     with torch.no_grad(), files.replacing(Path(path)) as temporary:
-        given = parameters.arguments(inputs)
-        lengths = pytree.tree_map(lambda leaf: {0: any_length}, given)
-        program = torch.export.export(network, given, dynamic_shapes=lengths)
+        given, named = parameters.arguments(inputs)
+        lengths = pytree.tree_map(
+            lambda leaf: {0: any_length} if isinstance(leaf, Tensor) else None,
+            named or given,
+        )
+        program = torch.export.export(network, given, named, dynamic_shapes=lengths)
         with temporary.open("wb") as file:
             torch.export.save(program, file)
         with temporary.open("rb") as file:
-            found = torch.export.load(file).module()(*given)
-        expected = network(*given)
+            found = torch.export.load(file).module()(*given, **named)
+        expected = network(*given, **named)
         if not _close(found, expected):
             raise ExportError(f"the program written to {path} gives other outputs")
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samfn.batches import length_of
+from samfn.batches import length_of, pair_of
 from samfn.loss import LossFn, as_loss
 from samfn.loss import evaluate as evaluate_loss
 from samfn.step import Metrics, TrainState
@@ -253,7 +253,14 @@ def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
         ValueError: outputs or targets have other shapes, as a single score has, of which
             this cannot know where the classes part.
     """
-    targets = batch[1]
+    _, targets = pair_of(batch)
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        raise ValueError(
+            "accuracy expects scores and (inputs, targets), got a"
+            f" {type(outputs).__name__} and a {type(targets).__name__}: give a measure of"
+            " your own, as lambda outputs, batch: accuracy(outputs.logits, (None,"
+            ' batch["labels"]))'
+        )
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise ValueError(
             "accuracy expects scores of shape (examples, classes), of two classes or more,"

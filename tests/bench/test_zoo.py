@@ -134,3 +134,20 @@ def test_the_table_has_a_row_for_each_network_and_each_reason_once(tmp_path, cap
     assert command.table([told]).endswith(
         "| x | refused [1] | – | refused [1] | – |\n\n1. why"
     )
+
+
+@pytest.mark.parametrize(("rho", "found"), [(1.0, "exact, eager"), (1 + 1e-12, "WRONG")])
+def test_what_rounding_makes_is_no_fault_and_what_more_makes_is(monkeypatch, rho, found):
+    case = NAMES["convolutions"]
+    monkeypatch.setitem(checks.TOLERANCE, torch.float64, 1e-30)
+    right = checks.functional
+
+    def longer(case, problem, *, compiled):
+        monkeypatch.setattr(checks, "RHO", 0.1 * rho)
+        try:
+            return right(case, problem, compiled=compiled)
+        finally:
+            monkeypatch.setattr(checks, "RHO", 0.1)
+
+    monkeypatch.setattr(checks, "functional", longer)
+    assert found in check(case, compiled=False, only="eager")["eager"]

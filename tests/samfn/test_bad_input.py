@@ -61,7 +61,9 @@ WRONG = [
     ({"method": samfn.vasso()}, ValueError, r"another method: .* 'mean'\], got \[\]: give"),
     ({"batch": BATCH[0]}, ValueError, r"of two, \(inputs, targets\), got Tensor"),
     ({"batch": (*BATCH, 1)}, ValueError, r"of two, \(inputs, targets\), got 3 of them"),
-    ({"batch": {"x": BATCH[0], "y": BATCH[1]}}, ValueError, "got a mapping of x, y"),
+    ({"batch": [{"x": BATCH[0]}]}, ValueError, r"\(inputs, targets\), got 1 of them"),
+    ({"batch": {"x": BATCH[0], "y": BATCH[1]}}, TypeError, "keyword argument 'x'"),
+    ({"batch": ({"self": BATCH[0]}, BATCH[1])}, TypeError, "values for argument 'self'"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import samfn
-from samfn.nested import inside, mapped
+from samfn.nested import inside, mapped, remembered
 
 
 @dataclass
@@ -141,3 +142,19 @@ def test_what_holds_no_tensor_is_left_as_it_is():
     ring.itself = ring
     assert mapped(torch.neg, ring).logits == -1
     assert ring.logits == 1
+
+
+class Making(OrderedDict):
+    """Makes what it is asked for, as the activations of transformers."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+def test_what_a_mapping_makes_of_its_values_is_not_put_into_it():
+    kept = Making(a=list)
+    put_back = remembered([kept])
+    assert not put_back()
+    kept["b"] = dict
+    assert put_back()
+    assert [*kept.items()] == [("a", list)]

@@ -205,6 +205,26 @@ def test_a_proportional_rho_follows_lr_through_warm_up_to_its_end():
     assert rho(0) < rho(3) > rho(50) > rho(100) == 0.05
 
 
+@pytest.mark.parametrize(("share", "start"), [(0.3, 7), (1.0, 0), (0.42, 6), (1e-9, 9)])
+def test_sam_begins_where_a_stable_learning_rate_begins_to_fall(share, start):
+    rho = schedules.tail(0.05, 10, share)
+    assert [rho(t) for t in range(12)] == [0.0] * start + [0.05] * (12 - start)
+    lr = schedules.stable_decay(0.1, 10, share, 0.01)
+    falls = [t for t in range(10) if lr(t + 1) < lr(t)]
+    assert falls == [*range(start, 10)]
+    assert (lr(0), lr(10), lr(99)) == (0.1, pytest.approx(0.01), pytest.approx(0.01))
+    line = [lr(t) - lr(t + 1) for t in falls]
+    assert line == pytest.approx([line[0]] * len(line))
+
+
+def test_a_tail_rises_to_a_schedule_of_its_own():
+    inner = schedules.linear(0.4, 0.0, 10)
+    rho = schedules.tail(inner, 10, 0.5, ramp=3)
+    expected = [0.0] * 5 + [inner(5) / 3, inner(6) * 2 / 3, inner(7), inner(8), inner(9)]
+    assert [rho(t) for t in range(10)] == pytest.approx(expected)
+    assert type(rho(0)) is float
+
+
 def test_warmup_ramps_and_then_leaves_the_schedule_alone():
     schedule = schedules.warmup(schedules.cosine(1.0, 100), 4)
     base = schedules.cosine(1.0, 100)
@@ -238,6 +258,10 @@ RHO = {"peak": 0.1, "final": 0.0}
             "lr_max must be above lr_min, got 0.1 and 0.1",
         ),
         (lambda: schedules.warmup(schedules.constant(1.0), -1), "0 or more .* got -1"),
+        (lambda: schedules.tail(0.1, 10, 0.3, -1), "0 or more .* got -1"),
+        (lambda: schedules.tail(0.1, 10, 0.0), "share is .* above 0 to 1, got 0.0"),
+        (lambda: schedules.tail(0.1, 0), "at least one step, got 0"),
+        (lambda: schedules.stable_decay(0.1, 9, 1.5), "cooldown is .* 1, got 1.5"),
     ],
 )
 def test_numbers_that_make_no_schedule_are_errors(make, message):

@@ -200,3 +200,16 @@ def test_numbers_are_short_and_different():
 def test_arms_of_a_command_stand_in_lines_of_their_own():
     text = report.called("python -m x", ["--arm", "a: --rho 0", "--", "--lr", "1"])
     assert text == "python -m x \\\n    --arm 'a: --rho 0' -- --lr 1"
+
+
+def test_sam_at_the_end_costs_its_share_and_an_epoch_takes_the_mean_time():
+    config = configure([*FLAGS, "--epochs", "8", "--rho", "0.1", "--sam-last", "0.25"])
+    counted = [report.gradients(config, epoch) for epoch in (1, 6, 7, 8)]
+    assert counted == pytest.approx([1, 1, 8 / 7, 10 / 8])
+    assert report.gradients(config) == 1.25
+    flags = [*FLAGS, "--epochs", "4", "--rho", "0.1"]
+    rows = [{"seconds": 1.0}] * 3 + [{"seconds": 2.0}]
+    late = group("late", [*flags, "--sam-last", "0.25"], [rows])
+    other = group("always", flags, [rows])
+    taken = report.TABLES["cost"]["seconds"].value
+    assert [taken(each.runs[0]) for each in (late, other)] == [1.25, 1.0]

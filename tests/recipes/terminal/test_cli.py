@@ -13,7 +13,7 @@ from recipes import compare, landscape, sharpness
 from recipes.terminal.signals import Stopped, watched
 from tests import ROOT, commands
 
-RECIPES = ["cifar_wrn", "finetune", "sweep", "label_noise", "arms"]
+RECIPES = ["cifar_wrn", "finetune", "finetune_text", "sweep", "label_noise", "arms"]
 RECIPES += ["compare", "sharpness", "landscape"]
 BENCH = ["checkpoints", "cost", "cost_model", "faults", "scaling", "zoo"]
 COMMANDS = [*(f"recipes.{name}" for name in RECIPES), *(f"bench.{name}" for name in BENCH)]

@@ -250,11 +250,46 @@ def test_rho_is_that_of_its_schedule():
     assert values[0] < max(values) > values[-1]
 
 
+def test_sam_at_the_end_begins_with_the_cooldown():
+    flags = ["--rho", "0.2", "--sam-last", "0.25", "--lr", "0.4"]
+    task, _ = task_of(*flags, "--schedule", "wsd", "--cooldown", "0.25")
+    steps = range(2 * (1437 // 128))
+    late = [t for t in steps if task.rho(t) == 0.2]
+    assert late == [*range(22 - 6, 22)]
+    assert {task.rho(t) for t in steps if t not in late} == {0.0}
+    assert [t for t in steps if task.lr(t + 1) < 0.4] == late
+    said = "sam, rho 0.2 in the last 25%: from step 17 of 22 on, 27% of the steps"
+    assert running.describe(task)["method"] == said
+
+
+def test_both_kinds_of_step_are_compiled_before_training(monkeypatch):
+    task, state = task_of("--rho", "0.2", "--sam-last", "0.25", "--compile", "no")
+    seen = []
+
+    def update(state, batch, *, rho, lr):
+        seen.append(rho)
+        return state, None
+
+    task = task._replace(config=task.config.replace(compile="yes"), update=update)
+    monkeypatch.setattr(loop, "keep_compiled", lambda warn: None)
+    loop.prepare(task, Training(state), Display())
+    assert sorted(seen) == [0.0, 0.2]
+    seen.clear()
+    loop.prepare(task, Training(state, step=20, epoch=1, batch=9), Display())
+    assert seen == [0.2]
+
+
+def test_steps_before_sam_are_those_of_the_plain_optimizer():
+    late, _ = after_two_steps("--rho", "0.2", "--sam-last", "0.5")
+    plain, _ = after_two_steps("--rho", "0")
+    assert not differ(late, plain)
+
+
 RHO_SCHEDULES = ("constant", "linear", "proportional")
 
 
 @pytest.mark.parametrize(
-    "schedule", ["cosine", "polynomial", "one-cycle", "warm-restarts", "step"]
+    "schedule", ["cosine", "polynomial", "one-cycle", "warm-restarts", "step", "wsd"]
 )
 @pytest.mark.parametrize("rho_schedule", RHO_SCHEDULES)
 def test_a_rho_above_zero_is_never_zero_in_a_run(schedule, rho_schedule):

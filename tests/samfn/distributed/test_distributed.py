@@ -22,6 +22,7 @@ import samfn
 from samfn import distributed, tree
 from samfn.compiled import operations
 from tests.ranks import Sent, on_ranks
+from tests.reference import NextToken, tokens
 
 ROWS, STEPS = 16, 3
 METHODS = {
@@ -823,14 +824,17 @@ def test_a_rank_that_was_stopped_is_not_waited_for_forever():
     assert 1 < waited < 7
 
 
-def train_with_ignored(placement):
+def train_with_ignored(placement, named):
     """Take a step on rows of which the ranks have different numbers that count."""
     torch.manual_seed(0)
-    model = nn.Linear(4, 3).double()
-    loss_fn = samfn.supervised(model, nn.CrossEntropyLoss(ignore_index=7))
-    inputs = torch.randn(8, 4, dtype=torch.float64)
-    batch = own((inputs, torch.tensor([0, 7, 1, 2, 7, 7, 7, 1]))) if placement else None
-    batch = batch or (inputs, torch.tensor([0, 7, 1, 2, 7, 7, 7, 1]))
+    model, criterion = nn.Linear(4, 3).double(), nn.CrossEntropyLoss(ignore_index=7)
+    batch = torch.randn(8, 4).double(), torch.tensor([0, 7, 1, 2, 7, 7, 7, 1])
+    if named:
+        model, criterion, (*batch, _) = NextToken(), None, tokens().values()
+    batch = own(batch) if placement else batch
+    if named:
+        batch = dict(zip(tokens(), (*batch, False), strict=True))
+    loss_fn = samfn.supervised(model, criterion)
     optimizer = samfn.sgd(0.9)
     given = {"loss_fn": loss_fn, "optimizer": optimizer, "rho": 0.1, "lr": 0.1}
     state = samfn.init(*samfn.split(model), optimizer=optimizer)
@@ -840,10 +844,12 @@ def train_with_ignored(placement):
     return distributed.gather(dict(state.params)), metrics.loss
 
 
-@pytest.mark.parametrize("placement", ["global", "sharded"])
-def test_ranks_count_by_what_their_losses_are_means_over(placement):
-    params, loss = train_with_ignored(None)
+@pytest.mark.parametrize(
+    ("placement", "named"), [("global", False), ("sharded", False), ("global", True)]
+)
+def test_ranks_count_by_what_their_losses_are_means_over(placement, named):
+    params, loss = train_with_ignored(None, named)
     # On four ranks, one has nothing that counts.
-    for found, seen in on_ranks(4, train_with_ignored, placement):
+    for found, seen in on_ranks(4, train_with_ignored, placement, named):
         torch.testing.assert_close(found, params)
         torch.testing.assert_close(seen, loss)

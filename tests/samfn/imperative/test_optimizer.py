@@ -653,6 +653,51 @@ def test_calls_in_the_wrong_order_are_errors():
         optimizer.state_dict()
 
 
+class Wrapper:
+    """Passes for what it wraps, as `self.optimizers()` does in a module of Lightning."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+def test_a_wrapper_that_passes_for_it_holds_nothing_of_its_own():
+    model, reference = net(), net()
+    settings = {"rho": 0.1, "lr": 0.1, "momentum": 0.9}
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **settings)
+    other = samfn.SAM(reference.parameters(), torch.optim.SGD, **settings)
+    wrapper = Wrapper(optimizer)
+    assert isinstance(wrapper, samfn.SAM)
+    assert wrapper.param_groups is optimizer.param_groups
+    wrapper.guard(model)
+    for inputs, targets in data():
+        for each, net_ in ((wrapper, model), (other, reference)):
+            for half in (0, 8):
+                part = inputs[half : half + 8], targets[half : half + 8]
+                end = each.second_step if half else each.keep_step
+                before = weights(net_)
+                for number, step in enumerate((each.first_step, end)):
+                    each.zero_grad()
+                    F.cross_entropy(net_(part[0]), part[1]).backward()
+                    step(zero_grad=True)
+                    if number == 0:
+                        with each.unperturbed():
+                            assert_close(weights(net_), before, rtol=0, atol=0)
+                        assert each.perturbed
+                assert not each.perturbed
+        wrapper.load_state_dict(wrapper.state_dict())
+    assert_close(weights(model), weights(reference), rtol=0, atol=0)
+    F.cross_entropy(model(inputs), targets).backward()
+    wrapper.first_step(zero_grad=True)
+    wrapper.restore()
+    assert not optimizer.perturbed
+    assert_close(weights(model), weights(reference), rtol=0, atol=0)
+    assert [*vars(wrapper)] == ["optimizer"]
+
+
 def test_every_parameter_may_be_a_group_of_its_own():
     model, reference = net(), net()
     groups = [{"params": [p], "rho": 0.05} for p in model.parameters()]

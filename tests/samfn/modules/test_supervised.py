@@ -765,7 +765,7 @@ def test_what_forward_puts_into_a_batch_the_next_pass_does_not_find(make):
     loss_fn, optimizer = samfn.supervised(model, F.cross_entropy), samfn.sgd()
     state = samfn.init(*samfn.split(model), optimizer=optimizer)
     data, given = make(x=inputs), {"loss_fn": loss_fn, "optimizer": optimizer, "lr": 0.1}
-    _, metrics = samfn.sam_update(state, (data, targets), rho=1e-6, **given)
+    _, metrics = samfn.sam_update(state, ((data,), targets), rho=1e-6, **given)
     expected = F.cross_entropy(nn.Linear.forward(model, inputs - 1), targets)
     assert_close(metrics.loss, expected.detach())
     assert_close(metrics.perturbed_loss, expected.detach(), rtol=1e-4, atol=0)

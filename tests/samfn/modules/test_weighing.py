@@ -1,5 +1,6 @@
 """What a loss is a mean over is known, told, or an error; it is never guessed wrong."""
 
+from collections import UserDict
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 import samfn
 from samfn.measure import landscape, per_example
 from samfn.training import loop
+from tests.reference import NextToken, tokens
 
 PAD = 1
 
@@ -242,11 +244,14 @@ def test_a_graph_does_not_guess_what_no_pass_has_shown():
     assert_close(dict(found.params), dict(whole.params))
 
 
-def test_a_compiled_step_weighs_alike():
+@pytest.mark.parametrize("own", [False, True])
+def test_a_compiled_step_weighs_alike(own):
     method = samfn.accumulated(samfn.sam(), 3)
-    model, batch = problem()
-    whole, _ = stepped(model, batch, CRITERIA["lambda"])
-    loss_fn, optimizer = samfn.supervised(model, CRITERIA["lambda"]), samfn.sgd()
+    model, batch, criterion = *problem(), CRITERIA["lambda"]
+    if own:
+        model, batch, criterion = NextToken(), UserDict(tokens()), None
+    whole, _ = stepped(model, batch, criterion)
+    loss_fn, optimizer = samfn.supervised(model, criterion), samfn.sgd()
     step = samfn.compile_update(
         loss_fn=loss_fn,
         optimizer=optimizer,
@@ -258,3 +263,93 @@ def test_a_compiled_step_weighs_alike():
     found, _ = step(state, batch, rho=0.05, lr=0.1)
     assert step.plan == "whole"
     assert_close(dict(found.params), dict(whole.params))
+
+
+LABELS = {
+    "as they are": lambda y: y,
+    "padded": lambda y: F.pad(y, (0, 1), value=-100)[..., 1:].contiguous(),
+    "cut": lambda y: y[:, 1:].reshape(-1).clone(),
+    "padded late": lambda y: F.pad(y.long()[:, 1:], (0, 1), value=-100),
+}
+OTHERS = {
+    "written to": lambda y: y.masked_fill_(y == 3, -100),
+    "written to a copy": lambda y: y[:, 1:].clone().masked_fill_(y[:, 1:] == 3, -100),
+    "the other end": lambda y: y[:, :-1],
+    "some steps": lambda y: y[:, 1:4],
+    "two left out": lambda y: y[:, 2:],
+    "by columns": lambda y: y.t()[:, 1:],
+    "flat": lambda y: y.flatten()[1:],
+    "other rows": lambda y: y.view(-1, 4).clone()[:, 1:],
+    "padded with a class": lambda y: F.pad(y, (0, 1), value=2)[:, 1:],
+}
+
+
+class Labelled(nn.Module):
+    """Scores for whatever its labels are."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.scores, self._change = nn.Parameter(torch.arange(5.0).double()), change
+
+    def forward(self, labels):
+        labels = self._change(labels).reshape(-1)
+        return F.cross_entropy(self.scores.expand(len(labels), 5), labels)
+
+
+def labelled():
+    labels = torch.arange(36).reshape(6, 6) * 7 % 5
+    labels[0, 2:], labels[2], labels[4, :5] = -100, -100, -100
+    return labels
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_in_a_batch_are_counted_as_the_model_makes_them(name):
+    labels, model = labelled(), Labelled(LABELS[name])
+    whole, seen = stepped(model, {"labels": labels}, None)
+    for method in (samfn.accumulated, samfn.per_micro_batch):
+        parts, mean = stepped(model, {"labels": labels}, None, method(samfn.sam(), 2))
+        assert_close(mean.loss, seen.loss)
+    parts, _ = stepped(model, {"labels": labels}, None, samfn.accumulated(samfn.sam(), 2))
+    assert_close(dict(parts.params), dict(whole.params))
+    loss_fn = samfn.supervised(model)
+    samfn.evaluate(loss_fn, *samfn.split(model), {"labels": labels})
+    longer = {"other": 1, "labels": torch.cat([labels, labels], 1)}
+    assert loss_fn.weigh(longer) == (LABELS[name](longer["labels"]) != -100).sum()
+    assert loss_fn.counts(longer).tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_labels_that_are_made_in_another_way_are_an_error_where_it_matters(name):
+    model, batch = Labelled(OTHERS[name]), {"labels": labelled()}
+    stepped(model, batch, None)
+    with pytest.raises(ValueError, match=r"weigh=lambda batch: "):
+        stepped(model, batch, None, samfn.accumulated(samfn.sam(), 2))
+
+
+def test_a_sum_that_is_divided_by_another_number_is_an_error_where_it_matters():
+    method, model = samfn.accumulated(samfn.sam(), 2), NextToken()
+    counted = (tokens()["labels"][:, 1:] != -100).sum().item()
+    batch = {**tokens(), "num_items_in_batch": counted}
+    whole, _ = stepped(model, batch, None)
+    expected, _ = stepped(model, tokens(), None)
+    assert_close(dict(whole.params), dict(expected.params))
+    with pytest.raises(ValueError, match=r"a number in the batch says.* weigh=lambda"):
+        stepped(model, batch, None, method)
+
+    def divided(outputs, targets):
+        losses = F.cross_entropy(outputs, targets, reduction="sum")
+        return losses / (targets != -100).sum()
+
+    with pytest.raises(ValueError, match="some of its targets"):
+        stepped(*problem(ignored=-100), divided, method)
+
+
+def test_numbers_weigh_as_tensors_do():
+    model, batch = problem()
+    weigh, method = lambda batch: int((batch[1] != PAD).sum()), samfn.accumulated
+    whole, _ = stepped(model, batch, masked)
+    parts, _ = stepped(model, batch, masked, method(samfn.sam(), 2), weigh=weigh)
+    assert_close(dict(parts.params), dict(whole.params))
+    nothing = batch[0], torch.full_like(batch[1], PAD)
+    _, seen = stepped(model, nothing, masked, method(samfn.sam(), 2), weigh=weigh)
+    assert not seen.finite

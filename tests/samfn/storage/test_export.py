@@ -59,6 +59,19 @@ def network():
     return model.to(memory_format=torch.channels_last)
 
 
+def test_a_program_takes_keyword_arguments_as_its_model(tmp_path):
+    class Named(nn.Linear):
+        def forward(self, *, scale, right, left):
+            return super().forward(scale * left + right)
+
+    path, model = tmp_path / "model.pt2", Named(3, 2)
+    inputs = {"left": torch.randn(4, 3), "right": torch.randn(4, 3), "scale": 2.0}
+    samfn.export_program(path, model, *samfn.split(model), inputs)
+    longer = {**inputs, "left": torch.randn(5, 3), "right": torch.randn(5, 3)}
+    found = torch.export.load(path).module()(**longer)
+    torch.testing.assert_close(found, model(**longer).detach())
+
+
 def test_a_program_gives_the_models_outputs_for_batches_of_any_length(tmp_path):
     path, model = tmp_path / "model.pt2", network()
     params, buffers = samfn.split(model)

@@ -1,0 +1,417 @@
+"""Fine-tune a causal language model with low-rank adapters (LoRA) and SAM.
+
+    python -m recipes.finetune_text                     # offline: a tiny one, on code
+    python -m recipes.finetune_text --rho 0             # the same with plain AdamW
+    python -m recipes.finetune_text --perturb noise     # Flat-LoRA, one gradient a step
+    python -m recipes.finetune_text --model my-model --text notes.txt --sam-last 0.3
+
+The tiny model reads bytes, and is trained from scratch first, on the English that comes
+with Python. A run leaves a directory with its settings, metrics, picture, checkpoints and
+adapters; the same command with its --output goes on where it was ended.
+"""
+
+import contextlib
+import resource
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tomli_w
+import torch
+from torch import Tensor
+
+import samfn
+from recipes import plots
+from recipes.data import text
+from recipes.data.text import Sequences
+from recipes.errors import ConfigError
+from recipes.models import language
+from recipes.roles import ABOVE_0, ABOVE_0_TO_1, FROM_0, Options, at_least, require, setting
+from recipes.terminal import cli
+from recipes.terminal.console import Display
+from recipes.terminal.legible import quoted
+from recipes.terminal.signals import Signals
+from recipes.train.build import generator, seed
+from recipes.train.callbacks import Interrupts
+from recipes.train.directory import RunDirectory
+from recipes.train.running import writing
+from samfn import schedules
+from samfn.loss import Loss
+from samfn.storage import files
+from samfn.training import callbacks, loop
+from samfn.training.loop import Epoch, Event, Step, Training
+
+PROGRAM = "python -m recipes.finetune_text"
+SETTINGS, ADAPTER, BASE = "config.toml", "adapter", "base"
+TINY = "tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Options):
+    """Fine-tune a causal language model with adapters and sharpness-aware minimisation."""
+
+    text: Path | None = None
+    """Text in UTF-8; its last tenth is for the test. None is the source code of some of
+    Python's modules."""
+    model: str = TINY
+    """Causal language model: a directory that transformers reads, or a name on its hub.
+    tiny is trained from scratch."""
+    perturb: Literal["adapters", "merged", "noise"] = "adapters"
+    """Weights that are perturbed: adapters, by SAM; merged, by SAM on the weights that the
+    adapters are added to; noise, the same weights at random, as Flat-LoRA, whose rho rises
+    from 0."""
+    rho: float = setting(0.05, FROM_0)
+    """Radius of the perturbation; of noise, relative to the rows of the weights. 0 is plain
+    AdamW."""
+    sam_last: float = setting(1.0, ABOVE_0_TO_1)
+    """Share of the steps, the last, that perturb the weights."""
+    rank: int = setting(8, at_least(1))
+    """Rank of the adapters."""
+    epochs: int = setting(6, at_least(1))
+    """Times that each sequence is trained on."""
+    batch_size: int = setting(8, at_least(1))
+    """Sequences in a batch."""
+    length: int = setting(128, at_least(2))
+    """Tokens in a sequence."""
+    sequences: int | None = setting(96, at_least(1))
+    """Sequences to train on, from the beginning of the text. None is all."""
+    lr: float = setting(2e-3, ABOVE_0)
+    """Learning rate at the start; it falls to 0 by half a cosine."""
+    seed: int = 0
+    """Seed of the adapters, the order and the noise."""
+    output: Path = Path("runs/text")
+    """Directory of the run. One that holds a run of these settings goes on."""
+
+
+class Task(NamedTuple):
+    """Everything that a run needs and that no step changes."""
+
+    settings: Settings
+    model: Any
+    """As peft adapts it."""
+    data: Sequences
+    loss_fn: Loss
+    update: loop.Update
+    rho: schedules.Schedule
+    lr: schedules.Schedule
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.settings.epochs * self.steps_per_epoch
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Fine-tune; return the exit code."""
+    settings = cli.parsed(Settings, prog=PROGRAM, description=__doc__, args=args)
+    return cli.run(partial(tune, settings))
+
+
+def tune(settings: Settings, display: Display, signals: Signals) -> int:
+    """Train, from the start or from where a run stopped, and leave a run behind."""
+    require(settings.ranges(), vars(settings))
+    language.require_packages()
+    with opened(settings) as run, writing():
+        task, state = assemble(settings, run, display)
+        kept, training = run.checkpoints(display.warn), Training(state)
+        if callbacks.resume(kept, training):
+            run.rewrite([row for row in run.rows() if row["epoch"] <= training.epoch])
+            display.say(f"going on after {training.step} of {task.steps} steps")
+        display.facts("samfn", describe(task))
+        finished = train(task, training, run, kept, display, signals)
+        rows = run.rows()
+        if rows:
+            plots.curves(rows, run.curves, f"{Path(settings.model).name}, {name(settings)}")
+        if not finished:
+            display.say(
+                f"stopped; {PROGRAM} --output {quoted(run.path)} goes on, with the"
+                " same settings"
+            )
+            return 128 + (signals.stop or 0)
+        export(task, training, run)
+        display.facts("done", summarise(task, run))
+    return 0
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[RunDirectory]:
+    """Hold the directory of a new run, or of one that goes on with the same settings.
+
+    Raises:
+        ConfigError: it holds something else, or a run of other settings.
+        InUseError: another process holds it.
+    """
+    run, values = RunDirectory(settings.output), plain(settings)
+    try:
+        files.make_directory(run.path)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {run.path}: {error}") from error
+    with run.held():
+        file = run.path / SETTINGS
+        if file.exists():
+            before = tomllib.loads(files.read_text(file))
+            names = sorted({*before, *values} - {"output"})
+            changed = [
+                f"{n} was {before.get(n)}, is now {values.get(n)}"
+                for n in names
+                if before.get(n) != values.get(n)
+            ]
+            if changed:
+                listed = "; ".join(changed)
+                raise ConfigError(f"--output: {run.path} holds a run of others: {listed}")
+        elif found := [p.name for p in run.path.iterdir() if p.name != files.LOCK]:
+            raise ConfigError(
+                f"--output: expected a new or empty directory, or that of such a run, got"
+                f" {run.path}, which holds {found[0]}"
+            )
+        else:
+            with files.replacing(file) as temporary:
+                temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
+        yield run
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Return the settings as TOML holds them; those that are None are absent."""
+    values = {n: str(v) if isinstance(v, Path) else v for n, v in vars(settings).items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def assemble(
+    settings: Settings, run: RunDirectory, display: Display
+) -> tuple[Task, samfn.TrainState]:
+    """Make of settings all that training needs; train the tiny model, if it is that."""
+    is_tiny = settings.model == TINY
+    tokenize = text.Bytes() if is_tiny else language.tokenizer(settings.model)
+    content = text.source_code() if settings.text is None else text.read(settings.text)
+    data = text.sequences(content, tokenize, settings.length, most=settings.sequences)
+    steps_per_epoch = len(data.train) // settings.batch_size
+    if not steps_per_epoch:
+        raise ConfigError(
+            f"--batch-size: expected at most the {len(data.train)} sequences, got"
+            f" {settings.batch_size}"
+        )
+    base = str(from_scratch(run, display)) if is_tiny else settings.model
+    torch.manual_seed(seed(settings.seed, "adapters"))
+    model, pairs, scale = language.adapted(language.load(base), settings.rank)
+    optimizer, method = samfn.adamw(weight_decay=0.0), samfn.sam()
+    steps = settings.epochs * steps_per_epoch
+    rho = schedules.constant(settings.rho)
+    if settings.perturb == "merged":
+        for weight, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or weight in pairs)
+        method = samfn.on_parameters(method, [*pairs])
+        optimizer = samfn.grouped(optimizer, ([*pairs], language.STILL))
+    elif settings.perturb == "noise":
+        method = language.merged_noise(pairs, scale)
+        rho = schedules.cosine(0.0, steps, settings.rho)
+    if settings.sam_last < 1:
+        rho = schedules.tail(rho, steps, settings.sam_last)
+    loss_fn = samfn.supervised(model.train())
+    given: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    update, lr = partial(samfn.sam_update, **given), schedules.cosine(settings.lr, steps)
+    return Task(settings, model, data, loss_fn, update, rho, lr, steps_per_epoch), state
+
+
+def from_scratch(run: RunDirectory, display: Display) -> Path:
+    """Train the tiny model, unless the run has it already; return its directory."""
+    path = run.path / BASE
+    if path.exists():
+        return path
+    torch.manual_seed(seed("tiny"))
+    model = language.tiny()
+    data = text.sequences(text.english(), text.Bytes(), language.LENGTH).train
+    loss_fn, optimizer = samfn.supervised(model), samfn.adamw(weight_decay=0.01)
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    lr = schedules.warmup(schedules.cosine(language.LR, language.STEPS), 20)
+    source = generator("tiny", "order")
+    with display.counting(language.STEPS, "training the tiny model") as advance:
+        for step in range(language.STEPS):
+            rows = torch.randint(len(data), (language.BATCH,), generator=source)
+            state, metrics = samfn.sam_update(
+                state,
+                batch_of(data[rows]),
+                loss_fn=loss_fn,
+                optimizer=optimizer,
+                rho=0.0,
+                lr=lr(step),
+            )
+            advance()
+    display.say(f"the tiny model, trained from scratch on English: loss {metrics.loss:.3f}")
+    samfn.load(model, state.params, state.buffers)
+    language.save(model, path)
+    return path
+
+
+def batch_of(sequences: Tensor) -> dict[str, Tensor]:
+    """Return a batch as models of transformers take it, which shift the labels."""
+    return {"input_ids": sequences, "labels": sequences}
+
+
+def train(
+    task: Task,
+    training: Training,
+    run: RunDirectory,
+    kept: samfn.Checkpoints,
+    display: Display,
+    signals: Signals,
+) -> bool:
+    """Train to the last epoch; return whether training reached its end."""
+    settings, interrupts, meter = task.settings, Interrupts(signals), Meter()
+
+    def batches(training: Training) -> list[dict[str, Tensor]]:
+        source = generator(settings.seed, "order", training.epoch)
+        order = torch.randperm(len(task.data.train), generator=source)
+        rows = order[: task.steps_per_epoch * settings.batch_size]
+        parts = task.data.train[rows].split(settings.batch_size)
+        return [batch_of(part) for part in parts[training.batch :]]
+
+    def update(state: Any, batch: Any, **dials: float) -> Any:
+        torch.manual_seed(seed(settings.seed, "step", training.step))
+        return task.update(state, batch, **dials)
+
+    def record(event: Event) -> None:
+        if isinstance(event, Epoch):
+            row = event.training.row
+            run.append(row)
+            display.say(
+                f"epoch {row['epoch']}/{settings.epochs}: training loss"
+                f" {row['train_loss']:.4f}, test loss {row['test_loss']:.4f}, token"
+                f" accuracy {row['test_accuracy']:.2f} %, {row['seconds']:.1f} s"
+            )
+
+    with (
+        signals.deferred(),
+        display.counting(task.steps, "fine-tuning", training.step) as advance,
+    ):
+        loop.run(
+            training,
+            batches=batches,
+            update=update,
+            rho=lambda t: task.rho(t.step),
+            lr=lambda t: task.lr(t.step),
+            epochs=settings.epochs,
+            evaluate=lambda t: meter.row() | evaluate(task, t.state),
+            callbacks=[
+                meter,
+                callbacks.finite(),
+                lambda event: advance() if isinstance(event, Step) else None,
+                record,
+                interrupts.between_steps,
+                callbacks.saving(kept, score="test_accuracy"),
+                interrupts.after_epoch,
+            ],
+        )
+    return training.epoch >= settings.epochs
+
+
+class Meter:
+    """Measures the steps of an epoch, from its beginning or from where it goes on."""
+
+    def __call__(self, event: Event) -> None:
+        """Begin with an epoch, and add up its steps."""
+        match event:
+            case loop.Start():
+                self._losses: list[Tensor] = []
+                self._started = time.perf_counter()
+            case Step(_, _, metrics):
+                self._losses.append(metrics.loss)
+
+    def row(self) -> dict[str, float]:
+        """Return mean loss, time, and the most memory that the process took, in MiB."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "train_loss": float(torch.stack(self._losses).mean()),
+            "seconds": time.perf_counter() - self._started,
+            "steps": len(self._losses),
+            "peak_mebibytes": memory / (2**20 if sys.platform == "darwin" else 2**10),
+        }
+
+
+def evaluate(task: Task, state: samfn.TrainState) -> Mapping[str, float]:
+    """Return the mean loss of a token in the test set, in nats, and the accuracy, in %."""
+    parts = map(batch_of, task.data.test.split(4 * task.settings.batch_size))
+    task.model.eval()
+    try:
+        found = loop.evaluate(
+            state.params,
+            state.buffers,
+            parts,
+            loss_fn=task.loss_fn,
+            measures={"accuracy": token_accuracy},
+        )
+    finally:
+        task.model.train()
+    return {f"test_{what}": value for what, value in found.items()}
+
+
+def token_accuracy(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return for each sequence the share of tokens that were foretold, in percent."""
+    found = outputs.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
+    return 100.0 * found.float().mean(1)
+
+
+def export(task: Task, training: Training, run: RunDirectory) -> None:
+    """Write the model, and its adapters as `peft.PeftModel.from_pretrained` reads them."""
+    state = training.state
+    samfn.load(task.model, state.params, state.buffers)
+    samfn.export_weights(run.weights, task.model, state.params, state.buffers)
+    if not (run.path / ADAPTER).exists():
+        language.save(task.model, run.path / ADAPTER)
+
+
+def name(settings: Settings) -> str:
+    """Return how the training algorithm is called in titles."""
+    if settings.rho == 0:
+        return "AdamW"
+    what = {
+        "adapters": "SAM on the adapters",
+        "merged": "SAM on the merged weights",
+        "noise": "noise on the merged weights",
+    }[settings.perturb]
+    late = f", in the last {settings.sam_last:.0%}" if settings.sam_last < 1 else ""
+    return f"{what}, rho {settings.rho:g}{late}"
+
+
+def describe(task: Task) -> dict[str, str]:
+    """Return what the banner says of a run."""
+    settings, data = task.settings, task.data
+    counts = {True: 0, False: 0}
+    for parameter_name, parameter in task.model.named_parameters():
+        counts["lora_" in parameter_name] += parameter.numel()
+    return {
+        "text": f"{'source code of Python' if settings.text is None else settings.text},"
+        f" {len(data.train):,} sequences of {settings.length} tokens to train on,"
+        f" {len(data.test):,} to test on",
+        "model": f"{settings.model}, {counts[False]:,} parameters and adapters of rank"
+        f" {settings.rank} with {counts[True]:,}",
+        "method": name(settings),
+        "training": f"{settings.epochs} epochs of {task.steps_per_epoch} steps, batch"
+        f" {settings.batch_size}, AdamW, lr {settings.lr:g}",
+    }
+
+
+def summarise(task: Task, run: RunDirectory) -> dict[str, str]:
+    """Return what the closing summary says of a run."""
+    rows = run.rows()
+    last, best = rows[-1], min(rows, key=lambda row: row["test_loss"])
+    each = sum(row["seconds"] for row in rows) / sum(row["steps"] for row in rows)
+    return {
+        "last epoch": f"test loss {last['test_loss']:.4f}, token accuracy"
+        f" {last['test_accuracy']:.2f} %",
+        "best epoch": f"test loss {best['test_loss']:.4f} in epoch {best['epoch']}",
+        "cost": f"{1000 * each:.0f} ms a step, {last['peak_mebibytes']:,.0f} MiB at most",
+        "files": str(run.path),
+        "adapters": str(run.path / ADAPTER),
+        "picture": str(run.curves),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

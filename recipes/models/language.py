@@ -1,0 +1,172 @@
+"""Causal language models with low-rank adapters, and what of them is perturbed.
+
+An adapter adds a product of two thin matrices to a weight that is frozen: the layer
+computes with the merged weight W + s B A, and B and A alone are trained (Hu et al., 2022,
+arXiv:2106.09685).
+"""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import samfn
+from recipes.data.text import Bytes
+from recipes.errors import ConfigError
+from samfn.loss import Evaluate
+from samfn.methods.base import Descended, MethodState, Point, is_number_zero, plain
+from samfn.tree import Params
+
+ADAPTED = ".base_layer.weight"  # how peft ends the name of a weight that has an adapter
+
+STEPS, LR, LENGTH, BATCH = 160, 3e-3, 128, 16  # of the training of `tiny`
+
+Pairs = dict[str, tuple[str, str]]
+"""The names of A and B by that of the weight they are added to."""
+
+STILL = samfn.Optimizer(
+    lambda params: {}, lambda params, grads, opt_state, lr: (dict(params), opt_state)
+)
+"""Moves nothing: for weights that are perturbed, and do not descend."""
+
+
+def require_packages() -> None:
+    """Raise unless transformers and peft are installed; have them show no bars."""
+    try:
+        import peft  # noqa: F401
+        import transformers
+    except ImportError as error:
+        text = f'{error.name} is not installed: pip install -e ".[recipes,text]"'
+        raise ConfigError(text) from error
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def tiny() -> nn.Module:
+    """Return a transformer that reads bytes, of half a million parameters, untrained."""
+    import transformers
+
+    config: Any = transformers.LlamaConfig(
+        vocab_size=Bytes.vocabulary,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
+
+
+def load(path: str) -> nn.Module:
+    """Return a causal language model of a directory, or of the hub.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    import transformers
+
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model: {str(error).splitlines()[0]}") from error
+    return model
+
+
+def tokenizer(path: str) -> Any:
+    """Return what makes tokens of a text for a model of a directory, or of the hub.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    import transformers
+
+    try:
+        made: Any = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model: {str(error).splitlines()[0]}") from error
+    return lambda text: made(text, add_special_tokens=False)["input_ids"]
+
+
+def adapted(model: nn.Module, rank: int) -> tuple[Any, Pairs, float]:
+    """Return a model whose linear layers have adapters; their names, and the factor s.
+
+    Args:
+        model: a causal language model of transformers; it is changed.
+        rank: rows of A, and columns of B.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+    )
+    with warnings.catch_warnings():  # peft reads what transformers calls by another name.
+        warnings.simplefilter("ignore", FutureWarning)
+        found = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    layers = [
+        name.removesuffix(ADAPTED)
+        for name, _ in found.named_parameters()
+        if name.endswith(ADAPTED)
+    ]
+    pairs = {
+        layer + ADAPTED: (
+            f"{layer}.lora_A.default.weight",
+            f"{layer}.lora_B.default.weight",
+        )
+        for layer in layers
+    }
+    return found, pairs, config.lora_alpha / rank
+
+
+def merged_noise(pairs: Pairs, scale: float) -> samfn.Method:
+    """Flat-LoRA: the gradient at merged weights with noise, each row by its own length.
+
+    <- grad L(W + s B A + e);  e_i = rho / sqrt(n) ||(W + s B A)_i|| z,  z ~ N(0, 1)
+
+    for each row i of n entries. One gradient a step. The noise is drawn anew for each
+    step, and is added to W, which is among the buffers and stays what it was. Loss and
+    outputs are those with the noise. In the paper rho rises from 0 by half a cosine.
+
+    Args:
+        pairs: adapters by the weights that they are added to.
+        scale: s.
+
+    Source:
+        Li et al., 2025, arXiv:2409.14396; github.com/nblt/Flat-LoRA, commit 16d48ae.
+    """
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        if is_number_zero(point.rho):
+            return plain(evaluate, point), memory
+        own = {name: point.buffers[name] for name in pairs}
+        noise = {name: noise_of(w, name, point) for name, w in own.items()}
+        noisy = {name: w + noise[name] for name, w in own.items()}
+        seen = plain(evaluate, point._replace(buffers={**point.buffers, **noisy}))
+        clean = seen.clean._replace(buffers={**seen.clean.buffers, **own})
+        return seen._replace(clean=clean, perturbation_norm=samfn.norm(noise)), memory
+
+    def noise_of(weight: Tensor, name: str, point: Point) -> Tensor:
+        a, b = (point.params[other] for other in pairs[name])
+        merged = weight + scale * b @ a
+        lengths = merged.norm(dim=1, keepdim=True) / math.sqrt(merged.shape[1])
+        return point.rho * lengths * torch.randn_like(merged)
+
+    def init(params: Params, moved: Params) -> MethodState:
+        return {}
+
+    return samfn.Method(init, descent, gradients=1.0)
+
+
+def save(model: Any, path: Path) -> None:
+    """Write a model, or its adapters, as transformers and peft read them: a directory."""
+    aside = path.with_name(f".{path.name}")
+    model.save_pretrained(aside)
+    aside.rename(path)

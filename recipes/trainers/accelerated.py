@@ -1,0 +1,40 @@
+"""SAM in a loop that is written with accelerate."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def two_passes(
+    accelerator: Any, model: nn.Module, optimizer: Any, loss_of: Callable[[], Tensor]
+) -> Tensor:
+    """Take the passes of SAM on a micro-batch, in the place of `accelerator.backward`.
+
+    Each micro-batch of each process has a perturbation of its own (m-sharpness), from a
+    first pass that is not averaged over processes. Under `accelerator.accumulate` the
+    gradients of all but the last are kept; clipping and `optimizer.step()` come after, as
+    ever. Call it in every iteration, and neither `step` nor `zero_grad` in between.
+
+    Args:
+        accelerator: of `model` and `optimizer`, which it has prepared.
+        model: that `loss_of` calls.
+        optimizer: samfn.SAM, prepared.
+        loss_of: computes the loss of the micro-batch; it is called twice.
+
+    Returns:
+        The loss of the first pass.
+    """
+    sam = optimizer.optimizer
+    try:
+        with accelerator.no_sync(model):
+            loss = loss_of()
+            accelerator.backward(loss)
+        sam.first_step(zero_grad=True)
+        accelerator.backward(loss_of())
+    except BaseException:
+        sam.restore()
+        raise
+    if not accelerator.sync_gradients:
+        sam.keep_step(zero_grad=True)
+    return loss.detach()

@@ -1,0 +1,191 @@
+"""The recipe for language models: adapters, what is perturbed, and what a run leaves."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+import samfn
+from recipes import errors, finetune_text
+from recipes.data import text
+from recipes.finetune_text import Meter, Settings, main, tune
+from recipes.models import language
+from recipes.terminal.console import Display
+from recipes.terminal.signals import Signals
+from samfn.storage import tensorfile
+from samfn.training.loop import Step
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+SMALL = {"epochs": 2, "sequences": 16, "batch_size": 4, "length": 16, "rank": 2}
+FLAGS = [part for n, v in SMALL.items() for part in (f"--{n.replace('_', '-')}", str(v))]
+LEFT = {"config.toml", "metrics.jsonl", "curves.png", "checkpoints", "model.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(language, "STEPS", 2)
+    monkeypatch.setattr(text, "MODULES", ("textwrap",))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Return the directory of a run that was trained to its end."""
+    run = tmp_path_factory.mktemp("text") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "STEPS", 2)
+        patch.setattr(text, "MODULES", ("textwrap",))
+        assert main([*FLAGS, "--output", str(run)]) == 0
+    return run
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_every_run_leaves_and_adapters_that_peft_reads(ran):
+    assert LEFT | {"base", "adapter"} <= {path.name for path in ran.iterdir()}
+    rows = rows_of(ran)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    base = transformers.AutoModelForCausalLM.from_pretrained(ran / "base")
+    model = peft.PeftModel.from_pretrained(base, ran / "adapter").eval()
+    cut = text.sequences(text.source_code(), text.Bytes(), 16, most=16).test
+    with torch.no_grad():
+        loss = model(input_ids=cut, labels=cut).loss
+    assert loss.item() == pytest.approx(rows[-1]["test_loss"], rel=1e-5)
+    own = tensorfile.read(ran / "model.safetensors")[0]
+    assert own.keys() == model.state_dict().keys()
+
+
+def test_the_same_command_shows_the_end_of_a_run_and_others_are_refused(ran, capsys):
+    before = (ran / "metrics.jsonl").read_text()
+    assert main([*FLAGS, "--output", str(ran)]) == 0
+    assert "going on after 8 of 8 steps" in capsys.readouterr().out
+    assert (ran / "metrics.jsonl").read_text() == before
+    flags = [*FLAGS, "--rho", "0.1", "--output", str(ran)]
+    assert main(flags) == errors.WRONG_INPUT
+    assert "rho was 0.05, is now 0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("perturb", ["adapters", "merged", "noise"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, perturb, monkeypatch):
+    def run(name, stop=None):
+        settings = Settings(**SMALL, perturb=perturb, output=tmp_path / name)
+        signals, called = Signals(), Meter.__call__
+
+        def count(self, event):
+            if isinstance(event, Step) and event.training.step == stop:
+                signals.stop = 2
+            called(self, event)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Meter, "__call__", count)
+            return tune(settings, Display(), signals)
+
+    assert run("whole") == 0
+    assert run("parts", stop=3) == 130
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    assert run("parts") == 0
+    whole, parts = (
+        tensorfile.read(tmp_path / name / "model.safetensors")[0]
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+
+
+def problem(perturb):
+    """Return a model with adapters that are not 0, its pairs, s, and a batch."""
+    torch.manual_seed(0)
+    model, pairs, scale = language.adapted(language.tiny(), 2)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+            if perturb == "merged" and name in pairs:
+                p.requires_grad_(True)
+    tokens = torch.randint(256, (4, 12))
+    return model, pairs, scale, finetune_text.batch_of(tokens)
+
+
+@pytest.mark.parametrize("perturb", ["adapters", "merged"])
+def test_the_functional_form_and_the_drop_in_agree(perturb):
+    model, pairs, _, batch = problem(perturb)
+    base, method = samfn.adamw(weight_decay=0.0), samfn.sam()
+    if perturb == "merged":
+        base = samfn.grouped(base, ([*pairs], language.STILL))
+        method = samfn.on_parameters(method, [*pairs])
+    given = {"loss_fn": samfn.supervised(model), "optimizer": base, "method": method}
+    state = samfn.init(*samfn.split(model), optimizer=base, method=method)
+    other = copy.deepcopy(model)
+    named = {n: p for n, p in other.named_parameters() if p.requires_grad}
+    groups = [{"params": [p for n, p in named.items() if n not in pairs]}]
+    if perturb == "merged":  # They are perturbed, and stay.
+        groups.append({"params": [named[n] for n in pairs], "lr": 0.0})
+    optimizer = samfn.SAM(groups, torch.optim.AdamW, rho=0.5, lr=1e-2, weight_decay=0.0)
+    before = {name: w.clone() for name, w in state.params.items()}
+    for _ in range(3):
+        state, metrics = samfn.sam_update(state, batch, rho=0.5, lr=1e-2, **given)
+        other(**batch).loss.backward()
+        if perturb == "merged":  # The slope of the adapters is no part of the ascent.
+            for p in groups[0]["params"]:
+                p.grad = None
+        optimizer.first_step(zero_grad=True)
+        other(**batch).loss.backward()
+        optimizer.second_step(zero_grad=True)
+    assert float(metrics.perturbation_norm) == pytest.approx(0.5, rel=1e-5)
+    for name, w in state.params.items():
+        torch.testing.assert_close(named[name].detach(), w, rtol=0, atol=2e-5)
+        assert torch.equal(w, before[name]) == (name in pairs)
+
+
+def test_noise_on_merged_weights_is_as_long_as_their_rows_and_leaves_them():
+    model, pairs, scale, batch = problem("noise")
+    base, method = samfn.adamw(weight_decay=0.0), language.merged_noise(pairs, scale)
+    given = {"loss_fn": samfn.supervised(model), "optimizer": base, "method": method}
+    state = samfn.init(*samfn.split(model), optimizer=base, method=method)
+    torch.manual_seed(5)
+    new, metrics = samfn.sam_update(state, batch, rho=0.3, lr=1e-2, **given)
+    assert all(torch.equal(new.buffers[n], b) for n, b in state.buffers.items())
+    torch.manual_seed(5)
+    squares = 0.0
+    noisy = copy.deepcopy(model)
+    named = dict(noisy.named_parameters())
+    for name, (a, b) in pairs.items():
+        merged = named[name] + scale * named[b] @ named[a]
+        each = merged.square().mean(1, keepdim=True).sqrt()
+        noise = 0.3 * each.detach() * torch.randn_like(merged)
+        named[name].data += noise
+        squares += float(noise.square().sum())
+    assert float(metrics.perturbation_norm) == pytest.approx(math.sqrt(squares), rel=1e-5)
+    loss = noisy(**batch).loss
+    assert loss.item() == pytest.approx(metrics.loss.item(), rel=1e-6)
+    optimizer = torch.optim.AdamW([*noisy.parameters()], lr=1e-2, weight_decay=0.0)
+    loss.backward()
+    optimizer.step()
+    for name, w in new.params.items():
+        torch.testing.assert_close(named[name].detach(), w, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text", "no-such"], "cannot read no-such"),
+        (["--text", __file__, "--length", "4000"], "at least 20 sequences of 4000"),
+        (["--model", "./no-such"], "--model: "),
+        (["--rho", "-1"], "--rho: expected a finite number of at least 0, got -1"),
+        (["--batch-size", "17"], "--batch-size: expected at most the 16"),
+    ],
+)
+def test_wrong_input_ends_with_its_code(tmp_path, capsys, flags, message):
+    code = main([*FLAGS, *flags, "--output", str(tmp_path / "run")])
+    assert code == errors.WRONG_INPUT
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "letter").write_text("mine")
+    assert main([*FLAGS, "--output", str(tmp_path)]) == errors.WRONG_INPUT
+    assert "holds letter" in " ".join(capsys.readouterr().err.split())
+    assert {path.name for path in tmp_path.iterdir()} <= {"letter", ".samfn.lock"}

@@ -167,7 +167,7 @@ def sgd(
 ) -> Optimizer:
     """Stochastic gradient descent with momentum, as `torch.optim.SGD`.
 
-    v <- momentum v + g + weight_decay w;  w <- w - lr v
+    v <- momentum v + g + weight_decay w;  w <- w - lr v;
     with nesterov: w <- w - lr (g + weight_decay w + momentum v)
 
     Args:

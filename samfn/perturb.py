@@ -61,7 +61,7 @@ def perturb_adaptive(
         grads: g, the gradient of the loss at w; names and shapes of `params`.
         rho: radius of the ball, in units of T^-1 w, hence about 10 times that of SAM.
         eta: smallest T, in units of w; at least 0.
-        adapts: of a name and its tensor, whether T is |w| + eta there; None is
+        adapts: of a name and its tensor, whether T is `|w| + eta` there; None is
             `named_weight`, the official choice. `everything` with eta = 0 is the form
             of davda54/sam.
 

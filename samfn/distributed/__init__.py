@@ -2,7 +2,7 @@
 
 torchrun starts one process for each device, a rank. All of them take the same steps on
 batches of their own, and hold the same state, bit for bit, or parts of it. Which of them
-share a perturbation is a property of the method, which `placed` gives it:
+share a perturbation is a property of the method, which `placed` gives it::
 
     placement      perturbation of                communication in a step of SAM
     "replica"      each rank, from its batch      one all-reduce

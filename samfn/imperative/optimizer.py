@@ -52,7 +52,7 @@ class SAM(torch.optim.Optimizer):
 
     first_step: w <- w + e, e = rho T^2 g / ||T g||;  second_step: w back, base optimizer
 
-    T is |w| in groups that are `adaptive`, else 1; one norm over all groups together, in
+    T is `|w|` in groups that are `adaptive`, else 1; one norm over all groups together, in
     float32 or wider. Where parameters are DTensors, as of `fully_shard` or
     `parallelize_module`, it is that of the whole vector, and m, the number of examples that
     a perturbation is of, is the global batch: all ranks share one. Plain tensors beside

@@ -148,9 +148,10 @@ def hessian_product(
         direction: v; names, shapes and dtypes of `params`.
 
     Raises:
-        As `evaluate`; ValueError: the direction's names, shapes or dtypes differ, or the
-        model has hooks that may change gradients; NotTwiceDifferentiableError: PyTorch has
-        no second derivative of a part.
+        TypeError, GradientError, RuntimeError: as `evaluate`.
+        ValueError: as `evaluate`; the direction's names, shapes or dtypes differ, or the
+            model has hooks that may change gradients.
+        NotTwiceDifferentiableError: PyTorch has no second derivative of a part.
     """
     checks.require_same_layout(params, direction, names="params and direction")
 

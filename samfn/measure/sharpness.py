@@ -1,5 +1,7 @@
 """How sharp a minimum is: measurements that change nothing.
 
+For example::
+
     objective = samfn.Objective(loss_fn, state.buffers, batches)
     samfn.measure.sharpness.worst_case(objective, state.params, rho=0.05)
 
@@ -223,9 +225,9 @@ def hessian_eigenvalues(
     eigenvalue can have settled before. After k iterations, the next vector is p(H) times
     the first, p(x) = prod (x - value_j) / prod beta_j over the k values of the tridiagonal
     matrix with beta_j beside its diagonal. Both vectors have length 1, so the first has a
-    part |c| <= 1 / |p(x)| along the eigenvector of any eigenvalue x. The probability that
-    |c| is below sqrt(pi / (2 n)) MISSED, for n parameters, is at most MISSED. Where |p| is
-    larger than the inverse of that, an eigenvalue is therefore unlikely.
+    part `|c| <= 1 / |p(x)|` along the eigenvector of any eigenvalue x. The probability that
+    `|c|` is below sqrt(pi / (2 n)) MISSED, for n parameters, is at most MISSED. Where `|p|`
+    is larger than the inverse of that, an eigenvalue is therefore unlikely.
 
     Args:
         objective: L; its loss function must be twice differentiable.

@@ -226,7 +226,7 @@ def momentum_sam(momentum: float = 0.9) -> Method:
 def looksam(k: int = 5, alpha: float = 0.7, *, metric: Perturb = perturb) -> Method:
     """LookSAM: SAM at every k-th step, and in between the direction that it had found.
 
-    every k-th step: <- g_s = grad L(w + e), and keep g_v = g_s - (g . g_s / ||g||^2) g
+    every k-th step: <- g_s = grad L(w + e), and keep g_v = g_s - (g . g_s / ||g||^2) g;
     other steps:     <- g + alpha ||g|| / ||g_v|| g_v
 
     g_v is the part of g_s that is orthogonal to g, over all parameters together. 1 + 1/k

@@ -26,9 +26,9 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copy out of a model what trains and what does not.
 
     Returns:
-        params: every parameter that requires grad, detached, by its qualified name. A
-            weight that is tied to another appears once.
-        buffers: the registered buffers and the frozen parameters.
+        - params: every parameter that requires grad, detached, by its qualified name. A
+          weight that is tied to another appears once.
+        - buffers: the registered buffers and the frozen parameters.
 
     Raises:
         TypeError: `model` is wrapped for several devices, where gradients would

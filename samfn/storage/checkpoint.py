@@ -373,8 +373,8 @@ class Checkpoints:
         """Write a checkpoint, and delete those that are neither new nor good any more.
 
         What is deleted is decided by what others hold as it was written: one that is
-        damaged is renamed to *.corrupt, with a warning, and neither counts nor goes. One of
-        that name that is there already stays, and the new one has a number.
+        damaged is renamed to `*.corrupt`, with a warning, and neither counts nor goes. One
+        of that name that is there already stays, and the new one has a number.
 
         Args:
             state: names the file by its step; one of the same step is replaced.
@@ -467,7 +467,7 @@ class Checkpoints:
     def latest(self, like: TrainState) -> Found | None:
         """Read the newest checkpoint that is whole, or None if there is none.
 
-        One that is damaged is renamed to *.corrupt, with a warning, and the one before it
+        One that is damaged is renamed to `*.corrupt`, with a warning, and the one before it
         read.
 
         Raises:
@@ -568,7 +568,7 @@ class Checkpoints:
         self._swept = True
 
     def drop_after(self, step: int) -> None:
-        """Rename to *.superseded what is newer than a step that a run goes on from.
+        """Rename to `*.superseded` what is newer than a step that a run goes on from.
 
         Raises:
             CheckpointWriteError: one cannot be renamed.

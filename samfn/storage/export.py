@@ -52,7 +52,7 @@ def export_program(
     `path` only if it gives the model's outputs.
 
     Args:
-        path: where to, usually *.pt2; its directory exists.
+        path: where to, usually `*.pt2`; its directory exists.
         model: the network; its own tensors and mode stay as they are.
         params: as `TrainState.params`.
         buffers: as `TrainState.buffers`.

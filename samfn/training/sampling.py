@@ -3,7 +3,7 @@
 Pure functions of tensors. What a run keeps is one small integer for each example; what
 an epoch trains on, and in which order, depends on these, on the seed and on the number
 of the epoch alone, so that a run that stopped goes on exactly. For that, `update` comes
-between two epochs, and `kept` and `order` have a generator each, made of seed and epoch:
+between two epochs, and `kept` and `order` have a generator each, made of seed and epoch::
 
     kept = sampling.kept(counts, generator(seed, "kept", epoch))
     indices = sampling.order(kept, examples, generator(seed, "order", epoch))

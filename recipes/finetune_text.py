@@ -269,7 +269,7 @@ def train(
         source = generator(settings.seed, "order", training.epoch)
         order = torch.randperm(len(task.data.train), generator=source)
         rows = order[: task.steps_per_epoch * settings.batch_size]
-        parts = task.data.train[rows].split(settings.batch_size)
+        parts = torch.split(task.data.train[rows], settings.batch_size)
         return [batch_of(part) for part in parts[training.batch :]]
 
     def update(state: Any, batch: Any, **dials: float) -> Any:
@@ -334,9 +334,9 @@ class Meter:
         }
 
 
-def evaluate(task: Task, state: samfn.TrainState) -> Mapping[str, float]:
+def evaluate(task: Task, state: samfn.TrainState) -> dict[str, float]:
     """Return the mean loss of a token in the test set, in nats, and the accuracy, in %."""
-    parts = map(batch_of, task.data.test.split(4 * task.settings.batch_size))
+    parts = map(batch_of, torch.split(task.data.test, 4 * task.settings.batch_size))
     task.model.eval()
     try:
         found = loop.evaluate(
@@ -353,7 +353,7 @@ def evaluate(task: Task, state: samfn.TrainState) -> Mapping[str, float]:
 
 def token_accuracy(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return for each sequence the share of tokens that were foretold, in percent."""
-    found = outputs.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
+    found: Tensor = outputs.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
     return 100.0 * found.float().mean(1)
 
 

@@ -12,7 +12,7 @@ from recipes.errors import DataError
 from samfn.storage import files
 
 ENGLISH = "pydoc_data.topics"  # the reference of the language, by topics
-MODULES = ("argparse", "configparser", "dataclasses", "difflib", "pathlib", "textwrap")
+MODULES = ("argparse", "dataclasses", "difflib", "textwrap")
 
 
 class Bytes:

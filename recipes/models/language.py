@@ -22,7 +22,7 @@ from samfn.tree import Params
 
 ADAPTED = ".base_layer.weight"  # how peft ends the name of a weight that has an adapter
 
-STEPS, LR, LENGTH, BATCH = 160, 3e-3, 128, 16  # of the training of `tiny`
+STEPS, LR, LENGTH, BATCH = 140, 3e-3, 128, 12  # of the training of `tiny`
 
 Pairs = dict[str, tuple[str, str]]
 """The names of A and B by that of the weight they are added to."""
@@ -41,7 +41,8 @@ def require_packages() -> None:
     except ImportError as error:
         text = f'{error.name} is not installed: pip install -e ".[recipes,text]"'
         raise ConfigError(text) from error
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
 
 
 def tiny() -> nn.Module:
@@ -110,7 +111,7 @@ def adapted(model: nn.Module, rank: int) -> tuple[Any, Pairs, float]:
     )
     with warnings.catch_warnings():  # peft reads what transformers calls by another name.
         warnings.simplefilter("ignore", FutureWarning)
-        found = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        found: Any = peft.get_peft_model(model, config)
     layers = [
         name.removesuffix(ADAPTED)
         for name, _ in found.named_parameters()
@@ -157,7 +158,8 @@ def merged_noise(pairs: Pairs, scale: float) -> samfn.Method:
         a, b = (point.params[other] for other in pairs[name])
         merged = weight + scale * b @ a
         lengths = merged.norm(dim=1, keepdim=True) / math.sqrt(merged.shape[1])
-        return point.rho * lengths * torch.randn_like(merged)
+        noise: Tensor = lengths * torch.randn_like(merged)
+        return noise * point.rho
 
     def init(params: Params, moved: Params) -> MethodState:
         return {}

@@ -52,6 +52,8 @@ class Setup(NamedTuple):
     """Steps in the checks of correctness."""
     seconds: float
     """Time spent on each case."""
+    backend: str = "inductor"
+    """Of torch.compile, but in the cases of speed."""
 
     @property
     def precision(self) -> str:
@@ -88,6 +90,7 @@ SMOKE = Setup(
     {"wrn-10-1": ((16, 8),)},
     steps=6,
     seconds=0.5,
+    backend="aot_eager",
 )
 # The candidates of a speed case; each but the eager ones costs a compilation.
 TIMED = (
@@ -278,8 +281,8 @@ def designs(setup: Setup) -> list[Row]:
     """Time the ways to run the compiled step against each other."""
     network = build(setup.networks["small"], setup.batch, setup.device)
     made = {
-        "whole, CUDA graph": compiled(plan="whole"),
-        "gradient, CUDA graph": compiled(plan="gradient"),
+        "whole, CUDA graph": compiled(plan="whole", backend=setup.backend),
+        "gradient, CUDA graph": compiled(plan="gradient", backend=setup.backend),
     }
     if setup.device == "cuda":  # A CPU has none of these.
         graphs = {"triton.cudagraphs": True}
@@ -320,7 +323,8 @@ def parameter_operations(setup: Setup) -> list[Row]:
         return torch.stack([(w * slope[n]).sum() for n, w in params.items()]).sum()
 
     optimizer = samfn.sgd(0.9, weight_decay=5e-4)
-    update = samfn.compile_update(loss_fn=linear, optimizer=optimizer)
+    given: Any = {"loss_fn": linear, "optimizer": optimizer, "backend": setup.backend}
+    update = samfn.compile_update(**given)
     state = samfn.init(params, {}, optimizer=optimizer)
 
     def step() -> None:
@@ -378,7 +382,8 @@ def checks(setup: Setup) -> list[Row]:
         common: Any = {"loss_fn": loss_fn, "optimizer": optimizer}
         state = samfn.init(*samfn.split(network.model), optimizer=optimizer)
         losses = []
-        step: Any = samfn.compile_update(**common, **settings) if settings else None
+        made = {"backend": setup.backend, **common, **settings}
+        step: Any = samfn.compile_update(**made) if settings else None
         for i in range(setup.steps):
             rho, lr = RHO * (1 + i % 3), 0.02 / (1 + i % 2)
             batch = batches[i % 4]
@@ -449,7 +454,8 @@ def one_rank(setup: Setup) -> list[Row]:
         method: samfn.Method = samfn.sam()
         if placement:
             method, params = scaling.placed(placement, params)
-        step = samfn.compile_update(**common, method=method, plan="whole")
+        how: Any = {"plan": "whole", "backend": setup.backend}
+        step = samfn.compile_update(**common, **how, method=method)
         state = samfn.init(params, buffers, optimizer=optimizer)
         losses, begun = [], 0.0
         for _ in range(setup.steps):
@@ -495,7 +501,8 @@ def _random_checks(setup: Setup) -> list[Row]:
     optimizer = samfn.sgd(0.0)
     state = samfn.init(*samfn.split(model), optimizer=optimizer)
     batch = tuple(torch.randn(2, 16, 64, device=setup.device))
-    step = samfn.compile_update(loss_fn=loss_fn, optimizer=optimizer)
+    given: Any = {"loss_fn": loss_fn, "optimizer": optimizer, "backend": setup.backend}
+    step = samfn.compile_update(**given)
     seen, places = [], set()
     for seed in (1, 1, 2, None):
         if seed is not None:

@@ -93,6 +93,11 @@ def test_a_command_that_looks_at_runs_speaks_of_no_checkpoint(command, capsys, m
     assert "checkpoint" not in said
 
 
+def heeding_interrupts():
+    """Let a process heed SIGINT, which who starts pytest may have it ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("module", ["recipes.compare", "recipes.cifar_wrn"])
 def test_an_interrupt_while_modules_are_imported_ends_without_a_traceback(module):
     process = subprocess.Popen(
@@ -100,6 +105,7 @@ def test_an_interrupt_while_modules_are_imported_ends_without_a_traceback(module
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
+        preexec_fn=heeding_interrupts,
     )
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text():  # The import of torch has begun.
@@ -109,12 +115,11 @@ def test_an_interrupt_while_modules_are_imported_ends_without_a_traceback(module
     assert process.returncode == -signal.SIGINT
 
 
-def test_recipes_that_are_imported_leave_interrupts_as_they_are():
+@pytest.mark.parametrize("first", ["import recipes", "import bench.measure"])
+def test_recipes_that_are_imported_leave_interrupts_as_they_are(first):
     code = (
-        "import signal, recipes;"
+        f"import signal; {first};"
         " assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    subprocess.run(
-        [sys.executable, "-c", "import bench.measure; " + code], cwd=ROOT, check=True
-    )
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=ROOT, check=True, preexec_fn=heeding_interrupts)

@@ -69,7 +69,7 @@ def test_the_same_command_shows_the_end_of_a_run_and_others_are_refused(ran, cap
     assert "rho was 0.05, is now 0.1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("perturb", ["adapters", "merged", "noise"])
+@pytest.mark.parametrize("perturb", ["merged", "noise"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, perturb, monkeypatch):
     def run(name, stop=None):
         settings = Settings(**SMALL, perturb=perturb, output=tmp_path / name)

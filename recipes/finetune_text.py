@@ -84,8 +84,9 @@ class Settings(Options):
     """Learning rate at the start; it falls to 0 by half a cosine."""
     seed: int = 0
     """Seed of the adapters, the order and the noise."""
-    output: Path = Path("runs/text")
-    """Directory of the run. One that holds a run of these settings goes on."""
+    output: Path | None = None
+    """Directory of the run. One that holds a run of these settings goes on. None is a new
+    one below runs/."""
 
 
 class Task(NamedTuple):
@@ -147,7 +148,7 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
         ConfigError: it holds something else, or a run of other settings.
         InUseError: another process holds it.
     """
-    run, values = RunDirectory(settings.output), plain(settings)
+    run, values = RunDirectory(settings.output or new_name(settings)), plain(settings)
     try:
         files.make_directory(run.path)
     except OSError as error:
@@ -174,6 +175,13 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
             with files.replacing(file) as temporary:
                 temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
         yield run
+
+
+def new_name(settings: Settings) -> Path:
+    """Return a new directory below runs/, named for what is run and when."""
+    method = "adamw" if settings.rho == 0 else settings.perturb
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{stamp}-text-{method}-seed{settings.seed}"
 
 
 def plain(settings: Settings) -> dict[str, Any]:

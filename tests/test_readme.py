@@ -172,7 +172,7 @@ def test_commands_of_the_recipe_run(command, tmp_path, monkeypatch, capsys, trai
             transformers.ByT5Tokenizer().save_pretrained("my-model")
             (tmp_path / "my-text").write_text("to be, or not to be, " * 40)
         run([*args, "--sequences", "8", "--length", "8", "--epochs", "1"], module)
-        assert (tmp_path / "runs" / "text" / "adapter").is_dir()
+        assert len([*tmp_path.glob("runs/*/adapter")]) == 1
         return
     if module in STUDIES:
         own, flags = split(args)

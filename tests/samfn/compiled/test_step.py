@@ -553,9 +553,9 @@ def test_what_forward_puts_into_a_batch_a_compiled_pass_does_not_find(puts, trac
             return super().forward(shifted)
 
     state, step, eager = task(Shifting(4, 3), plan="gradient")
-    batch = Encoding(x=torch.randn(2, 4)), torch.tensor([0, 1])
-    inputs = batch[0]["x"]
+    batch = (Encoding(x=torch.randn(2, 4)),), torch.tensor([0, 1])
+    inputs = batch[0][0]["x"]
     found, expected = step(state, batch, lr=0.1), eager(state, batch, lr=0.1)
     assert_close(found, expected)
     assert step.plan == ("eager" if puts else "gradient")
-    assert batch[0]["x"] is inputs
+    assert batch[0][0]["x"] is inputs

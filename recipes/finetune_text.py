@@ -49,6 +49,7 @@ from samfn.training.loop import Epoch, Event, Step, Training
 PROGRAM = "python -m recipes.finetune_text"
 SETTINGS, ADAPTER, BASE = "config.toml", "adapter", "base"
 TINY = "tiny"
+METER = "meter"  # in `Training.memory`: what an epoch that is interrupted had
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
     with run.held():
         file = run.path / SETTINGS
         if file.exists():
-            before = tomllib.loads(files.read_text(file))
+            before = settings_in(file)
             names = sorted({*before, *values} - {"output"})
             changed = [
                 f"{n} was {before.get(n)}, is now {values.get(n)}"
@@ -174,6 +175,18 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
             with files.replacing(file) as temporary:
                 temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
         yield run
+
+
+def settings_in(file: Path) -> dict[str, Any]:
+    """Return the settings that a run was begun with.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        return tomllib.loads(files.read_text(file))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--output: {file} has no settings of a run: {error}") from error
 
 
 def plain(settings: Settings) -> dict[str, Any]:
@@ -198,7 +211,9 @@ def assemble(
         )
     base = str(from_scratch(run, display)) if is_tiny else settings.model
     torch.manual_seed(seed(settings.seed, "adapters"))
-    model, pairs, scale = language.adapted(language.load(base), settings.rank)
+    original = language.load(base)
+    language.require_readable(original, data.train, data.test)
+    model, pairs, scale = language.adapted(original, settings.rank)
     optimizer, method = samfn.adamw(weight_decay=0.0), samfn.sam()
     steps = settings.epochs * steps_per_epoch
     rho = schedules.constant(settings.rho)
@@ -208,7 +223,7 @@ def assemble(
         method = samfn.on_parameters(method, [*pairs])
         optimizer = samfn.grouped(optimizer, ([*pairs], language.STILL))
     elif settings.perturb == "noise":
-        method = language.merged_noise(pairs, scale)
+        method = language.merged_noise(pairs, scale, language.transposed(model, pairs))
         rho = schedules.cosine(0.0, steps, settings.rho)
     if settings.sam_last < 1:
         rho = schedules.tail(rho, steps, settings.sam_last)
@@ -317,11 +332,18 @@ class Meter:
     def __call__(self, event: Event) -> None:
         """Begin with an epoch, and add up its steps."""
         match event:
-            case loop.Start():
-                self._losses: list[Tensor] = []
-                self._started = time.perf_counter()
+            case loop.Start(training):
+                kept = training.memory.get(METER) if training.batch else None
+                self._losses: list[Tensor] = [*kept["losses"]] if kept else []
+                earlier = float(kept["seconds"]) if kept else 0.0
+                self._started = time.perf_counter() - earlier
+                training.memory[METER] = self._kept
             case Step(_, _, metrics):
                 self._losses.append(metrics.loss)
+
+    def _kept(self) -> dict[str, Tensor]:
+        seconds = torch.tensor(time.perf_counter() - self._started, dtype=torch.float64)
+        return {"losses": torch.stack(self._losses), "seconds": seconds}
 
     def row(self) -> dict[str, float]:
         """Return mean loss, time, and the most memory that the process took, in MiB."""

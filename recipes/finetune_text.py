@@ -11,6 +11,7 @@ adapters; the same command with its --output goes on where it was ended.
 """
 
 import contextlib
+import hashlib
 import resource
 import sys
 import time
@@ -49,7 +50,8 @@ from samfn.training.loop import Epoch, Event, Step, Training
 PROGRAM = "python -m recipes.finetune_text"
 SETTINGS, ADAPTER, BASE = "config.toml", "adapter", "base"
 TINY = "tiny"
-METER = "meter"  # in `Training.memory`: what an epoch that is interrupted had
+# In `Training.memory`: what an epoch that is interrupted had, and of which text.
+METER, TEXT = "meter", "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +124,10 @@ def tune(settings: Settings, display: Display, signals: Signals) -> int:
         task, state = assemble(settings, run, display)
         kept, training = run.checkpoints(display.warn), Training(state)
         if callbacks.resume(kept, training):
+            require_same_text(task.data, training)
             run.rewrite([row for row in run.rows() if row["epoch"] <= training.epoch])
             display.say(f"going on after {training.step} of {task.steps} steps")
+        training.memory[TEXT] = digest(task.data)
         display.facts("samfn", describe(task))
         finished = train(task, training, run, kept, display, signals)
         rows = run.rows()
@@ -138,6 +142,27 @@ def tune(settings: Settings, display: Display, signals: Signals) -> int:
         export(task, training, run)
         display.facts("done", summarise(task, run))
     return 0
+
+
+def require_same_text(data: Sequences, training: Training) -> None:
+    """Raise unless a run goes on with the tokens that it was begun with.
+
+    Raises:
+        ConfigError: the file has changed, or Python's own modules, or the tokenizer.
+    """
+    if training.memory.get(TEXT, own := digest(data)) != own:
+        raise ConfigError(
+            "--text: the run was begun with other tokens: expected those of the text as it"
+            " was then; begin another with another --output"
+        )
+
+
+def digest(data: Sequences) -> str:
+    """Return what tells the tokens of sequences from others."""
+    found = hashlib.sha256()
+    for part in data:
+        found.update(f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager

@@ -108,6 +108,18 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, perturb, stop, mon
     assert kept[0] == kept[1]
 
 
+def test_a_run_goes_on_with_no_other_text_than_it_was_begun_with(tmp_path, capsys):
+    file, run = tmp_path / "text.txt", tmp_path / "run"
+    file.write_text("one and another " * 40)
+    flags = [*FLAGS, "--text", str(file), "--output", str(run)]
+    assert main(flags) == 0
+    assert main(flags) == 0
+    file.write_text("one and a third " * 40)
+    assert main(flags) == errors.WRONG_INPUT
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--text: the run was begun with other tokens" in told
+
+
 def problem(perturb):
     """Return a model with adapters that are not 0, its pairs, s, and a batch."""
     torch.manual_seed(0)

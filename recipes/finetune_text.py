@@ -11,6 +11,7 @@ adapters; the same command with its --output goes on where it was ended.
 """
 
 import contextlib
+import hashlib
 import resource
 import sys
 import time
@@ -49,6 +50,8 @@ from samfn.training.loop import Epoch, Event, Step, Training
 PROGRAM = "python -m recipes.finetune_text"
 SETTINGS, ADAPTER, BASE = "config.toml", "adapter", "base"
 TINY = "tiny"
+# In `Training.memory`: what an epoch that is interrupted had, and of which text.
+METER, TEXT = "meter", "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +125,10 @@ def tune(settings: Settings, display: Display, signals: Signals) -> int:
         task, state = assemble(settings, run, display)
         kept, training = run.checkpoints(display.warn), Training(state)
         if callbacks.resume(kept, training):
+            require_same_text(task.data, training)
             run.rewrite([row for row in run.rows() if row["epoch"] <= training.epoch])
             display.say(f"going on after {training.step} of {task.steps} steps")
+        training.memory[TEXT] = digest(task.data)
         display.facts("samfn", describe(task))
         finished = train(task, training, run, kept, display, signals)
         rows = run.rows()
@@ -138,6 +143,27 @@ def tune(settings: Settings, display: Display, signals: Signals) -> int:
         export(task, training, run)
         display.facts("done", summarise(task, run))
     return 0
+
+
+def require_same_text(data: Sequences, training: Training) -> None:
+    """Raise unless a run goes on with the tokens that it was begun with.
+
+    Raises:
+        ConfigError: the file has changed, or Python's own modules, or the tokenizer.
+    """
+    if training.memory.get(TEXT, own := digest(data)) != own:
+        raise ConfigError(
+            "--text: the run was begun with other tokens: expected those of the text as it"
+            " was then; begin another with another --output"
+        )
+
+
+def digest(data: Sequences) -> str:
+    """Return what tells the tokens of sequences from others."""
+    found = hashlib.sha256()
+    for part in data:
+        found.update(f"{tuple(part.shape)}".encode() + part.numpy().tobytes())
+    return found.hexdigest()
 
 
 @contextlib.contextmanager
@@ -156,7 +182,7 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
     with run.held():
         file = run.path / SETTINGS
         if file.exists():
-            before = tomllib.loads(files.read_text(file))
+            before = settings_in(file)
             names = sorted({*before, *values} - {"output"})
             changed = [
                 f"{n} was {before.get(n)}, is now {values.get(n)}"
@@ -184,6 +210,18 @@ def new_name(settings: Settings) -> Path:
     return Path("runs") / f"{stamp}-text-{method}-seed{settings.seed}"
 
 
+def settings_in(file: Path) -> dict[str, Any]:
+    """Return the settings that a run was begun with.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        return tomllib.loads(files.read_text(file))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--output: {file} has no settings of a run: {error}") from error
+
+
 def plain(settings: Settings) -> dict[str, Any]:
     """Return the settings as TOML holds them; those that are None are absent."""
     values = {n: str(v) if isinstance(v, Path) else v for n, v in vars(settings).items()}
@@ -206,7 +244,9 @@ def assemble(
         )
     base = str(from_scratch(run, display)) if is_tiny else settings.model
     torch.manual_seed(seed(settings.seed, "adapters"))
-    model, pairs, scale = language.adapted(language.load(base), settings.rank)
+    original = language.load(base)
+    language.require_readable(original, data.train, data.test)
+    model, pairs, scale = language.adapted(original, settings.rank)
     optimizer, method = samfn.adamw(weight_decay=0.0), samfn.sam()
     steps = settings.epochs * steps_per_epoch
     rho = schedules.constant(settings.rho)
@@ -216,7 +256,7 @@ def assemble(
         method = samfn.on_parameters(method, [*pairs])
         optimizer = samfn.grouped(optimizer, ([*pairs], language.STILL))
     elif settings.perturb == "noise":
-        method = language.merged_noise(pairs, scale)
+        method = language.merged_noise(pairs, scale, language.transposed(model, pairs))
         rho = schedules.cosine(0.0, steps, settings.rho)
     if settings.sam_last < 1:
         rho = schedules.tail(rho, steps, settings.sam_last)
@@ -325,11 +365,18 @@ class Meter:
     def __call__(self, event: Event) -> None:
         """Begin with an epoch, and add up its steps."""
         match event:
-            case loop.Start():
-                self._losses: list[Tensor] = []
-                self._started = time.perf_counter()
+            case loop.Start(training):
+                kept = training.memory.get(METER) if training.batch else None
+                self._losses: list[Tensor] = [*kept["losses"]] if kept else []
+                earlier = float(kept["seconds"]) if kept else 0.0
+                self._started = time.perf_counter() - earlier
+                training.memory[METER] = self._kept
             case Step(_, _, metrics):
                 self._losses.append(metrics.loss)
+
+    def _kept(self) -> dict[str, Tensor]:
+        seconds = torch.tensor(time.perf_counter() - self._started, dtype=torch.float64)
+        return {"losses": torch.stack(self._losses), "seconds": seconds}
 
     def row(self) -> dict[str, float]:
         """Return mean loss, time, and the most memory that the process took, in MiB."""

@@ -7,6 +7,7 @@ arXiv:2106.09685).
 
 import math
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ def load(path: str) -> nn.Module:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        damaged = type(error).__name__ == "SafetensorError"  # It derives from nothing else.
+        if not (damaged or isinstance(error, OSError | ValueError)):
+            raise
         raise ConfigError(f"--model: {str(error).splitlines()[0]}") from error
     return model
 
@@ -83,7 +87,7 @@ def tokenizer(path: str) -> Any:
     """Return what makes tokens of a text for a model of a directory, or of the hub.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none, or one that knows no tokens.
     """
     import transformers
 
@@ -91,7 +95,36 @@ def tokenizer(path: str) -> Any:
         made: Any = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model: {str(error).splitlines()[0]}") from error
-    return lambda text: made(text, add_special_tokens=False)["input_ids"]
+
+    def tokenize(text: str) -> Any:
+        found = made(text, add_special_tokens=False)["input_ids"]
+        if text and not found:  # transformers makes an empty one where there is no file.
+            raise ConfigError(
+                f"--model: the tokenizer of {path} makes no tokens of the text; a directory"
+                " must have its files, too, as tokenizer.json"
+            )
+        return found
+
+    return tokenize
+
+
+def require_readable(model: Any, *sequences: Tensor) -> None:
+    """Raise unless a model has the tokens of sequences, and as many places.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    length, most = sequences[0].shape[1], max(int(part.max()) for part in sequences)
+    places = getattr(model.config, "max_position_embeddings", None) or length
+    if length > places:
+        raise ConfigError(
+            f"--length: expected at most the {places} tokens that the model takes, got"
+            f" {length}"
+        )
+    if most >= (known := model.get_input_embeddings().num_embeddings):
+        raise ConfigError(
+            f"--model: its tokenizer gave token {most}, and the model has {known} tokens"
+        )
 
 
 def adapted(model: nn.Module, rank: int) -> tuple[Any, Pairs, float]:
@@ -111,6 +144,7 @@ def adapted(model: nn.Module, rank: int) -> tuple[Any, Pairs, float]:
     )
     with warnings.catch_warnings():  # peft reads what transformers calls by another name.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # It is found out.
         found: Any = peft.get_peft_model(model, config)
     layers = [
         name.removesuffix(ADAPTED)
@@ -127,7 +161,20 @@ def adapted(model: nn.Module, rank: int) -> tuple[Any, Pairs, float]:
     return found, pairs, config.lora_alpha / rank
 
 
-def merged_noise(pairs: Pairs, scale: float) -> samfn.Method:
+def transposed(model: nn.Module, pairs: Pairs) -> set[str]:
+    """Return the weights among those of adapters that have a column for each output.
+
+    Such are those of GPT-2's layers, Conv1D of transformers.
+    """
+    layers: dict[str, Any] = {
+        name: model.get_submodule(name.removesuffix(ADAPTED)) for name in pairs
+    }
+    return {name for name, layer in layers.items() if layer.fan_in_fan_out}
+
+
+def merged_noise(
+    pairs: Pairs, scale: float, transposed: Collection[str] = ()
+) -> samfn.Method:
     """Flat-LoRA: the gradient at merged weights with noise, each row by its own length.
 
     <- grad L(W + s B A + e);  e_i = rho / sqrt(n) ||(W + s B A)_i|| z,  z ~ N(0, 1)
@@ -139,6 +186,7 @@ def merged_noise(pairs: Pairs, scale: float) -> samfn.Method:
     Args:
         pairs: adapters by the weights that they are added to.
         scale: s.
+        transposed: those of them whose columns are the rows of the formula.
 
     Source:
         Li et al., 2025, arXiv:2409.14396; github.com/nblt/Flat-LoRA, commit 16d48ae.
@@ -156,10 +204,11 @@ def merged_noise(pairs: Pairs, scale: float) -> samfn.Method:
 
     def noise_of(weight: Tensor, name: str, point: Point) -> Tensor:
         a, b = (point.params[other] for other in pairs[name])
-        merged = weight + scale * b @ a
+        flipped = name in transposed
+        merged = (weight.t() if flipped else weight) + scale * b @ a
         lengths = merged.norm(dim=1, keepdim=True) / math.sqrt(merged.shape[1])
         noise: Tensor = lengths * torch.randn_like(merged)
-        return noise * point.rho
+        return point.rho * (noise.t() if flipped else noise)
 
     def init(params: Params, moved: Params) -> MethodState:
         return {}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
 from samfn.batches import keyed, length_of, pair_of
@@ -42,6 +43,8 @@ class OfClasses(NamedTuple):
     weighted: bool
     ignored: int
     summed: bool
+    ignores: bool
+    """Whether some of its targets are ignored."""
 
 
 class Reduction(NamedTuple):
@@ -58,6 +61,8 @@ ATEN = torch.ops.aten
 KERNELS = ATEN.nll_loss_forward.default, ATEN.nll_loss2d_forward.default
 SUMS = ATEN.sum.default, ATEN.sum.dim_IntList
 MEANS = ATEN.mean.default, ATEN.mean.dim
+WHOLE = torch.int64, torch.int32
+BY_NUMBERS = ATEN.index.Tensor, ATEN.index_select.default
 
 
 class Reductions:
@@ -70,39 +75,78 @@ class Reductions:
     def __init__(self, batch: Batch) -> None:
         self.of_classes: list[OfClasses] = []
         """The losses of classes among them."""
+        self.numbers: set[float] = set()
+        """Those that whole numbers were made with."""
         self._all: list[Reduction] = []
-        self._picked: list[Tensor] = []
+        self._picked: dict[int | None, Tensor] = {}  # They are kept, and so their memory.
+        self._places: dict[int | None, Tensor] = {}  # That a mask is true at.
         self._trail = Trail(batch)
 
     def note(self, operation: Any, args: Sequence[Any], result: Any) -> None:
         """Look at an operation, and what it gave."""
-        named = {a.name: b for a, b in zip(operation._schema.arguments, args, strict=False)}
+        given = operation._schema.arguments
+        named = {a.name: a.default_value for a in given if a.has_default_value()}
+        named |= {a.name: b for a, b in zip(given, args, strict=False)}
         if operation in KERNELS and named["reduction"]:
             self._note_classes(named)
-        if operation is ATEN.masked_select.default or (
-            operation is ATEN.index.Tensor
-            and any(i is not None and i.dtype is torch.bool for i in named["indices"])
-        ):
-            self._picked.append(result)
+        self._note_picked(operation, args, named, result)
+        self._note_numbers(operation, args, result)
         self._trail.note(operation, named, result)
         reduction = named.get("reduction")
         summed = operation in SUMS or (bool(args) and reduction == 2)
         if summed or operation in MEANS or (bool(args) and reduction == 1):
             value = result[0] if isinstance(result, tuple) else result
-            picked = any(map(self.is_picked, args))
+            picked = self.is_picked(named.get("target", args[0]))
             self._all.append(Reduction(value, summed, args[0].numel(), picked))
 
     def _note_classes(self, named: Mapping[str, Any]) -> None:
         target, ignored = named["target"], named["ignore_index"]
         labels = self._trail.labels(target, ignored)
         weighted, summed = named["weight"] is not None, named["reduction"] == 2
-        found = OfClasses(labels, self.is_picked(target), weighted, ignored, summed)
+        known = not (target.is_meta or is_fake(target))
+        ignores = known and bool((target.long() == ignored).any())
+        picked = self.is_picked(target)
+        found = OfClasses(labels, picked, weighted, ignored, summed, ignores)
         self.of_classes.append(found)
 
+    def _note_picked(
+        self, operation: Any, args: Sequence[Any], named: Mapping[str, Any], result: Any
+    ) -> None:
+        """Look for what a mask picks, and what is made of that, entry by entry or row."""
+        if operation is ATEN.nonzero.default:
+            self._places[address(result)] = result
+        picks = operation is ATEN.masked_select.default
+        if operation in BY_NUMBERS:
+            by = named["indices"] if "indices" in named else [named["index"]]
+            picks = any(i is not None and self._is_of_mask(i) for i in by)
+        if picks or self._is_of_picked(operation, args, result):
+            self._picked[address(result)] = result
+
+    def _is_of_mask(self, index: Tensor) -> bool:
+        return index.dtype is torch.bool or (
+            (own := address(index)) is not None and own in self._places
+        )
+
+    def _is_of_picked(self, operation: Any, args: Sequence[Any], result: Any) -> bool:
+        if not isinstance(result, Tensor) or not result.ndim:
+            return False
+        tensors = [x for x in args if isinstance(x, Tensor) and x.ndim]
+        rows = [x for x in tensors if len(x) == len(result) and self.is_picked(x)]
+        others = [x for x in tensors if x.shape == result.shape and not self.is_picked(x)]
+        return bool(rows) and not others and not operation._schema.is_mutable
+
+    def _note_numbers(self, operation: Any, args: Sequence[Any], result: Any) -> None:
+        if not isinstance(result, Tensor) or result.dtype not in WHOLE:
+            return
+        if operation is ATEN.lift_fresh.default and not result.ndim and not is_fake(result):
+            self.numbers.add(result.item())
+        elif operation is not ATEN.constant_pad_nd.default:  # Labels end with it.
+            self.numbers.update(x for x in args if type(x) in (int, float))
+
     def is_picked(self, given: Any) -> bool:
-        """Return whether it is what a mask has picked."""
+        """Return whether it is what a mask has picked, or made of that alone."""
         own = address(given) if isinstance(given, Tensor) else None
-        return own is not None and any(address(one) == own for one in self._picked)
+        return own is not None and own in self._picked
 
     def that_gave(self, loss: Tensor) -> Reduction | None:
         """Return the reduction whose result is the loss, if one is."""
@@ -136,6 +180,10 @@ def seen(taken: Reductions, loss: Tensor, losses: Tensor | None, batch: Batch) -
     alike = len(ignored) == 1 and all(one.labels == labels for one in found)
     if labels and alike and not (weighted or summed):
         return of_classes(lambda: {"ignore_index": next(iter(ignored))}, labels.of)
+    if any(not one.labels and one.ignores for one in found) or (
+        IGNORED in taken.numbers and not all(one.labels for one in found)
+    ):  # They were made to be ignored, as where a mask of the batch is 0.
+        return Weighing(partial(_refused, "the targets, which the model makes"))
     if weighted or ignored != {IGNORED}:
         return Weighing(partial(_refused, "the weights or classes of its targets"))
     return Weighing(_rows_of_whole)

@@ -14,6 +14,8 @@ from recipes.finetune_text import Meter, Settings, main, tune
 from recipes.models import language
 from recipes.terminal.console import Display
 from recipes.terminal.signals import Signals
+from samfn.loss import Pass
+from samfn.methods.base import Point
 from samfn.storage import tensorfile
 from samfn.training.loop import Step
 
@@ -21,6 +23,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 SMALL = {"epochs": 2, "sequences": 16, "batch_size": 4, "length": 16, "rank": 2}
 FLAGS = [part for n, v in SMALL.items() for part in (f"--{n.replace('_', '-')}", str(v))]
+COSTS = {"seconds", "peak_mebibytes"}
 LEFT = {"config.toml", "metrics.jsonl", "curves.png", "checkpoints", "model.safetensors"}
 
 
@@ -69,8 +72,10 @@ def test_the_same_command_shows_the_end_of_a_run_and_others_are_refused(ran, cap
     assert "rho was 0.05, is now 0.1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("perturb", ["merged", "noise"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, perturb, monkeypatch):
+@pytest.mark.parametrize(
+    ("perturb", "stop"), [("merged", 3), ("noise", 3), ("adapters", 4)]
+)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, perturb, stop, monkeypatch):
     def run(name, stop=None):
         settings = Settings(**SMALL, perturb=perturb, output=tmp_path / name)
         signals, called = Signals(), Meter.__call__
@@ -85,7 +90,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, perturb, monkeypat
             return tune(settings, Display(), signals)
 
     assert run("whole") == 0
-    assert run("parts", stop=3) == 130
+    assert run("parts", stop=stop) == 130
     assert not (tmp_path / "parts" / "model.safetensors").exists()
     assert run("parts") == 0
     whole, parts = (
@@ -93,6 +98,26 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, perturb, monkeypat
         for name in ("whole", "parts")
     )
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    kept = [
+        [
+            {k: v for k, v in row.items() if k not in COSTS}
+            for row in rows_of(tmp_path / name)
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_a_run_goes_on_with_no_other_text_than_it_was_begun_with(tmp_path, capsys):
+    file, run = tmp_path / "text.txt", tmp_path / "run"
+    file.write_text("one and another " * 40)
+    flags = [*FLAGS, "--text", str(file), "--output", str(run)]
+    assert main(flags) == 0
+    assert main(flags) == 0
+    file.write_text("one and a third " * 40)
+    assert main(flags) == errors.WRONG_INPUT
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--text: the run was begun with other tokens" in told
 
 
 def problem(perturb):
@@ -166,6 +191,57 @@ def test_noise_on_merged_weights_is_as_long_as_their_rows_and_leaves_them():
     optimizer.step()
     for name, w in new.params.items():
         torch.testing.assert_close(named[name].detach(), w, rtol=0, atol=2e-5)
+
+
+def test_noise_has_the_rows_of_outputs_also_where_a_weight_has_them_as_columns():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2)
+    model, pairs, scale = language.adapted(transformers.GPT2LMHeadModel(config), 2)
+    flipped = language.transposed(model, pairs)
+    assert flipped == {*pairs}
+    (square,) = (name for name in pairs if "attn.c_proj" in name)
+    weights = dict(model.named_parameters())
+    weights[square].data[:, 1:] = 0  # What all outputs but the first are made of.
+    method = language.merged_noise({square: pairs[square]}, scale, flipped)
+    point = Point(*samfn.split(model), {}, 1.0, ())
+    given = []
+
+    def evaluate(params, buffers, batch, **how):
+        given.append(buffers[square] - weights[square].detach())
+        return Pass(torch.zeros(()), None, buffers, {"a": torch.ones(())})
+
+    method.descent(evaluate, point, {})
+    assert given[0][:, 0].norm() > 0
+    assert torch.equal(given[0][:, 1:], torch.zeros(8, 7))
+
+
+@pytest.fixture
+def small_gpt(tmp_path):
+    config = transformers.GPT2Config(
+        vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=16
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    return tmp_path / "gpt"
+
+
+def test_a_model_that_cannot_read_the_text_is_wrong_input(small_gpt, capsys):
+    given = [*FLAGS, "--model", str(small_gpt), "--output", str(small_gpt.parent / "run")]
+    assert main(given) == errors.WRONG_INPUT
+    assert "makes no tokens of the text" in " ".join(capsys.readouterr().err.split())
+    model = language.load(str(small_gpt))
+    with pytest.raises(errors.ConfigError, match="--length: expected at most the 16"):
+        language.require_readable(model, torch.zeros(2, 17, dtype=torch.long))
+    with pytest.raises(errors.ConfigError, match="gave token 11, and the model has 11"):
+        language.require_readable(model, torch.full((2, 16), 11))
+    (small_gpt / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(errors.ConfigError, match="--model: "):
+        language.load(str(small_gpt))
+
+
+def test_settings_that_are_damaged_are_wrong_input(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("a = = 1")
+    assert main([*FLAGS, "--output", str(tmp_path)]) == errors.WRONG_INPUT
+    assert "has no settings of a run" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

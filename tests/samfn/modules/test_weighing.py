@@ -149,6 +149,14 @@ def test_a_sum_that_is_a_mean_over_examples_is_one(criterion):
         lambda out, y: F.cross_entropy(out, y, reduction="none")[y != PAD],
         lambda out, y: F.cross_entropy(out, y, reduction="none")[y != PAD].mean(),
         lambda out, y: out.square().mean(1).masked_select(y != PAD).mean(),
+        lambda out, y: F.mse_loss(out[y != PAD, 0], y[y != PAD].double()),
+        lambda out, y: F.binary_cross_entropy_with_logits(
+            out[(y != PAD).nonzero(as_tuple=True)], F.one_hot(y, 3).double()[y != PAD]
+        ),
+        lambda out, y: (out[y != PAD] - 1).square().sum(1).mean(),
+        lambda out, y: F.l1_loss(
+            out[:, 0].index_select(0, (y != PAD).nonzero()[:, 0]), y[y != PAD].double()
+        ),
     ],
 )
 def test_a_mean_over_what_a_mask_picks_is_an_error_where_it_matters(criterion):
@@ -159,6 +167,14 @@ def test_a_mean_over_what_a_mask_picks_is_an_error_where_it_matters(criterion):
         stepped(model, batch, criterion, method)
     told = {"weigh": lambda batch: (batch[1] != PAD).sum()}
     parts, _ = stepped(model, batch, criterion, method, **told)
+    assert_close(dict(parts.params), dict(whole.params))
+
+
+def test_rows_that_are_picked_one_for_each_example_are_examples():
+    criterion = lambda out, y: F.mse_loss(out[out == out.amax(1, True)], y.double())  # noqa: E731
+    model, batch = problem(ignored=0)
+    whole, _ = stepped(model, batch, criterion)
+    parts, _ = stepped(model, batch, criterion, samfn.accumulated(samfn.sam(), 4))
     assert_close(dict(parts.params), dict(whole.params))
 
 
@@ -323,6 +339,37 @@ def test_labels_that_are_made_in_another_way_are_an_error_where_it_matters(name)
     model, batch = Labelled(OTHERS[name]), {"labels": labelled()}
     stepped(model, batch, None)
     with pytest.raises(ValueError, match=r"weigh=lambda batch: "):
+        stepped(model, batch, None, samfn.accumulated(samfn.sam(), 2))
+
+
+def written(labels, mask):
+    labels = labels.clone()
+    labels[mask == 0] = -100
+    return labels
+
+
+MASKED = {
+    "written to": written,
+    "filled": lambda y, mask: y.masked_fill(mask == 0, -100),
+    "a number or another": lambda y, mask: torch.where(mask == 1, y, -100),
+    "one tensor or another": lambda y, mask: torch.where(
+        mask == 1, y, torch.full_like(y, -100)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_labels_that_a_model_leaves_out_by_a_mask_are_an_error_where_it_matters(name):
+    class Padded(Labelled):
+        def forward(self, labels, mask):
+            scores = self.scores.expand(labels.numel(), 5)
+            return F.cross_entropy(scores, self._change(labels, mask).flatten())
+
+    model, labels = Padded(MASKED[name]), labelled()
+    batch = {"labels": labels.abs() % 5, "mask": (torch.arange(6) < 2).long().repeat(6, 1)}
+    batch["mask"][:2] = 1  # None is left out of the first part.
+    stepped(model, batch, None)
+    with pytest.raises(ValueError, match=r"which the model makes, .* weigh=lambda batch: "):
         stepped(model, batch, None, samfn.accumulated(samfn.sam(), 2))
 
 

@@ -460,7 +460,7 @@ def summarise(task: Task, run: RunDirectory) -> dict[str, str]:
     return {
         "last epoch": f"test loss {last['test_loss']:.4f}, token accuracy"
         f" {last['test_accuracy']:.2f} %",
-        "best epoch": f"test loss {best['test_loss']:.4f} in epoch {best['epoch']}",
+        "lowest loss": f"test loss {best['test_loss']:.4f} in epoch {best['epoch']}",
         "cost": f"{1000 * each:.0f} ms a step, {last['peak_mebibytes']:,.0f} MiB at most",
         "files": str(run.path),
         "adapters": str(run.path / ADAPTER),

@@ -264,7 +264,8 @@ def tail(rho: float | Schedule, steps: int, share: float = 0.3, ramp: int = 0) -
 
     The 0 is the number, so that until t0 a step is the base optimizer's, of one gradient,
     and a run takes 1 + share gradients a step instead of 2. With the same `share` as
-    cooldown, `stable_decay` begins to fall at t0, too.
+    cooldown, `stable_decay` begins to fall at t0, too. A method whose steps differ, as
+    `looksam(k)`, perturbs first where its own turn comes, up to k - 1 steps later.
 
     Args:
         rho: radius at the end, or a schedule of it.

@@ -194,7 +194,7 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
                 raise ConfigError(f"--output: {run.path} holds a run of others: {listed}")
         elif found := [p.name for p in run.path.iterdir() if p.name != files.LOCK]:
             raise ConfigError(
-                f"--output: expected a new or empty directory, or that of such a run, got"
+                "--output: expected a new or empty directory, or that of such a run, got"
                 f" {run.path}, which holds {found[0]}"
             )
         else:

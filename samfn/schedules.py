@@ -243,9 +243,8 @@ def stable_decay(
         ValueError: `steps` is not positive, or `cooldown` is no such share.
 
     Source:
-        Hu et al., 2024, arXiv:2404.06395, section 4, where the fall is exponential; the
-        straight line is the linear cooldown of Haegele et al., 2024, arXiv:2405.18392,
-        figure 2 of which finds 10 to 20 % of the steps enough.
+        Hu et al., 2024, arXiv:2404.06395, where the fall is exponential; the straight line
+        is the linear cooldown of Haegele et al., 2024, arXiv:2405.18392, figure 2.
     """
     length = _last(cooldown, steps, "cooldown")
 

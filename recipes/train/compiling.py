@@ -53,10 +53,11 @@ def decide(
         return True, "yes, on a GPU"
     if (count := operations()) > ARITHMETIC:
         return False, "no: a CPU spends its time in the convolutions either way"
-    passes = 1 if config.rho == 0 else 1 + config.perturbation.sam_last
+    late = config.perturbation.sam_last
+    passes, kinds = (1, 1) if config.rho == 0 else (1 + late, 1 + (late < 1))
     arithmetic = passes * count / OPERATIONS_PER_SECOND
     saving = SECONDS_OF_PYTHON + SHARE_OF_ARITHMETIC * arithmetic
-    if steps * saving > SECONDS_TO_COMPILE:
+    if steps * saving > kinds * SECONDS_TO_COMPILE:
         return True, f"yes: {steps:,} steps on a CPU pay for it"
     return False, f"no: {steps:,} steps on a CPU would not pay for it (--compile yes)"
 

@@ -231,7 +231,7 @@ def held(
 
 @contextmanager
 def locked(
-    path: Path, what: str, *, wait: bool, tell: Callable[[str], None] = warnings.warn
+    path: Path, what: str, *, wait: bool, tell: Callable[[str], None]
 ) -> Iterator[None]:
     """Hold a lock file, which stays; as `held`, for what is called `what` in messages."""
     import filelock  # Only who locks needs it, and it takes a while.

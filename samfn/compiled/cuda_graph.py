@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from samfn.batches import keyed
 from samfn.compiled.plan import Step
 from samfn.step import Metrics, TrainState
 from samfn.tree import Batch
@@ -50,9 +51,9 @@ class StaticState:
         return self._state, self._take(in_place, self._state, batch, rho, lr)
 
     def _take(
-        self, in_place: Callable[..., Metrics], state: TrainState, *inputs: Any
+        self, in_place: Callable[..., Metrics], state: TrainState, batch: Any, *dials: Any
     ) -> Metrics:
-        return in_place(state, *inputs)
+        return in_place(state, batch, *dials)
 
 
 class CudaGraphed(StaticState):
@@ -68,8 +69,9 @@ class CudaGraphed(StaticState):
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any, Metrics]] = {}
 
     def _take(
-        self, in_place: Callable[..., Metrics], state: TrainState, *inputs: Any
+        self, in_place: Callable[..., Metrics], state: TrainState, batch: Any, *dials: Any
     ) -> Metrics:
+        inputs = keyed(batch), *dials  # Tensors in other mappings would not be found.
         leaves, structure = pytree.tree_flatten(inputs)
         key = in_place, str(structure), tuple(map(_kind, leaves))
         with torch.cuda.device(state.step.device):

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from samfn import checks
-from samfn.batches import keyed
 from samfn.compiled.cuda_graph import CudaGraphed, StaticState, in_place_of
 from samfn.compiled.passes import CompiledPasses, compiled
 from samfn.compiled.plan import (
@@ -135,7 +134,6 @@ class CompiledUpdate:
     ) -> tuple[TrainState, Metrics]:
         """Take one step; `state` is the one that the step before returned, or a new one."""
         rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
-        batch = keyed(batch)
         # No guard of a graph looks at hooks, nor at what was frozen.
         standing = as_loss(self._loss_fn).standing()
         if state is not self._last or standing is not self._standing:

@@ -542,6 +542,30 @@ class Encoding(UserDict):
     """A mapping of a kind that trees of PyTorch do not know, as of tokenizers."""
 
 
+@pytest.mark.parametrize("plan", ["whole", "gradient", "loss"])
+def test_keyword_arguments_in_any_mapping_are_compiled(plan, traced):
+    class Scaled(nn.Linear):
+        def forward(self, x, by):
+            return super().forward(x) * by
+
+    state, step, eager = task(Scaled(4, 3), plan=plan)
+    named = Encoding(x=torch.randn(2, 4), by=torch.randn(2, 1))
+    batch = named, torch.tensor([0, 1])
+    assert_close(step(state, batch, lr=0.1), eager(state, batch, lr=0.1))
+    assert step.plan == plan
+
+
+def test_a_loss_function_is_given_the_mapping_that_a_step_was_given(traced):
+    def loss_fn(params, buffers, batch):
+        return (batch.data["x"] @ params["w"]).square().mean()
+
+    given = {"loss_fn": loss_fn, "optimizer": OPTIMIZER}
+    state = samfn.init({"w": torch.ones(4)}, {}, optimizer=OPTIMIZER)
+    batch = Encoding(x=torch.randn(2, 4))
+    expected = samfn.sam_update(state, batch, **given, lr=0.1)
+    assert_close(samfn.compile_update(**given)(state, batch, lr=0.1), expected)
+
+
 @pytest.mark.filterwarnings("ignore:samfn goes on uncompiled")
 @pytest.mark.parametrize("puts", [True, False])
 def test_what_forward_puts_into_a_batch_a_compiled_pass_does_not_find(puts, traced):

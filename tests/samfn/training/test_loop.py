@@ -425,6 +425,9 @@ def test_accuracy_is_of_the_shapes_it_knows():
         ValueError, match=r"targets of shape \(3,\) or \(3, 2\), got \(4,\)"
     ):
         loop.accuracy(scores, (None, torch.ones(4)))
+    for outputs, batch in ((scores, {"labels": shares}), ({"logits": scores}, (None, 1))):
+        with pytest.raises(ValueError, match="accuracy expects scores and"):
+            loop.accuracy(outputs, batch)
 
 
 def test_scores_that_are_not_finite_are_wrong_and_left_out_classes_are_not():

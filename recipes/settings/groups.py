@@ -194,7 +194,8 @@ class Ranks(Group, role=Role.RESULT):
 
     placement: str = "replica"
     """Devices that share a perturbation: replica, each has its own, as in the paper;
-    group:n, n of them; global, all. Each has its share of the batch."""
+    group:n, n of them; global, all. Each has its share of the batch. With sharded, or
+    hsdp:n in copies of n parts, all share one, and each keeps a part of the weights."""
     sync_batch_norm: bool = False
     """BatchNorm over the images of all devices; with --placement global the step is that of
     one device then."""

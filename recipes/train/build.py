@@ -65,6 +65,8 @@ class Task(NamedTuple):
     """(state, batch) of a step that was skipped -> what of it was not finite."""
     sharing: int | None
     """Ranks that share a perturbation; None where there is one process."""
+    mesh: Any
+    """The ranks that hold parts of a state, a `DeviceMesh`; None where each holds all."""
     compiling: str
     """Whether `update` is compiled, and why."""
     lr: schedules.Schedule
@@ -113,10 +115,10 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
     dtype = DTYPES[config.arithmetic.precision]
     loss_fn = _loss_fn(descent, model, dtype)
-    sharing = _sharing(config)
+    sharing, mesh = _sharing(config, device)
     if config.recording.monitor:
         method = samfn.watched(method)
-    if sharing is not None:
+    if sharing is not None and mesh is None:
         method = distributed.placed(method, config.ranks.placement)
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
     some = dataset.train_images[: config.batch_size], dataset.train_labels
@@ -149,6 +151,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         else partial(samfn.sam_update, **make),
         find_nonfinite=find_nonfinite,
         sharing=sharing,
+        mesh=mesh,
         compiling=why,
         lr=lr,
         rho=rho,
@@ -157,6 +160,14 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         fingerprint=digest,
     )
     return task, state
+
+
+def placed(task: Task, whole: samfn.TrainState) -> samfn.TrainState:
+    """Return what this rank keeps of a state."""
+    if task.mesh is None:
+        return whole
+    kept: samfn.TrainState = distributed.shard(whole, task.mesh)
+    return kept
 
 
 def _splits(config: Config, dataset: Dataset) -> tuple[Dataset, Split, Split]:
@@ -173,15 +184,15 @@ def _splits(config: Config, dataset: Dataset) -> tuple[Dataset, Split, Split]:
     return dataset, chosen_by, test
 
 
-def _sharing(config: Config) -> int | None:
-    """Return how many ranks share a perturbation, if there are several.
+def _sharing(config: Config, device: torch.device) -> tuple[int | None, Any]:
+    """Return how many ranks share a perturbation, if there are several, and `Task.mesh`.
 
     Raises:
         ConfigError: there is no such placement, or too little for each rank.
     """
-    ranks = distributed.size()
+    ranks, placement = distributed.size(), config.ranks.placement
     if ranks == 1:
-        return None
+        return None, None
     if config.batch_size < 2 * ranks:
         raise ConfigError(
             f"--batch-size: expected at least two images for each of the {ranks} ranks, got"
@@ -192,10 +203,14 @@ def _sharing(config: Config) -> int | None:
             f"--batch-size: expected a multiple of the ranks, {ranks}, with"
             f" --sync-batch-norm, got {config.batch_size}"
         )
+    kind, _, parts = placement.partition(":")
     try:
-        return distributed.sharing(config.ranks.placement)
+        if placement == "sharded" or (kind == "hsdp" and parts.isdecimal()):
+            return ranks, distributed.mesh_of(device.type, int(parts) if parts else None)
+        return distributed.sharing(placement), None
     except ValueError as error:
-        raise ConfigError(f"--placement: {error}") from error
+        others = 'a state in parts has "sharded" or "hsdp:n"'
+        raise ConfigError(f"--placement: {error}; {others}") from error
 
 
 def seed(*key: Any) -> int:

@@ -271,9 +271,9 @@ def evaluate(task: Task, interrupts: "Interrupts", event: Event) -> None:
     if not isinstance(event, Evaluation):
         return
     training, row = event
-    states = {"": training.state}
+    states = {"": distributed.gather(training.state)}
     if task.config.average.ema_decay is not None:
-        states["ema_"] = model_of(task, training)
+        states["ema_"] = distributed.gather(model_of(task, training))
     try:
         for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
             for prefix, state in states.items():
@@ -294,7 +294,7 @@ def scan(task: Task, interrupts: "Interrupts", event: Event) -> None:
         return
     started = time.perf_counter()
     average = task.config.selection.select_with == "average"
-    state = model_of(task, training) if average else training.state
+    state = distributed.gather(model_of(task, training) if average else training.state)
     rho, stopping = row["rho"], interrupts.amid
     try:
         with loop.evaluating(task.model):

@@ -16,7 +16,7 @@ from recipes.settings.saved import of_run, run_of
 from recipes.terminal.console import Display
 from recipes.train import recorded
 from recipes.train.batches import augmented
-from recipes.train.build import Task, assemble, read_data
+from recipes.train.build import Task, assemble, placed, read_data
 from recipes.train.directory import RunDirectory
 from recipes.train.pretrained import begin
 from recipes.train.recorded import best_by
@@ -35,8 +35,16 @@ class Keeper:
         self._task, self._checkpoints, self._warn = task, checkpoints, warn
 
     def save(self, state: samfn.TrainState, **about: Any) -> None:
-        """Write a checkpoint, with what it needs to say of its run; warn, or raise."""
-        task = self._task
+        """Write a checkpoint, with what it needs to say of its run; warn, or raise.
+
+        What ranks keep parts of is put together by the first, so that any number of them,
+        and any placement, goes on from it.
+        """
+        task, first = self._task, distributed.rank() == distributed.FIRST
+        if task.mesh is not None:
+            state, about = distributed.gather((state, about), "cpu" if first else "meta")
+            if not first:
+                return
         about |= {
             "config": plain_values(task.config),
             "normalisation": {"mean": task.mean.tolist(), "std": task.std.tolist()},
@@ -86,7 +94,7 @@ def resume(
         path: the run's directory, whose newest checkpoint counts, and from its start if
             there is none; or one checkpoint, which then must be whole.
         run: the run; held.
-        like: a state of the run.
+        like: a state of the run, whole.
         display: is told of damaged checkpoints and of other versions.
 
     Raises:
@@ -94,14 +102,14 @@ def resume(
             data.
         CheckpointWriteError: the settings that it had cannot be kept.
     """
-    checkpoints = run.checkpoints(display.warn)
+    checkpoints, kept = run.checkpoints(display.warn), placed(task, like)
     try:
-        found = _named(path, like) or callbacks.agreed(checkpoints.latest, like)
+        found = _named(path, kept) or callbacks.agreed(checkpoints.latest, kept)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"--resume: {error}") from error
     if found is None:
         display.say(f"{run.path} holds no checkpoint: starting from the beginning")
-        return Training(begin(task, like, display))
+        return Training(placed(task, begin(task, like, display)))
     training, metadata = _require_fitting(task, found), found.metadata
     require_same_settings(metadata["config"], task.config)
     if distributed.rank() == distributed.FIRST:

@@ -24,7 +24,7 @@ from recipes.terminal.legible import quoted
 from recipes.terminal.signals import Signals
 from recipes.train import recorded, selection
 from recipes.train.batches import augmented
-from recipes.train.build import Read, Task, assemble, read_data
+from recipes.train.build import Read, Task, assemble, placed, read_data
 from recipes.train.callbacks import Interrupts, around
 from recipes.train.checkpoints import (
     Keeper,
@@ -109,7 +109,7 @@ def run(
 
 def try_out(task: Task, state: samfn.TrainState, display: Display) -> int:
     """Take one step."""
-    state = begin(task, state, display)
+    state = placed(task, begin(task, state, display))
     prepare(task, Training(state), display)
     _, metrics = step(task, state, 0, next(augmented(task, 0)))
     display.say(f"dry run: one step taken, loss {metrics.loss:.4f}, no run written")
@@ -203,7 +203,7 @@ def _opened(
     """
     config, first = task.config, distributed.rank() == distributed.FIRST
     if config.resume is None:
-        state = begin(task, state, display)
+        state = placed(task, begin(task, state, display))
         path = config.output or new_name(config)
         if not first:
             yield Unwritten(path), Training(state)

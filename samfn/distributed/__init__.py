@@ -33,7 +33,7 @@ from samfn.distributed.group import (
     together,
 )
 from samfn.distributed.placements import placed, sharing
-from samfn.distributed.shards import gather, shard
+from samfn.distributed.shards import gather, mesh_of, shard
 
 __all__ = [
     "FIRST",
@@ -45,6 +45,7 @@ __all__ = [
     "is_lost",
     "launched",
     "mean",
+    "mesh_of",
     "placed",
     "rank",
     "ranks",

@@ -13,7 +13,28 @@ from torch.utils import _pytree as pytree
 
 from samfn import tree
 from samfn.collectives import require_all_ranks
-from samfn.distributed.group import everyone
+from samfn.distributed.group import everyone, size
+
+
+def mesh_of(kind: str, parts: int | None = None) -> Any:
+    """Return all ranks as copies times parts, a `DeviceMesh` for `shard`.
+
+    Args:
+        kind: of device, as "cuda".
+        parts: how many ranks hold a state together; None is all of them, and one copy.
+
+    Raises:
+        RuntimeError: no process group was begun.
+        ValueError: the number of parts does not divide the ranks.
+    """
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # takes a second
+
+    group, parts = everyone(), size() if parts is None else parts
+    if parts < 1 or size() % parts:
+        raise ValueError(f"{parts} parts do not divide the number of ranks, {size()}")
+    if parts == size():
+        return DeviceMesh.from_group(group, kind)
+    return init_device_mesh(kind, (size() // parts, parts))
 
 
 def shard(values: Any, mesh: Any = None) -> Any:
@@ -31,19 +52,19 @@ def shard(values: Any, mesh: Any = None) -> Any:
         values: parameters by name, or a `TrainState`; the same on all ranks.
         mesh: a `DeviceMesh` of all ranks. Along the last of its dimensions parameters are
             cut, along one before it they are whole, as by `fully_shard`: (2, 4) makes two
-            copies of four parts. None is all ranks in one dimension.
+            copies of four parts. None is all ranks in one dimension, as of `mesh_of`.
 
     Raises:
         RuntimeError: no process group was begun.
         ValueError: the mesh has more than two dimensions, or not all ranks; parameters are
             DTensors already.
     """
-    from torch.distributed.device_mesh import DeviceMesh  # takes a second
+    # Takes a second.
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     params = getattr(values, "params", values)
     if mesh is None:
-        mesh = DeviceMesh.from_group(everyone(), next(iter(params.values())).device.type)
+        mesh = mesh_of(next(iter(params.values())).device.type)
     if mesh.ndim > 2:
         raise ValueError(f"expected a mesh of one dimension or two, got {mesh.ndim}")
     require_all_ranks(mesh)

@@ -451,6 +451,8 @@ def _own_loss(outputs: Any) -> Tensor:
         loss = outputs.get("loss")
     else:
         came = type(outputs).__name__
+        if isinstance(outputs, tuple):
+            came += ": call=lambda module, batch: module(**batch)[0] takes its first"
         loss = getattr(outputs, "loss", None)
     if isinstance(outputs, Tensor):
         came = f"a tensor of shape {tuple(outputs.shape)}"

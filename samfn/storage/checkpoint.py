@@ -99,8 +99,8 @@ def restore(
         path: what `save` wrote.
         like: a state of the same structure, as `init` makes it; gives names, shapes,
             dtypes, devices and memory formats, and how DTensors are cut, not values.
-            Tensors among metadata are cut as the parameter of their name and shape is,
-            and otherwise whole, on the CPU.
+            Tensors among metadata are cut as the parameter of their name, "conv.weight"
+            or "params/conv.weight", and shape is, and otherwise whole, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -114,7 +114,7 @@ def restore(
     found = {**tensors, **{name: whole.layout for name, whole in index.items()}}
     beside = {name: found.pop(name) for name in [*found] if name.startswith(f"{METADATA}/")}
     checks.require_same_layout(expected, found, names=f"the state and {path}")
-    wanted = expected | {name: _as_cut(name, leaf, like) for name, leaf in beside.items()}
+    wanted = expected | {n: _as_cut(n, leaf, expected) for n, leaf in beside.items()}
     cut = {
         name: leaf
         for name, leaf in wanted.items()
@@ -288,9 +288,10 @@ def _verified_texts(path: Path) -> dict[str, str]:
     return texts
 
 
-def _as_cut(name: str, leaf: Tensor, like: Any) -> Tensor:
-    """Return how a tensor among metadata is to come."""
-    param = getattr(like, "params", {}).get(name.split("/", 2)[-1])
+def _as_cut(name: str, leaf: Tensor, expected: Mapping[str, Tensor]) -> Tensor:
+    """Return how a tensor among metadata is to come, for what names and shapes it has."""
+    named = name.split("/", 2)[-1]
+    param = expected.get(f"params/{named}", expected.get(named))
     if param is not None and tree.is_sharded(param) and param.shape == leaf.shape:
         return torch.empty_like(param, dtype=leaf.dtype)
     return torch.empty_like(leaf, device="cpu") if leaf.is_meta else leaf

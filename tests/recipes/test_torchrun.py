@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import tempfile
 import time
@@ -246,6 +247,26 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(whole, tmp_path):
     assert same(whole[0], output)
 
 
+PARTS = ("--batch-size", "1400", "--epochs", "2", "--ema-decay", "0.5", "--monitor")
+
+
+def test_a_state_in_parts_is_trained_written_whole_and_goes_on_anywhere(tmp_path):
+    output, alone = tmp_path / "parts", tmp_path / "alone"
+    said = run(output, *PARTS, "--placement", "sharded")
+    assert "placement sharded: a perturbation for each m = 1400 of 1400 images" in said
+    assert rows(output)[1]["layers"]["gradient"].keys() <= model(output).keys()
+    before = model(output)
+    (output / "checkpoints" / "step_000000002.safetensors").unlink()
+    shutil.copytree(output, alone)
+    finish(torchrun("--nproc-per-node=2", "-m", "recipes.cifar_wrn", "--resume", output))
+    assert all(torch.equal(before[name], leaf) for name, leaf in model(output).items())
+    method = 'accumulated(sam, 700, statistics="averaged")'
+    other = ["--resume-override", "--method", method]
+    assert cifar_wrn.main(["--resume", str(alone), *other]) == 0
+    for name, leaf in model(alone).items():  # after two steps of many roundings
+        torch.testing.assert_close(leaf, before[name], rtol=1e-2, atol=1e-3)
+
+
 def sums_that_go_on():
     config = configure(DIGITS)
     task, _ = assemble(config, read_data(config, lambda items, *_: items, print))
@@ -280,7 +301,10 @@ def refuse(flags):
     ("flags", "told"),
     [
         (("--placement", "group:3"), "3 does not divide the number of ranks, 2"),
-        (("--placement", "sharded"), 'placement must be "replica", "group:n" or "global"'),
+        (("--placement", "part"), 'placement must be "replica", "group:n" or "global"'),
+        (("--placement", "hsdp"), 'a state in parts has "sharded" or "hsdp:n"'),
+        (("--placement", "hsdp:3"), "3 parts do not divide the number of ranks, 2"),
+        (("--placement", "hsdp:0"), "0 parts do not divide"),
         (("--batch-size", "3"), "at least two images for each of the 2 ranks"),
     ],
 )

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 import samfn
 from samfn import distributed
 from samfn.storage import parts
+from samfn.training import callbacks, loop
 from tests.ranks import on_ranks
 from tests.special import make_special
 
@@ -38,9 +39,9 @@ def start(cut):
     return samfn.init(params, buffers, optimizer=OPTIMIZER, method=METHOD)
 
 
-def trained(state, cut, first):
+def trained(state, cut, first, steps=STEPS):
     method = distributed.placed(METHOD, "global") if cut else METHOD
-    for step in range(first, first + STEPS):
+    for step in range(first, first + steps):
         source = torch.Generator().manual_seed(step)
         inputs = torch.randn(8, 5, generator=source, dtype=torch.float64)
         targets = torch.randn(8, 3, generator=source, dtype=torch.float64)
@@ -88,6 +89,35 @@ def test_a_checkpoint_of_four_ranks_goes_on_with_any_number(tmp_path):
     assert_close(
         trained(start(False), False, 0).params, params_of(path), rtol=1e-12, atol=0
     )
+
+
+def run_and_go_on(directory):
+    """On ranks: run with the engine's callbacks, stop, resume; return averages by way."""
+
+    def run(place, epochs, state):
+        training, kept = loop.Training(state), samfn.Checkpoints(directory / place)
+        resumed = callbacks.resume(kept, training)
+        loop.run(
+            training,
+            batches=lambda t: range(t.step, t.step + 1),
+            update=lambda state, step: (trained(state, True, step, 1), None),
+            epochs=epochs,
+            callbacks=[callbacks.ema(0.5), callbacks.saving(kept)],
+        )
+        distributed.require_alike(training.state)
+        return resumed, callbacks.ema_of(training)[0]
+
+    once = run("once", 4, start(True))
+    first, again = run("twice", 2, start(True)), run("twice", 4, start(True))
+    assert [found for found, _ in (once, first, again)] == [False, False, True]
+    assert all(isinstance(leaf, DTensor) for leaf in again[1].values())
+    return distributed.gather((once[1], again[1], run("once", 4, start(False))[1]))
+
+
+def test_the_engine_saves_and_resumes_a_state_in_parts_with_its_average(tmp_path):
+    for once, again, whole in on_ranks(2, run_and_go_on, tmp_path):
+        assert_close(again, once, rtol=0, atol=0)
+        assert_close(whole, once, rtol=0, atol=0)
 
 
 def params_of(path):

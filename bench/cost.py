@@ -63,6 +63,7 @@ METHODS = (
     "multi_step_sam(2)",
     "esam",
     "ae_sam",
+    "spectral_sam",
     "on_parameters(sam, norm_layers)",
     "every(sam, 5)",
     "sub_batch_ascent(sam, 0.5)",

@@ -21,6 +21,7 @@ from samfn.perturb import (
     perturb as perturb,
     perturb_adaptive as perturb_adaptive,
     perturb_fisher as perturb_fisher,
+    perturb_spectral as perturb_spectral,
 )
 from samfn.methods import (
     Method as Method,
@@ -40,6 +41,7 @@ from samfn.methods import (
     per_micro_batch as per_micro_batch,
     sam as sam,
     same_randomness as same_randomness,
+    spectral_sam as spectral_sam,
     sub_batch_ascent as sub_batch_ascent,
     vasso as vasso,
     watched as watched,
@@ -54,6 +56,7 @@ from samfn.descend import (
     descend as descend,
     from_torch as from_torch,
     grouped as grouped,
+    muon as muon,
     nadam as nadam,
     rmsprop as rmsprop,
     scaled_lr as scaled_lr,

@@ -125,6 +125,12 @@ def ae_sam(w, x, y, rho, memory, step, steps=8, decay=0.9):
     return sam(w, x, y, rho, memory, step) if sharp else g
 
 
+def spectral_sam(w, x, y, rho, memory, step):
+    g = slope(w, x, y)
+    u, _, v = np.linalg.svd(g[:SPLIT].reshape(INPUTS, UNITS), full_matrices=False)
+    return slope(w + rho * np.concatenate([(u @ v).reshape(-1), unit(g[SPLIT:])]), x, y)
+
+
 def on_weights(w, x, y, rho, memory, step):
     g = slope(w, x, y)
     g[SPLIT:] = 0

@@ -1,7 +1,7 @@
 """How a batch becomes the gradient that descends: each method a value, a few functions.
 
-`base` says what a method is, `published` holds those of the literature, `combinators` turn
-methods into others.
+`base` says what a method is, `published` holds those of the literature, `spectral` one that
+is not published, `combinators` turn methods into others.
 """
 
 from samfn.methods.base import (
@@ -36,6 +36,7 @@ from samfn.methods.published import (
     vasso,
     wsam,
 )
+from samfn.methods.spectral import spectral_sam
 from samfn.methods.watched import watched
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "per_micro_batch",
     "sam",
     "same_randomness",
+    "spectral_sam",
     "sub_batch_ascent",
     "two_pass",
     "vasso",

@@ -432,6 +432,7 @@ STEPS = {
     "momentum_sam": 6,
     "looksam(k=3)": 8,
     "looksam(2, 0.5)": 9,
+    "spectral_sam": 12,
     "multi_step_sam": 18,
     "multi_step_sam(ascents=3)": 24,
     "every(sam, 3)": 8,

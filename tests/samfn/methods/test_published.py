@@ -78,6 +78,7 @@ ORACLES = {
     "multi_step_sam": (samfn.multi_step_sam(3), oracle.multi_step_sam),
     "esam": (samfn.esam(1.0, 0.4), oracle.esam),
     "ae_sam": (samfn.ae_sam(STEPS), oracle.ae_sam),
+    "spectral_sam": (samfn.spectral_sam(), oracle.spectral_sam),
     "on_parameters": (samfn.on_parameters(samfn.sam(), ["weight"]), oracle.on_weights),
     "every": (samfn.every(samfn.sam(), 3), oracle.every_third),
     "sub_batch_ascent": (samfn.sub_batch_ascent(samfn.sam()), oracle.quarter_ascent),

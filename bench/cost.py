@@ -63,6 +63,8 @@ METHODS = (
     "multi_step_sam(2)",
     "esam",
     "ae_sam",
+    "functional_sam",
+    "functional_sam(preconditioned)",
     "spectral_sam",
     "on_parameters(sam, norm_layers)",
     "every(sam, 5)",

@@ -29,6 +29,7 @@ from samfn.methods.base import (
     plain,
     two_pass,
     unperturbed,
+    uphill,
 )
 from samfn.perturb import (
     Adapts,
@@ -40,17 +41,20 @@ from samfn.perturb import (
 from samfn.tree import Params
 
 
-def sam() -> Method:
+def sam(direction: Direction = uphill) -> Method:
     """Sharpness-aware minimisation: descend with the gradient at the worst point nearby.
 
     e = rho g / ||g||;  <- grad L(w + e)
 
     Two gradients a step, one where rho is the number 0. rho = 0.05 is a good start.
 
+    Args:
+        direction: what is climbed along in place of g, as `preconditioned()`.
+
     Source:
         Foret et al., 2021, arXiv:2010.01412, algorithm 1.
     """
-    return two_pass()
+    return two_pass(direction=direction)
 
 
 def asam(eta: float = 0.01, *, adapts: Adapts | None = None) -> Method:

@@ -41,6 +41,7 @@ OTHERS = {
     "same_randomness": samfn.same_randomness(samfn.sam()),
     "sub_batch_ascent": samfn.sub_batch_ascent(samfn.sam(), 0.5),
     "esam": samfn.esam(beta=1, gamma=1),
+    "functional_sam": samfn.functional_sam(samfn.preconditioned()),
     "spectral_sam": samfn.spectral_sam(),
     "watched": samfn.watched(samfn.sam()),
     "nothing": samfn.every(samfn.sam(), 100),

@@ -349,6 +349,26 @@ def test_esam_draws_the_share_beta_and_makes_up_for_it():
     assert_close(step[moved], torch.full_like(step[moved], 4 / 200))  # rho / beta / ||1||
 
 
+def test_esam_of_tensors_is_the_length_of_the_official_code_and_leaves_whole_tensors():
+    params = {str(n): torch.full((3,), 1.0 + n, dtype=torch.float64) for n in range(40)}
+    method, seen = samfn.esam(0.25, 1.0, draws="tensors"), []
+
+    def loss_fn(params, buffers, batch):
+        seen.append({name: w.detach() for name, w in params.items()})
+        return sum(w.square().sum() for w in params.values()) * batch.mean()
+
+    torch.manual_seed(0)
+    descent = descent_of(method, loss_fn, params, torch.ones(2).double(), rho=0.1)
+    step = {name: seen[1][name] - w for name, w in params.items()}
+    moved = {name: e for name, e in step.items() if e.any()}
+    assert 2 < len(moved) < 20
+    # All of it along the gradient of what is not frozen, 2 w, and rho / beta long.
+    scales = [e / params[name] for name, e in moved.items()]
+    assert_close(torch.cat(scales), scales[0][0].expand(3 * len(moved)))
+    assert_close(tree.norm(step).item(), 0.1 / 0.25, rtol=1e-12, atol=0)
+    assert descent.grads.keys() == params.keys()  # All descend.
+
+
 def test_esam_descends_with_the_examples_whose_loss_grew_most():
     chosen = []
 
@@ -375,6 +395,7 @@ def test_esam_descends_with_the_examples_whose_loss_grew_most():
         (lambda: samfn.momentum_sam(-0.1), "momentum must be at least 0 and below 1"),
         (lambda: samfn.ae_sam(5, decay=1.5), "decay must be at least 0 and below 1"),
         (lambda: samfn.esam(beta=0.0), "beta must be above 0 and at most 1, got 0.0"),
+        (lambda: samfn.esam(draws="weights"), "draws must be .entries. or .tensors."),
         (lambda: samfn.esam(gamma=1.5), "gamma must be above 0 and at most 1, got 1.5"),
     ],
 )

@@ -177,6 +177,19 @@ def placed_as(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full, parts.device_mesh, parts.placements)
 
 
+def cut_as(full: Tensor, like: Tensor) -> Tensor:
+    """Return a plain tensor alike on all ranks, placed as `like`; nothing is sent."""
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import DTensor, Replicate
+
+    parts: Any = like
+    mesh = parts.device_mesh
+    copies = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    found: Tensor = copies.redistribute(mesh, parts.placements)
+    return found
+
+
 def whole(leaf: Tensor) -> Tensor:
     """Return a tensor as a plain one; of a DTensor, the ranks' parts together.
 

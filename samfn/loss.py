@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
+from torch.func import grad, grad_and_value
 from torch.utils import _pytree as pytree
 
 from samfn import checks, tree
@@ -63,6 +63,9 @@ class Loss:
     standing: Callable[[], object] = lambda: None
     """-> the same object as long as what the function reads beside its arguments, as the
     layers and hooks of a model, is the same but for values: a graph of it holds then."""
+    criterion: Callable[[Any, Batch], Tensor] | None = None
+    """(outputs, batch) -> the loss, or that of each example, as `function` takes it from
+    `Aux.outputs`. None where it does not tell the two apart."""
 
     def __call__(
         self, params: Params, buffers: Params, batch: Batch
@@ -114,6 +117,7 @@ class Evaluate(Protocol):
         *,
         wrt: Collection[str] | None = None,
         scale: Tensor | None = None,
+        slope_at: Any = None,
     ) -> Pass:
         """Evaluate it, as `evaluate` does."""
 
@@ -126,6 +130,7 @@ def evaluate(
     *,
     wrt: Collection[str] | None = None,
     scale: Tensor | None = None,
+    slope_at: Any = None,
 ) -> Pass:
     """Evaluate the loss, its gradient in `params`, and the new buffers.
 
@@ -144,15 +149,21 @@ def evaluate(
             all of them; none of them leaves the backward pass out.
         scale: multiplies the loss before it is differentiated, and divides the gradients,
             so that those of float16 activations neither vanish nor overflow on the way.
+        slope_at: outputs, as of another pass on this batch, at which the slope of the
+            criterion is taken: the gradient is J^T dl/doutputs there, with J = doutputs/dw
+            at `params`. None takes it at the outputs of this pass.
 
     Raises:
         TypeError: `loss_fn` returned neither a loss nor a pair of loss and `Aux`.
         ValueError: the loss is no floating-point scalar, or the buffers changed in names,
-            shapes or dtypes; some parameters are DTensors, and not all over all ranks.
+            shapes or dtypes; some parameters are DTensors, and not all over all ranks;
+            `slope_at` is given, and the loss has no criterion of its own.
         GradientError: the loss depends on none of the parameters.
         RuntimeError: `loss_fn` writes to a tensor.
     """
     loss_fn = as_loss(loss_fn)
+    if slope_at is not None:
+        loss_fn = _with_slope_at(slope_at, loss_fn)
     names = tuple(params if wrt is None else wrt)
     given = params, buffers, batch
     if any(map(tree.is_sharded, params.values())):
@@ -421,6 +432,87 @@ def explained() -> Iterator[None]:
         ) from error
 
 
+NO_CRITERION = (
+    "this loss is not known to be a criterion of outputs, which functional_sam tells apart:"
+    " expected samfn.supervised(model, criterion), with a criterion that has no parameters,"
+    " or samfn.Loss(function, criterion=lambda outputs, batch: ...)"
+)
+
+Change = Callable[[Any, Params, Params, Batch], "tuple[Tensor, Aux]"]
+
+
+def _with_slope_at(outputs: Any, loss_fn: Loss) -> Loss:
+    """Return the loss, which is derived as if the slope of its criterion were elsewhere."""
+    if loss_fn.criterion is None:
+        raise ValueError(NO_CRITERION)
+    slopes = partial(_slopes, loss_fn.criterion)
+
+    def bent(
+        returned: Any, params: Params, buffers: Params, batch: Batch
+    ) -> tuple[Tensor, Aux]:
+        loss, aux = loss_and_aux(returned, buffers)
+        there, here = slopes(outputs, batch), slopes(aux.outputs, batch)
+        leaves = _floats(aux.outputs)
+        # What the loss is beside the criterion, as a penalty on weights, stays as it is.
+        parts = [
+            ((away - own) * leaf).sum().to(loss.dtype)
+            for away, own, leaf in zip(there, here, leaves, strict=True)
+        ]
+        change = torch.stack(parts).sum()
+        return loss + (change - change.detach()), aux
+
+    return _changed(loss_fn, bent)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    """Return the tensors among outputs that have slopes."""
+    return [leaf for leaf in pytree.tree_leaves(outputs) if _is_float(leaf)]
+
+
+def _slopes(
+    criterion: Callable[[Any, Batch], Tensor], outputs: Any, batch: Batch
+) -> tuple[Tensor, ...]:
+    """Return the gradient of a criterion in each of `_floats`, in float32 or wider."""
+    leaves, structure = pytree.tree_flatten(outputs)
+
+    def loss_of(floats: tuple[Tensor, ...]) -> Tensor:
+        through = iter(floats)
+        given = [next(through) if _is_float(leaf) else leaf for leaf in leaves]
+        return criterion(pytree.tree_unflatten(given, structure), batch).mean()
+
+    # Half precision has no room for slopes that no scale of the loss has raised.
+    wide = (torch.promote_types(leaf.dtype, torch.float32) for leaf in _floats(outputs))
+    pairs = zip(_floats(outputs), wide, strict=True)
+    if not (floats := tuple(leaf.detach().to(dtype) for leaf, dtype in pairs)):
+        raise ValueError(NO_CRITERION)
+    found: tuple[Tensor, ...] = grad(loss_of)(floats)
+    return found
+
+
+def _changed(loss_fn: Loss, change: Change) -> Loss:
+    """Return a loss with a change of what it returns, given that and its arguments."""
+    inner = cast(Any, loss_fn.differentiating)
+
+    def function(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
+        given = params, buffers, batch
+        return change(loss_fn.function(*given), *given)
+
+    @contextmanager
+    def differentiating(
+        params: Params, buffers: Params, batch: Batch, **how: bool
+    ) -> Iterator[Any]:
+        given = params, buffers, batch
+        with inner(*given, **how) as returned:
+            yield change(returned, *given)
+
+    lent = differentiating if loss_fn.differentiating else None
+    return replace(loss_fn, function=function, differentiating=lent)
+
+
 def l2_regularized(
     loss_fn: LossFn, weight_decay: float, *, without: Collection[str] = ()
 ) -> Loss:
@@ -450,7 +542,9 @@ def l2_regularized(
 
     loss_fn = as_loss(loss_fn)
 
-    def penalised(returned: Any, params: Params, buffers: Params) -> tuple[Tensor, Aux]:
+    def penalised(
+        returned: Any, params: Params, buffers: Params, batch: Batch
+    ) -> tuple[Tensor, Aux]:
         loss, aux = loss_and_aux(returned, buffers)
         decaying = [w for name, w in params.items() if name not in spared]
         if not decaying:
@@ -460,28 +554,11 @@ def l2_regularized(
             aux = aux._replace(losses=aux.losses + penalty)
         return loss + penalty, aux
 
-    def regularized(params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        returned = loss_fn.function(params, buffers, batch)
-        return penalised(returned, params, buffers)
-
     def check(params: Params, buffers: Params) -> None:
         checks.require_names_of(params, spared, what="without")
         loss_fn.check(params, buffers)
 
-    @contextmanager
-    def differentiating(
-        params: Params, buffers: Params, batch: Batch, **how: bool
-    ) -> Iterator[Any]:
-        inner = cast(Any, loss_fn.differentiating)
-        with inner(params, buffers, batch, **how) as returned:
-            yield penalised(returned, params, buffers)
-
-    return replace(
-        loss_fn,
-        function=regularized,
-        check=check,
-        differentiating=differentiating if loss_fn.differentiating else None,
-    )
+    return replace(_changed(loss_fn, penalised), check=check)
 
 
 def _sum_of_squares(leaves: list[Tensor]) -> Tensor:

@@ -125,6 +125,34 @@ def ae_sam(w, x, y, rho, memory, step, steps=8, decay=0.9):
     return sam(w, x, y, rho, memory, step) if sharp else g
 
 
+def functional_sam(w, x, y, rho, memory, step, scaled=False):
+    g = slope(w, x, y)
+    p = np.tanh(x @ w[:SPLIT].reshape(INPUTS, UNITS) + w[SPLIT:])
+    there = w + rho * unit(adam(g, memory, step) if scaled else g)
+    q = np.tanh(x @ there[:SPLIT].reshape(INPUTS, UNITS) + there[SPLIT:])
+    d = 2 * (p - y) / len(x) * (1 - q**2)  # The slope at w, the Jacobian at w + e.
+    return np.concatenate([(x.T @ d).reshape(-1), d.sum(0)])
+
+
+def preconditioned(w, x, y, rho, memory, step):
+    return slope(w + rho * unit(adam(slope(w, x, y), memory, step)), x, y)
+
+
+def adam(g, memory, step, decay=0.7):
+    memory["v"] = decay * memory.get("v", 0.0) + (1 - decay) * g**2
+    return g / (np.sqrt(memory["v"] / (1 - decay ** (step + 1))) + 1e-8)
+
+
+def functional_preconditioned(w, x, y, rho, memory, step):
+    return functional_sam(w, x, y, rho, memory, step, scaled=True)
+
+
+def spectral_sam(w, x, y, rho, memory, step):
+    g = slope(w, x, y)
+    u, _, v = np.linalg.svd(g[:SPLIT].reshape(INPUTS, UNITS), full_matrices=False)
+    return slope(w + rho * np.concatenate([(u @ v).reshape(-1), unit(g[SPLIT:])]), x, y)
+
+
 def on_weights(w, x, y, rho, memory, step):
     g = slope(w, x, y)
     g[SPLIT:] = 0

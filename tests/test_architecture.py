@@ -10,8 +10,9 @@ from tests import ROOT
 
 # Files and packages, each with those below it that it may import before it.
 ORDER = {
-    "samfn": "tree nested schedules checks batches collectives loss perturb methods descend"
-    " modules distributed step imperative storage training measure compiled",
+    "samfn": "tree nested schedules checks batches collectives orthogonal loss perturb"
+    " methods descend modules distributed step imperative storage training measure"
+    " compiled",
     "recipes": "errors roles trainers terminal plots data models settings train study"
     " cifar_wrn finetune finetune_text sweep label_noise arms sharpness landscape compare",
     "bench": "measure networks peers candidates cost_model cost scaling"

@@ -21,7 +21,7 @@ from recipes.roles import (
 
 # Dtypes of the passes by --precision; None is that of the weights.
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ADAMS, RESTARTS = ("adam", "adamw", "nadam"), ("warm-restarts",)
+ADAMS, RESTARTS = ("adam", "adamw", "nadam", "muon"), ("warm-restarts",)
 EASY, SCORED = ("easy-skipped",), ("loss", "sharpness")
 BETAS = Range(
     lambda betas: len(betas) == 2 and all(map(BELOW_1.holds, betas)),
@@ -54,8 +54,9 @@ class Perturbation(Group, role=Role.RESULT):
 class Descent(Group, role=Role.RESULT, choice="optimizer"):
     """The loss, and the base optimizer that descends it."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "nadam"] = "sgd"
-    """Base optimizer. adamw has decoupled weight decay. All but sgd want an lr of about
+    optimizer: Literal["sgd", "adam", "adamw", "nadam", "muon"] = "sgd"
+    """Base optimizer. adamw has decoupled weight decay; muon is that of the hidden layers'
+    matrices and filters, and adamw that of the rest. All but sgd want an lr of about
     0.001."""
     momentum: float = setting(0.9, BELOW_1, readers=("sgd",))
     """Momentum of SGD."""

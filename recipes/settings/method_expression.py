@@ -22,8 +22,10 @@ MAKERS: Makers = {
     and name not in ("two_pass", "watched")  # --monitor watches.
     and inspect.signature(function).return_annotation is samfn.Method
 }
-# Arguments that are functions themselves.
-FUNCTIONS = {
+# Arguments that are functions themselves, or directions.
+FUNCTIONS: dict[str, Any] = {
+    "preconditioned": methods.preconditioned(),
+} | {
     name: getattr(samfn, name)
     for name in (
         "everything",
@@ -31,6 +33,7 @@ FUNCTIONS = {
         "perturb",
         "perturb_adaptive",
         "perturb_fisher",
+        "perturb_spectral",
     )
 }
 

@@ -274,6 +274,8 @@ def _loss_fn(descent: Descent, model: torch.nn.Module, dtype: torch.dtype | None
 
 
 def _optimizer(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:
+    if descent.optimizer == "muon":
+        return _clipped(descent, _muon(descent, model))
     if descent.optimizer == "sgd":
         make = partial(samfn.sgd, descent.momentum, descent.nesterov)
     else:
@@ -284,9 +286,39 @@ def _optimizer(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:
     optimizer = make(weight_decay=decay)
     if decay and (spared := _spared(descent, model)):
         optimizer = samfn.grouped(optimizer, (spared, make(weight_decay=0.0)))
-    if descent.clip_norm is not None:
-        optimizer = samfn.clipped(optimizer, descent.clip_norm)
-    return optimizer
+    return _clipped(descent, optimizer)
+
+
+def _clipped(descent: Descent, optimizer: samfn.Optimizer) -> samfn.Optimizer:
+    if descent.clip_norm is None:
+        return optimizer
+    return samfn.clipped(optimizer, descent.clip_norm)
+
+
+def _muon(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:
+    """Return Muon for the hidden layers and AdamW for the rest, with one learning rate."""
+    decay = 0.0 if descent.decay_in_loss else descent.weight_decay
+    first, second = descent.betas
+    spared, rest = {*_spared(descent, model)}, _not_hidden(model)
+    groups = (
+        (rest - spared, samfn.adamw((first, second), weight_decay=decay)),
+        (rest & spared, samfn.adamw((first, second), weight_decay=0.0)),
+    )
+    optimizer = samfn.muon(weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return samfn.grouped(optimizer, *(group for group in groups if group[0]))
+
+
+def _not_hidden(model: torch.nn.Module) -> set[str]:
+    """Return the names of vectors, tokens, embeddings and the layer of the outputs."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    apart = {id(layer.weight) for layer in layers[-1:] + embeddings}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (parameter.ndim not in (2, 4) or id(parameter) in apart)
+    }
 
 
 def _spared(descent: Descent, model: torch.nn.Module) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ from samfn import distributed
 from samfn.training.loop import Training
 
 # How the optimizers are called in sentences.
-BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam"}
+BASES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "nadam": "NAdam", "muon": "Muon"}
 
 
 def start(args: Sequence[str] | None, program: str = PROGRAM, *, base: str = "auto") -> int:

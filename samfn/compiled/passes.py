@@ -36,20 +36,28 @@ class CompiledPasses:
         *,
         wrt: Collection[str] | None = None,
         scale: Tensor | None = None,
+        slope_at: Any = None,
     ) -> Pass:
         """Evaluate the loss function, as `samfn.evaluate` does."""
         if self.plan == "loss":
-            return evaluate(self._forward(), params, buffers, batch, wrt=wrt, scale=scale)
-        key = wrt if wrt is None else tuple(wrt)
+            how: Any = {"wrt": wrt, "scale": scale, "slope_at": slope_at}
+            return evaluate(self._forward(), params, buffers, batch, **how)
+        names = wrt if wrt is None else tuple(wrt)
+        key = names, slope_at is None
         if key not in self._made:
 
             def one(
-                params: Params, buffers: Params, batch: Batch, scale: Tensor | None
+                params: Params,
+                buffers: Params,
+                batch: Batch,
+                scale: Tensor | None,
+                slope_at: Any,
             ) -> Pass:
-                return evaluate(self._loss_fn, params, buffers, batch, wrt=key, scale=scale)
+                how: Any = {"wrt": names, "scale": scale, "slope_at": slope_at}
+                return evaluate(self._loss_fn, params, buffers, batch, **how)
 
             self._made[key] = compiled(one, self._how)
-        result: Pass = self._made[key](params, buffers, batch, scale)
+        result: Pass = self._made[key](params, buffers, batch, scale, slope_at)
         return result
 
     def _forward(self) -> Loss:

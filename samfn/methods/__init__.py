@@ -1,7 +1,8 @@
 """How a batch becomes the gradient that descends: each method a value, a few functions.
 
-`base` says what a method is, `published` holds those of the literature, `combinators` turn
-methods into others.
+`base` says what a method is, `published` holds those of the literature, `functional` one
+that takes losses apart, `spectral` one that is not published, `combinators` turn methods
+into others.
 """
 
 from samfn.methods.base import (
@@ -22,6 +23,7 @@ from samfn.methods.combinators import (
     same_randomness,
     sub_batch_ascent,
 )
+from samfn.methods.functional import functional_sam, preconditioned
 from samfn.methods.published import (
     ae_sam,
     asam,
@@ -36,6 +38,7 @@ from samfn.methods.published import (
     vasso,
     wsam,
 )
+from samfn.methods.spectral import spectral_sam
 from samfn.methods.watched import watched
 
 __all__ = [
@@ -52,6 +55,7 @@ __all__ = [
     "every",
     "fisher_sam",
     "friendly_sam",
+    "functional_sam",
     "gsam",
     "looksam",
     "loss_scaled",
@@ -59,8 +63,10 @@ __all__ = [
     "multi_step_sam",
     "on_parameters",
     "per_micro_batch",
+    "preconditioned",
     "sam",
     "same_randomness",
+    "spectral_sam",
     "sub_batch_ascent",
     "two_pass",
     "vasso",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from samfn import checks, tree
-from samfn.batches import cut
+from samfn.batches import cut, length_of
 from samfn.loss import Evaluate, Pass
 from samfn.methods.base import (
     Descended,
@@ -49,11 +49,15 @@ def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn"
     _require_statistics(statistics)
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
-        def evaluate_all(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
+        def evaluate_all(
+            params: Params, buffers: Params, batch: Batch, slope_at: Any = None, **how: Any
+        ) -> Pass:
             total: Pass | None = None
             seen, parts, weights = [], cut(batch, size), None
+            slopes = _cut_alike(slope_at, size, parts)
             for index, (micro_batch, rows) in enumerate(parts):
-                part = evaluate(params, buffers, micro_batch, **how)
+                where = {} if slope_at is None else {"slope_at": slopes[index]}
+                part = evaluate(params, buffers, micro_batch, **where, **how)
                 weights = weights or _weights(parts, point.weigh)
                 total = _add_pass(total, part, weights[index])
                 seen.append((part.buffers, rows))
@@ -332,6 +336,19 @@ _matching._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _require_statistics(statistics: Statistics) -> None:
     if statistics not in ("in turn", "averaged"):
         raise ValueError(f'statistics must be "in turn" or "averaged", got {statistics!r}')
+
+
+def _cut_alike(outputs: Any, size: int, parts: list[tuple[Batch, float]]) -> list[Any]:
+    """Return the outputs that belong to the parts of a batch."""
+    if outputs is None:
+        return []
+    own = cut(outputs, size)
+    if [share for _, share in own] != [share for _, share in parts]:
+        raise ValueError(
+            "accumulated cuts outputs as it cuts the batch: expected one row for each"
+            f" example, got {length_of(outputs)} rows"
+        )
+    return [part for part, _ in own]
 
 
 def _weights(

@@ -7,6 +7,7 @@ batch, g = grad L(w), and <- is what goes to the base optimizer.
 
 from functools import partial
 from math import ceil
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from samfn.methods.base import (
     plain,
     two_pass,
     unperturbed,
+    uphill,
 )
 from samfn.perturb import (
     Adapts,
@@ -36,21 +38,25 @@ from samfn.perturb import (
     perturb,
     perturb_adaptive,
     perturb_fisher,
+    rate,
 )
 from samfn.tree import Params
 
 
-def sam() -> Method:
+def sam(direction: Direction = uphill) -> Method:
     """Sharpness-aware minimisation: descend with the gradient at the worst point nearby.
 
     e = rho g / ||g||;  <- grad L(w + e)
 
     Two gradients a step, one where rho is the number 0. rho = 0.05 is a good start.
 
+    Args:
+        direction: what is climbed along in place of g, as `preconditioned()`.
+
     Source:
         Foret et al., 2021, arXiv:2010.01412, algorithm 1.
     """
-    return two_pass()
+    return two_pass(direction=direction)
 
 
 def asam(eta: float = 0.01, *, adapts: Adapts | None = None) -> Method:
@@ -301,7 +307,12 @@ def multi_step_sam(ascents: int = 2, *, metric: Perturb = perturb) -> Method:
     return Method(_nothing, descent, gradients=1.0 + ascents)
 
 
-def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:
+def esam(
+    beta: float = 0.5,
+    gamma: float = 0.5,
+    *,
+    draws: Literal["entries", "tensors"] = "entries",
+) -> Method:
     """Efficient SAM: perturb some of the weights, descend with the sharpest examples.
 
     e = m rho g / ||g|| / beta, m random in {0, 1} with mean beta;  <- grad L_S(w + e)
@@ -312,22 +323,32 @@ def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:
     reduction="none".
 
     Args:
-        beta: share of the weights that move, in (0, 1].
-        gamma: share of the batch that descends, in (0, 1]. beta = gamma = 1 is SAM.
+        beta: share of the weights that are perturbed, in (0, 1]; all of them descend.
+        gamma: share of the batch that descends, in (0, 1], rounded up. beta = gamma = 1
+            is SAM.
+        draws: "entries", as the paper: m is drawn for each weight, and e is about
+            rho / sqrt(beta) long. "tensors", as the official code: m is one for each
+            tensor, and e = m rho g / ||m g|| / beta, which is rho / beta long.
 
     Source:
-        Du et al., 2022, arXiv:2110.03141, algorithm 1. Its code freezes random tensors
-        for a whole step and drops one more example; this draws entries, as the paper.
+        Du et al., 2022, arXiv:2110.03141, algorithm 1; github.com/dydjw9/Efficient_SAM,
+        utils/Esam.py, where frozen tensors skip the ascent alone. The length of its rho is
+        that of rho / sqrt(beta) with "entries". Its code takes one example less than
+        gamma n, rounded down.
     """
+    if draws not in ("entries", "tensors"):
+        raise ValueError(f'draws must be "entries" or "tensors", got {draws!r}')
     checks.require_share("beta", beta)
     checks.require_share("gamma", gamma)
 
     def thinned(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Tensor]:
         if beta == 1:
             return perturb(params, grads, rho)
-        way = tree.subtract(perturb(params, grads, rho), params)
-        chosen = {n: placed_as(_coins(w, beta), w) for n, w in params.items()}
-        return tree.add_scaled(params, 1 / beta, tree.multiply(chosen, way))
+        toss = _coins if draws == "entries" else _one_coin
+        chosen = {n: placed_as(toss(w, beta), w) for n, w in params.items()}
+        kept = tree.multiply(chosen, grads)
+        length = tree.norm(grads if draws == "entries" else kept)
+        return tree.add_scaled(params, rate(length, rho) / beta, kept)
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         if is_number_zero(point.rho):
@@ -430,6 +451,12 @@ def _coins(like: Tensor, share: float) -> Tensor:
     return torch.bernoulli(
         torch.full(like.shape, share, dtype=like.dtype, device=like.device)
     )
+
+
+def _one_coin(like: Tensor, share: float) -> Tensor:
+    """Draw ones or zeros, all alike."""
+    coin = torch.full((), share, dtype=like.dtype, device=like.device).bernoulli()
+    return coin.expand(like.shape).contiguous()
 
 
 def _losses(seen: Pass) -> Tensor:

@@ -109,6 +109,18 @@ class _Supervised:
             self._lender.put(again)
             yield found
 
+    @property
+    def criterion(self) -> Callable[[Any, Batch], Tensor] | None:
+        """The criterion of outputs and a batch; None where it may read the weights."""
+        criterion = self._criterion
+        if isinstance(criterion, nn.Module) and [*criterion.parameters()]:
+            return None
+        return criterion and self._loss_at
+
+    def _loss_at(self, outputs: Any, batch: Batch) -> Tensor:
+        targets = None if self._call else pair_of(keyed(batch))[1]
+        return _loss_of(cast(Criterion, self._criterion)(outputs, targets))
+
     def check(self, params: Params, buffers: Params) -> None:
         """Raise unless `params` and `buffers` are what `split(model)` gives.
 
@@ -406,6 +418,7 @@ def supervised(
         weigh or known.weigh,
         known.counts,
         made.standing,
+        made.criterion,
     )
 
 

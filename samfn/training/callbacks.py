@@ -21,6 +21,7 @@ from samfn.tree import Params
 
 EMA = "ema"
 PATIENCE = "early_stopping"
+SWAD, EPOCH, AVERAGE = "swad", "swad_epoch", "swad_average"
 MEMORY = "memory."  # before the names under which a checkpoint holds what is kept
 
 
@@ -97,6 +98,100 @@ def copy_ema(epoch: int) -> Callback:
             )
 
     return callback
+
+
+def swad(
+    metric: str, *, converge: int = 3, overfit: int = 6, tolerance: float = 1.3
+) -> Callback:
+    """Average the weights of all steps in the valley of a validation loss (SWAD).
+
+    mean over the epochs first to last of the mean weights of their steps
+
+    The first is the first epoch whose loss is the least of `converge` from it on. Of these
+    losses the mean, times `tolerance`, is the bar: the last is the last epoch that is not
+    above it before `overfit` in a row are, which end the run. `swad_of` gives the average,
+    as that of `training.memory["swad"]` tells. Batch statistics are not averaged: take them
+    anew by `samfn.reestimated`. What may still count is kept by epochs, at most
+    `converge` or `overfit` of them.
+
+    Args:
+        metric: name in `training.row` of the loss, lower is better; not of what trains.
+        converge: epochs, at least 1.
+        overfit: epochs, at least 1.
+        tolerance: at least 1.
+
+    Source:
+        Cha et al., 2021, arXiv:2102.08604, algorithm 1; numbers as in
+        github.com/khanrc/swad, where an epoch is what lies between two evaluations. Its
+        code also goes back up to three epochs before the first, and loses the first that
+        it averages, as it counts it as none; here the paper's first is the first.
+    """
+    checks.require_count("converge", converge)
+    checks.require_count("overfit", overfit)
+    if not tolerance >= 1:
+        raise ValueError(f"tolerance must be at least 1, got {tolerance}")
+
+    def close(training: Training, kept: dict[str, Any]) -> None:
+        """Let an epoch wait until a loss tells that it is in the valley."""
+        memory, loss, waiting = training.memory, training.row[metric], kept["waiting"]
+        if kept["bar"] is None and waiting and not loss >= waiting[0]:
+            waiting.clear()  # None before a new least begins the valley.
+        if kept["bar"] is None and not math.isfinite(loss):
+            return
+        waiting.append(loss)
+        memory[f"{SWAD}_{len(waiting)}"] = memory.pop(EPOCH)
+        if kept["bar"] is None and len(waiting) == converge:
+            kept["bar"] = tolerance * sum(waiting) / converge
+            kept["first"] = training.epoch - converge + 1
+        if kept["bar"] is not None:
+            _take(training, kept)
+            kept["over"] = len(waiting) >= overfit
+
+    def callback(event: Event) -> None:
+        training, fresh = event.training, {"first": None, "last": None, "epochs": 0}
+        fresh |= {"steps": 0, "waiting": [], "bar": None, "over": False}
+        kept = training.memory.setdefault(SWAD, fresh)
+        if isinstance(event, Step):
+            now = _together(training.state._replace(buffers={}))
+            _add(training, EPOCH, now, kept["steps"])
+            kept["steps"] += 1
+        elif isinstance(event, Epoch):
+            close(training, kept)
+            kept["steps"] = 0
+        if kept["over"]:  # Also of a run that ended so, and is resumed.
+            training.stop = f"{metric} is above the valley for {overfit} epochs"
+
+    return callback
+
+
+def _take(training: Training, kept: dict[str, Any]) -> None:
+    """Average those of the waiting epochs that a loss below the bar follows, or is of."""
+    memory, waiting = training.memory, kept["waiting"]
+    inside = [place for place, loss in enumerate(waiting, 1) if loss <= kept["bar"]]
+    taken = max(inside, default=0)
+    for place in range(1, taken + 1):
+        _add(training, AVERAGE, memory.pop(f"{SWAD}_{place}"), kept["epochs"])
+        kept["epochs"] += 1
+        kept["last"] = kept["first"] + kept["epochs"] - 1
+    del waiting[:taken]
+    for place in range(1, len(waiting) + 1):
+        if taken:
+            memory[f"{SWAD}_{place}"] = memory.pop(f"{SWAD}_{place + taken}")
+
+
+def _add(training: Training, name: str, new: Params, count: int) -> None:
+    """Add to a running mean of so many mappings, in memory of its own."""
+    mean, memory = training.memory.get(name), training.memory
+    if not count or mean is None:
+        memory[name] = {key: leaf.clone() for key, leaf in new.items()}
+    else:
+        memory[name] = _owned(mean, new, count / (count + 1))
+
+
+def swad_of(training: Training) -> dict[str, Tensor]:
+    """Return the parameters that `swad` averaged; before a valley, those of the state."""
+    average = training.memory.get(AVERAGE) or _together(training.state)
+    return {name: average[f"params/{name}"] for name in training.state.params}
 
 
 def early_stopping(metric: str, patience: int, *, higher: bool = True) -> Callback:

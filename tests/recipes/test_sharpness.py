@@ -432,6 +432,9 @@ STEPS = {
     "momentum_sam": 6,
     "looksam(k=3)": 8,
     "looksam(2, 0.5)": 9,
+    "functional_sam": 12,
+    "sam(preconditioned)": 12,
+    "spectral_sam": 12,
     "multi_step_sam": 18,
     "multi_step_sam(ascents=3)": 24,
     "every(sam, 3)": 8,
@@ -453,13 +456,16 @@ def test_the_gradients_of_a_step_are_those_that_are_taken(text):
     def loss_fn(params, buffers, batch):
         nonlocal taken
         taken += len(batch)
-        return (batch @ params["weight"]).square().mean()
+        outputs = batch @ params["weight"]
+        return outputs.square().mean(), samfn.Aux(outputs, buffers)
 
+    criterion = lambda outputs, batch: outputs.square().mean()  # noqa: E731
+    loss = samfn.Loss(loss_fn, criterion=criterion)
     method = method_expression.parse(text, steps=6, norm_layers=["weight"])
     optimizer = samfn.sgd()
     params = {"weight": torch.ones(3), "head": torch.ones(1)}
     state = samfn.init(params, {}, optimizer=optimizer, method=method)
-    given = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    given = {"loss_fn": loss, "optimizer": optimizer, "method": method}
     for _ in range(6):
         state, _ = samfn.sam_update(state, torch.ones(8, 3), **given, rho=0.1, lr=0.1)
     assert method_expression.gradients(text) == pytest.approx(STEPS[text] / 6)

@@ -362,3 +362,94 @@ def test_bad_input_says_what_came(change, error, message):
 def test_to_maximise_is_refused_for_steps_that_perturb_to_higher_loss():
     with pytest.raises(ValueError, match=r"maximize must be False: .* negative of what"):
         samfn.from_torch(torch.optim.SGD, sgd_kernel, {}, maximize=True)
+
+
+MUONS = {
+    "defaults": {},
+    "Moonshot's": {
+        "momentum": 0.8,
+        "nesterov": False,
+        "weight_decay": 0.3,
+        "adjust_lr_fn": "match_rms_adamw",
+    },
+    "unclamped": {"adjust_lr_fn": "spectral_unclamped"},
+}
+
+
+def matrices(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return {str(shape): torch.randn(shape, generator=generator) for shape in shapes}
+
+
+@pytest.mark.parametrize("name", MUONS)
+def test_ten_steps_of_muon_are_those_of_torch_in_its_precision(name):
+    params = matrices((3, 4), (7, 5), (16, 40))
+    own = {name: nn.Parameter(w.clone()) for name, w in params.items()}
+    reference = torch.optim.Muon(own.values(), lr=0.05, **MUONS[name])
+    optimizer = samfn.muon(**MUONS[name], dtype=torch.bfloat16)
+    opt_state = optimizer.init(params)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        grads = {name: torch.randn_like(w) for name, w in params.items()}
+        for name, w in own.items():
+            w.grad = grads[name].clone()
+        reference.step()
+        params, opt_state = samfn.descend(
+            params, grads, opt_state, optimizer=optimizer, lr=0.05
+        )
+        for name, w in own.items():
+            assert_close(params[name], w.detach(), rtol=1e-6, atol=1e-6)
+
+
+def first_step_of_muon(shape, **options):
+    """Return what a first step with lr 1 adds, and the gradient."""
+    options = {"weight_decay": 0.0, "adjust_lr_fn": "spectral_unclamped"} | options
+    grads = {"w": torch.randn(shape, dtype=torch.float64)}
+    params = samfn.tree.zeros_like(grads)
+    optimizer = samfn.muon(**options)
+    state = optimizer.init(params)
+    return optimizer.update(params, grads, state, 1.0)[0]["w"], grads["w"]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 8), (8, 3), (4, 3, 2, 2)])
+def test_muon_steps_along_the_singular_vectors_within_its_tolerance(shape):
+    torch.manual_seed(0)
+    step, gradient = first_step_of_muon(shape)
+    u, _, v = torch.linalg.svd(gradient.flatten(1), full_matrices=False)
+    rows, columns = gradient.flatten(1).shape
+    inner = u.T @ step.flatten(1) @ v.T * -((columns / rows) ** 0.5)
+    assert_close(inner, torch.diag(inner.diag()), rtol=0, atol=1e-12)
+    assert ((inner.diag() > 0.68) & (inner.diag() < 1.14)).all()
+    assert_close(
+        step.flatten(1), u @ torch.diag(inner.diag()) @ v * -((rows / columns) ** 0.5)
+    )
+
+
+def test_muon_decays_the_weights_apart_from_the_step():
+    params = {"w": torch.ones(2, 3)}
+    grads, optimizer = {"w": torch.zeros(2, 3)}, samfn.muon(weight_decay=0.5)
+    found, _ = optimizer.update(params, grads, optimizer.init(params), 0.1)
+    assert_close(found["w"], torch.full((2, 3), 0.95))
+
+
+def test_muon_computes_in_the_dtype_of_the_gradient_on_a_cpu_or_as_it_is_told():
+    found = []
+    for dtype in (None, torch.float64, torch.bfloat16):
+        torch.manual_seed(0)
+        found.append(first_step_of_muon((9, 9), dtype=dtype)[0])
+    own, wide, half = found
+    assert torch.equal(own, wide)
+    assert torch.equal(half, half.bfloat16().double())
+    assert not torch.equal(wide, wide.float().double())
+    assert_close(half, wide, rtol=0.1, atol=0.05)
+
+
+def test_muon_refuses_vectors_and_says_whose_they_are():
+    with pytest.raises(
+        ValueError, match=r"two dimensions and more, got b, c: give them to"
+    ):
+        samfn.init(start(), {}, optimizer=samfn.muon())
+    with pytest.raises(ValueError, match="adjust_lr_fn must be one of"):
+        samfn.muon(adjust_lr_fn="none")
+    with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
+        samfn.muon(momentum=1.0)

@@ -2,6 +2,8 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 import samfn
@@ -221,3 +223,56 @@ def test_an_evaluation_whose_function_writes_to_what_it_was_given_is_an_error(na
     given = {"w": torch.ones(2)}, {"count": torch.zeros(())}
     with pytest.raises(RuntimeError, match="writes to a tensor that it was given"):
         loop.evaluate(*given, [torch.ones(2)], loss_fn=WRITING[name])
+
+
+def test_the_slope_of_a_criterion_is_taken_at_other_outputs_and_penalties_stay():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    batch = torch.randn(8, 5, dtype=torch.float64), torch.randint(3, (8,))
+    params, buffers = samfn.split(model)
+    there = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F.cross_entropy(there, batch[1]), there)
+    leaves = {name: w.clone().requires_grad_() for name, w in params.items()}
+    outputs = torch.func.functional_call(model, leaves, (batch[0],))
+    found = torch.autograd.grad(outputs, [*leaves.values()], slope)
+    expected = {
+        name: grad + 0.1 * params[name] for name, grad in zip(leaves, found, strict=True)
+    }
+    for criterion in (F.cross_entropy, nn.CrossEntropyLoss(reduction="none")):
+        plain = samfn.supervised(model, criterion)
+        loss_fn = samfn.l2_regularized(plain, 0.1)
+        given = params, buffers, batch
+        for scale in (None, torch.tensor(64.0)):
+            how = {"slope_at": there.detach(), "scale": scale}
+            bent = samfn.evaluate(loss_fn, *given, **how)
+            assert_close(bent.grads, expected, rtol=1e-12, atol=1e-14)
+        known = samfn.evaluate(loss_fn, *given)
+        assert_close(bent.loss, known.loss, rtol=1e-15, atol=0)
+        same = samfn.evaluate(loss_fn, *given, slope_at=known.outputs)
+        assert_close(same.grads, known.grads, rtol=1e-14, atol=1e-16)
+        # The forward pass may be another function, as a compiled one.
+        pure = samfn.Loss(loss_fn.function, criterion=loss_fn.criterion)
+        bent = samfn.evaluate(pure, *given, slope_at=there.detach())
+        assert_close(bent.grads, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_loss_that_is_not_a_criterion_of_outputs_alone_has_no_slope_elsewhere():
+    model = nn.Linear(5, 3)
+    batch = torch.randn(8, 5), torch.randint(3, (8,))
+
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = model.weight
+
+        def forward(self, outputs, targets):
+            return F.cross_entropy(outputs * self.weight.norm(), targets)
+
+    losses = [
+        samfn.supervised(model, Penalised()),
+        samfn.supervised(model, call=lambda model, batch: model(batch[0]).sum()),
+        lambda params, buffers, batch: params["weight"].sum(),
+    ]
+    for loss_fn in losses:
+        with pytest.raises(ValueError, match="not known to be a criterion of outputs"):
+            samfn.evaluate(loss_fn, *samfn.split(model), batch, slope_at=torch.zeros(8, 3))

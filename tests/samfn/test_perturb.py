@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +10,7 @@ from samfn import everything, perturb, perturb_adaptive
 from tests.reference import asam_perturbation, flat
 from tests.strategies import params_and_grads, radii
 
-METRICS = [perturb, perturb_adaptive]
+METRICS = [perturb, perturb_adaptive, samfn.perturb_spectral]
 
 
 def moved(params, grads, rho, metric=perturb):
@@ -158,3 +159,56 @@ def test_bad_input_says_what_came(metric, grads, rho, error, message):
 def test_negative_eta_is_an_error():
     with pytest.raises(ValueError, match="eta must be at least 0, got -1"):
         perturb_adaptive({"a": torch.ones(2)}, {"a": torch.ones(2)}, 0.1, -1)
+
+
+def as_matrix(leaf):
+    return leaf.flatten(1) if leaf.ndim > 1 else leaf.reshape(-1, 1)
+
+
+@given(params_and_grads(), radii)
+def test_a_spectral_perturbation_is_rho_times_the_singular_vectors(trees, rho):
+    params, grads = trees
+    found = samfn.perturb_spectral(samfn.tree.zeros_like(params), grads, rho)
+    for name, g in grads.items():
+        u, s, v = np.linalg.svd(as_matrix(g).numpy(), full_matrices=False)
+        if s.min() > 0.003 * s.max():
+            expected = torch.tensor(rho * u @ v)
+            assert_close(as_matrix(found[name]), expected, rtol=1e-6, atol=1e-6 * rho)
+
+
+def test_no_other_point_of_the_spectral_ball_raises_a_linear_loss_as_much():
+    source = torch.Generator().manual_seed(0)
+    shapes = {"filters": (4, 3, 2, 2), "tall": (9, 4), "vector": (5,), "number": ()}
+    grads = {n: torch.randn(s, generator=source).double() for n, s in shapes.items()}
+    # Of a gradient of rank 1 most singular values are 0.
+    grads["thin"] = torch.outer(grads["vector"], grads["vector"] + 1)
+    zeros = samfn.tree.zeros_like(grads)
+    found = samfn.perturb_spectral(zeros, grads, 0.3)
+    largest = [torch.linalg.matrix_norm(as_matrix(e), 2) for e in found.values()]
+    assert_close(
+        torch.stack(largest), torch.full((5,), 0.3, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+    most = samfn.tree.dot(found, grads)
+    nuclear = sum(torch.linalg.matrix_norm(as_matrix(g), "nuc") for g in grads.values())
+    assert_close(most, 0.3 * nuclear, rtol=1e-9, atol=0)
+    sam = perturb(zeros, grads, 1.0)
+    for _ in range(200):
+        other = {
+            n: torch.randn(g.shape, generator=source).double() for n, g in grads.items()
+        }
+        # Near the best, too.
+        near = samfn.tree.add_scaled(found, 0.01, other)
+        for point in (other, near, sam):
+            inside = {
+                n: 0.3 * e / torch.linalg.matrix_norm(as_matrix(e), 2)
+                for n, e in point.items()
+            }
+            assert samfn.tree.dot(inside, grads) <= most * (1 + 1e-12)
+
+
+def test_a_tensor_without_a_gradient_stays_and_the_others_move():
+    params = {"a": torch.ones(3, 2), "b": torch.ones(2)}
+    grads = {"a": torch.zeros(3, 2), "b": torch.full((2,), 1e-12)}
+    found = samfn.perturb_spectral(params, grads, 0.5)
+    assert torch.equal(found["a"], params["a"])
+    assert_close((found["b"] - 1).norm().item(), 0.5, rtol=1e-6, atol=0)

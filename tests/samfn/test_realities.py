@@ -88,6 +88,7 @@ METHODS = {
     "friendly_sam": samfn.friendly_sam(),
     "looksam": samfn.looksam(3),
     "loss_scaled": samfn.loss_scaled(samfn.vasso()),
+    "spectral_sam": samfn.spectral_sam(),
     "multi_step_sam": samfn.multi_step_sam(),
     "ae_sam": samfn.ae_sam(9, -9.0, -9.0),
     "every": samfn.every(samfn.fisher_sam(), 3),

@@ -19,6 +19,7 @@ OPTIMIZERS = {
     "nadam": samfn.nadam(),
     "rmsprop": samfn.rmsprop(momentum=0.5, centered=True),
     "adagrad": samfn.adagrad(lr_decay=0.1),
+    "muon": samfn.grouped(samfn.muon(), (["1.bias"], samfn.sgd())),
     "clipped": samfn.clipped(samfn.sgd(), 0.1),
     "grouped": samfn.grouped(
         samfn.sgd(weight_decay=0.1),
@@ -29,6 +30,8 @@ METHODS = {
     "sam": samfn.sam(),
     "asam": samfn.asam(),
     "asam-all": samfn.asam(eta=0.0, adapts=samfn.everything),
+    "functional": samfn.accumulated(samfn.functional_sam(samfn.preconditioned()), 4),
+    "spectral": samfn.spectral_sam(),
     "accumulated": samfn.accumulated(samfn.sam(), 3),
     "per micro-batch": samfn.per_micro_batch(samfn.sam(), 3),
 }

@@ -33,6 +33,8 @@ METHODS = {
     "wsam": samfn.wsam(),
     "friendly_sam": samfn.friendly_sam(),
     "vasso": samfn.vasso(),
+    "functional_sam": samfn.functional_sam(samfn.preconditioned()),
+    "spectral_sam": samfn.spectral_sam(),
     "momentum_sam": samfn.momentum_sam(),
     "looksam": samfn.looksam(2),
     "multi_step_sam": samfn.multi_step_sam(),

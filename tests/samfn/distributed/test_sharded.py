@@ -41,6 +41,8 @@ OTHERS = {
     "same_randomness": samfn.same_randomness(samfn.sam()),
     "sub_batch_ascent": samfn.sub_batch_ascent(samfn.sam(), 0.5),
     "esam": samfn.esam(beta=1, gamma=1),
+    "functional_sam": samfn.functional_sam(samfn.preconditioned()),
+    "spectral_sam": samfn.spectral_sam(),
     "watched": samfn.watched(samfn.sam()),
     "nothing": samfn.every(samfn.sam(), 100),
 }
@@ -53,6 +55,7 @@ OPTIMIZERS = {
     "adagrad": samfn.adagrad(),
     "clipped": samfn.clipped(samfn.sgd(), 0.1),
     "grouped": samfn.grouped(samfn.sgd(), (["0.bias"], samfn.adam())),
+    "muon": samfn.grouped(samfn.muon(), (["0.bias", "2.bias", "4.bias"], samfn.sgd())),
     "scaled_lr": samfn.scaled_lr(samfn.sgd(), 0.5),
 }
 SGD = samfn.sgd(0.9, weight_decay=1e-2)

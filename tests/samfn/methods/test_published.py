@@ -18,11 +18,27 @@ from tests.reference import Counted, descent_of
 STEPS, RHO, LR = 8, 0.3, 0.2
 
 
-def layer(params, buffers, batch):
-    """Return the loss of `tests/oracle.py`, and that of each row."""
-    x, y = batch
-    losses = ((x @ params["weight"] + params["bias"]).tanh() - y).square().sum(1)
-    return losses.mean(), Aux(None, buffers, losses)
+def distance(outputs, batch):
+    return (outputs - batch[1]).square().sum(1)
+
+
+def criterion_of(outputs_of, criterion=distance):
+    """Return a loss that tells its outputs and its criterion apart."""
+
+    def function(params, buffers, batch):
+        outputs = outputs_of(params, batch)
+        losses = criterion(outputs, batch)
+        return losses.mean(), Aux(outputs, buffers, losses)
+
+    return samfn.Loss(function, criterion=criterion)
+
+
+def units(params, batch):
+    return (batch[0] @ params["weight"] + params["bias"]).tanh()
+
+
+# The loss of `tests/oracle.py`, and that of each row.
+layer = criterion_of(units)
 
 
 def problem(dtype=torch.float64, rows=10):
@@ -78,6 +94,17 @@ ORACLES = {
     "multi_step_sam": (samfn.multi_step_sam(3), oracle.multi_step_sam),
     "esam": (samfn.esam(1.0, 0.4), oracle.esam),
     "ae_sam": (samfn.ae_sam(STEPS), oracle.ae_sam),
+    "functional_sam": (samfn.functional_sam(), oracle.functional_sam),
+    "preconditioned": (samfn.sam(samfn.preconditioned(0.7)), oracle.preconditioned),
+    "functional and preconditioned": (
+        samfn.functional_sam(samfn.preconditioned(0.7)),
+        oracle.functional_preconditioned,
+    ),
+    "accumulated functional_sam": (
+        samfn.accumulated(samfn.functional_sam(), 4),
+        oracle.functional_sam,
+    ),
+    "spectral_sam": (samfn.spectral_sam(), oracle.spectral_sam),
     "on_parameters": (samfn.on_parameters(samfn.sam(), ["weight"]), oracle.on_weights),
     "every": (samfn.every(samfn.sam(), 3), oracle.every_third),
     "sub_batch_ascent": (samfn.sub_batch_ascent(samfn.sam()), oracle.quarter_ascent),
@@ -128,7 +155,7 @@ def test_each_differs_from_sam_and_from_the_base_optimizer(name):
 @pytest.mark.parametrize("optimizer", [samfn.sgd(), samfn.adamw()])
 def test_rho_zero_is_the_base_optimizer(name, optimizer):
     loss_fn = Counted(layer)
-    if name in ("per_micro_batch", "accumulated"):
+    if name == "per_micro_batch" or name.startswith("accumulated"):
         close, passes = {"rtol": 1e-12, "atol": 1e-14}, 3  # Sums of parts round.
     else:
         close, passes = {"rtol": 0, "atol": 0}, 1
@@ -207,6 +234,8 @@ PASSES = {
     "friendly_sam": (16, 0),
     "vasso": (16, 0),
     "momentum_sam": (8, 0),
+    "functional_sam": (16, 0),
+    "preconditioned": (16, 0),
     "looksam": (8 + 3, 0),
     "multi_step_sam": (32, 0),
     "esam": (16, 8),
@@ -220,12 +249,12 @@ class Tally:
     def __init__(self):
         self.gradients, self.forwards = 0, 0
 
-    def __call__(self, params, buffers, batch, *, wrt=None, scale=None):
+    def __call__(self, params, buffers, batch, *, wrt=None, **how):
         if wrt is not None and not wrt:
             self.forwards += 1
         else:
             self.gradients += 1
-        return evaluate(layer, params, buffers, batch, wrt=wrt, scale=scale)
+        return evaluate(layer, params, buffers, batch, wrt=wrt, **how)
 
 
 def tally(method, steps):
@@ -282,10 +311,7 @@ def test_the_perturbation_is_rho_long_in_its_own_metric(name):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_a_zero_gradient_perturbs_nothing_and_gives_no_nan(name):
-    def flat(params, buffers, batch):
-        losses = 0 * (batch[0] @ params["weight"] + params["bias"]).sum(1)
-        return losses.mean(), Aux(None, buffers, losses)
-
+    flat = criterion_of(units, lambda outputs, batch: 0 * distance(outputs, batch))
     trace = train(ORACLES[name][0], loss_fn=flat)
     for _, metrics in trace:
         assert metrics.finite
@@ -323,6 +349,26 @@ def test_esam_draws_the_share_beta_and_makes_up_for_it():
     assert_close(step[moved], torch.full_like(step[moved], 4 / 200))  # rho / beta / ||1||
 
 
+def test_esam_of_tensors_is_the_length_of_the_official_code_and_leaves_whole_tensors():
+    params = {str(n): torch.full((3,), 1.0 + n, dtype=torch.float64) for n in range(40)}
+    method, seen = samfn.esam(0.25, 1.0, draws="tensors"), []
+
+    def loss_fn(params, buffers, batch):
+        seen.append({name: w.detach() for name, w in params.items()})
+        return sum(w.square().sum() for w in params.values()) * batch.mean()
+
+    torch.manual_seed(0)
+    descent = descent_of(method, loss_fn, params, torch.ones(2).double(), rho=0.1)
+    step = {name: seen[1][name] - w for name, w in params.items()}
+    moved = {name: e for name, e in step.items() if e.any()}
+    assert 2 < len(moved) < 20
+    # All of it along the gradient of what is not frozen, 2 w, and rho / beta long.
+    scales = [e / params[name] for name, e in moved.items()]
+    assert_close(torch.cat(scales), scales[0][0].expand(3 * len(moved)))
+    assert_close(tree.norm(step).item(), 0.1 / 0.25, rtol=1e-12, atol=0)
+    assert descent.grads.keys() == params.keys()  # All descend.
+
+
 def test_esam_descends_with_the_examples_whose_loss_grew_most():
     chosen = []
 
@@ -349,12 +395,30 @@ def test_esam_descends_with_the_examples_whose_loss_grew_most():
         (lambda: samfn.momentum_sam(-0.1), "momentum must be at least 0 and below 1"),
         (lambda: samfn.ae_sam(5, decay=1.5), "decay must be at least 0 and below 1"),
         (lambda: samfn.esam(beta=0.0), "beta must be above 0 and at most 1, got 0.0"),
+        (lambda: samfn.esam(draws="weights"), "draws must be .entries. or .tensors."),
         (lambda: samfn.esam(gamma=1.5), "gamma must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_arguments_out_of_range_are_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_functional_sam_says_what_it_needs():
+    _, _, params, batches = problem()
+    method = samfn.functional_sam()
+    for known in (lambda p, b, x: layer(p, b, x)[0], lambda p, b, x: layer(p, b, x)):
+        with pytest.raises(ValueError, match="not known to be a criterion of outputs"):
+            descent_of(method, known, params, batches[0])
+    with pytest.raises(ValueError, match="leave its ascent whole"):
+        descent_of(samfn.sub_batch_ascent(method, 0.5), layer, params, batches[0])
+    # Two rows of outputs for each example: their parts do not go with those of the batch.
+    both = criterion_of(
+        lambda params, batch: units(params, batch).repeat(2, 1),
+        lambda outputs, batch: distance(outputs, (None, batch[1].repeat(2, 1))),
+    )
+    with pytest.raises(ValueError, match="one row for each example, got 20 rows"):
+        descent_of(samfn.accumulated(method, 4), both, params, batches[0])
 
 
 def test_esam_says_what_it_needs():

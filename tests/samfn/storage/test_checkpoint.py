@@ -26,10 +26,12 @@ from tests import commands
 from tests.reference import batches, small_network
 from tests.special import SPECIAL, make_special
 
+VECTORS = samfn.no_decay_parameters(small_network())
 OPTIMIZERS = {
     "sgd": samfn.sgd(),
     "plain sgd": samfn.sgd(0.0),
     "nadam": samfn.nadam(),
+    "muon": samfn.grouped(samfn.muon(), (VECTORS, samfn.sgd())),
     "clipped adamw": samfn.clipped(samfn.adamw(amsgrad=True), 1.0),
 }
 

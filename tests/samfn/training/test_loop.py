@@ -440,3 +440,79 @@ def test_scores_that_are_not_finite_are_wrong_and_left_out_classes_are_not():
         100,
         0,
     ]
+
+
+def valley(losses, callback=None, start=None, steps=2):
+    """Go through epochs of `steps` steps, the weight of step n being n, by these losses."""
+    training = start or Training(
+        samfn.init({"w": torch.zeros(1)}, {}, optimizer=samfn.sgd())
+    )
+    callback = callback or callbacks.swad("loss")
+    for loss in losses:
+        for _ in range(steps):
+            params = {"w": torch.tensor([float(training.step)])}
+            training.count(training.state._replace(params=params))
+            callback(Step(training, None, None))
+        training.row = {"loss": loss}
+        training.epoch, training.batch = training.epoch + 1, 0
+        callback(Epoch(training))
+        if training.stop:
+            break
+    return training
+
+
+# Losses of epochs -> the epochs of the paper's algorithm 1, from 1; and whether it ended.
+VALLEYS = {
+    # 1.0 is the first least of three, and the bar is 1.3 * 1.1 = 1.43.
+    (2.0, 1.5, 1.0, 1.2, 1.1, 1.4, 9.0, 1.3, 9.0): (3, 8, False),
+    (2.0, 1.5, 1.0, 1.2, 1.1, 9.0, 1.43, *[1.44] * 6, 1.0): (3, 7, True),
+    # Five above the bar are no six.
+    (1.0, 1.2, 1.1, *[2.0] * 5, 1.3, 2.0): (1, 9, False),
+    # The bar is 3.9 by a loss that is above it, and counts as one lower follows.
+    (1.0, 2.0, 6.0): (1, 2, False),
+    (1.0, 2.0, 6.0, 1.0): (1, 4, False),
+    # An equal loss is no new least; one that is no number begins no valley, nor ends it.
+    (1.0, 1.0, 1.0): (1, 3, False),
+    (math.nan, 1.0, math.nan, 3.0, 3.1, 3.2, math.nan, 3.0): (4, 8, False),
+}
+
+
+@pytest.mark.parametrize("losses", VALLEYS)
+def test_swad_averages_all_steps_from_the_first_to_the_last_epoch_of_the_valley(losses):
+    first, last, ended = VALLEYS[losses]
+    training = valley(losses)
+    kept = training.memory["swad"]
+    assert (kept["first"], kept["last"], bool(training.stop)) == (first, last, ended)
+    mean = sum(range(2 * first - 2, 2 * last)) / (2 * (last - first + 1))
+    assert callbacks.swad_of(training)["w"].item() == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("losses", [(), (3.0, 2.0, 1.0), (2.0, 1.0, 1.1)])
+def test_before_a_valley_swad_gives_the_weights_of_the_state(losses):
+    training = valley(losses)
+    assert torch.equal(callbacks.swad_of(training)["w"], training.state.params["w"])
+    assert not training.stop
+
+
+def test_swad_is_told_how_long_and_how_high_a_valley_is():
+    callback = callbacks.swad("loss", converge=2, overfit=1, tolerance=1.0)
+    training = valley([3.0, 1.0, 1.2, 1.1, 1.11, 1.0], callback)
+    assert (training.memory["swad"]["first"], training.memory["swad"]["last"]) == (2, 2)
+    assert "loss is above the valley for 1 epochs" in training.stop
+    for wrong in ({"converge": 0}, {"overfit": 0}, {"tolerance": 0.9}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            callbacks.swad("loss", **wrong)
+
+
+@pytest.mark.parametrize("stop", range(1, 14))
+def test_swad_goes_on_bit_for_bit_wherever_a_run_was_stopped(tmp_path, stop):
+    losses = (2.0, 1.5, 1.0, 1.2, 1.1, 1.4, 9.0, 1.3, *[9.0] * 6)
+    first = valley(losses[:stop])
+    samfn.save(tmp_path / "run", first.state, **callbacks.to_metadata(first))
+    state, metadata = samfn.restore(tmp_path / "run", like=first.state)
+    again = callbacks.from_metadata(state, metadata)
+    again.step = 2 * stop
+    whole, again = valley(losses), valley(losses[stop:], start=again)
+    assert again.stop == whole.stop
+    assert again.memory["swad"] == whole.memory["swad"]
+    assert torch.equal(callbacks.swad_of(again)["w"], callbacks.swad_of(whole)["w"])

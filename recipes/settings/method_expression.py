@@ -31,6 +31,7 @@ FUNCTIONS = {
         "perturb",
         "perturb_adaptive",
         "perturb_fisher",
+        "perturb_layerwise",
     )
 }
 

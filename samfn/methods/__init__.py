@@ -1,13 +1,15 @@
 """How a batch becomes the gradient that descends: each method a value, a few functions.
 
-`base` says what a method is, `published` holds those of the literature, `combinators` turn
-methods into others.
+`base` says what a method is. `published` holds those of the literature, as do `lengths`,
+those that choose how far they climb, and `one_pass`, those that perturb before they look;
+`combinators` turn methods into others.
 """
 
 from samfn.methods.base import (
     Descended,
     Descent,
     Direction,
+    Length,
     Method,
     MethodState,
     Point,
@@ -22,17 +24,20 @@ from samfn.methods.combinators import (
     same_randomness,
     sub_batch_ascent,
 )
+from samfn.methods.lengths import le_sam, light_sam, sagm, unified_sam, usam
+from samfn.methods.one_pass import momentum_sam, rwp, s2_sam
 from samfn.methods.published import (
     ae_sam,
     asam,
+    awp,
     esam,
     fisher_sam,
     friendly_sam,
     gsam,
     looksam,
-    momentum_sam,
     multi_step_sam,
     sam,
+    ssam,
     vasso,
     wsam,
 )
@@ -42,27 +47,37 @@ __all__ = [
     "Descended",
     "Descent",
     "Direction",
+    "Length",
     "Method",
     "MethodState",
     "Point",
     "accumulated",
     "ae_sam",
     "asam",
+    "awp",
     "esam",
     "every",
     "fisher_sam",
     "friendly_sam",
     "gsam",
+    "le_sam",
+    "light_sam",
     "looksam",
     "loss_scaled",
     "momentum_sam",
     "multi_step_sam",
     "on_parameters",
     "per_micro_batch",
+    "rwp",
+    "s2_sam",
+    "sagm",
     "sam",
     "same_randomness",
+    "ssam",
     "sub_batch_ascent",
     "two_pass",
+    "unified_sam",
+    "usam",
     "vasso",
     "watched",
     "wsam",

@@ -27,6 +27,7 @@ from samfn.methods.base import (
     look,
     move,
     plain,
+    scalar_like,
     two_pass,
     unperturbed,
 )
@@ -36,6 +37,7 @@ from samfn.perturb import (
     perturb,
     perturb_adaptive,
     perturb_fisher,
+    perturb_layerwise,
 )
 from samfn.tree import Params
 
@@ -137,6 +139,48 @@ def wsam(gamma: float = 0.9, *, metric: Perturb = perturb) -> Method:
     return two_pass(metric, combine=combine)
 
 
+def ssam(*, metric: Perturb = perturb) -> Method:
+    """Stable SAM: the perturbed gradient's direction, with the length of the clean one.
+
+    <- ||g|| / ||g_s|| g_s, where g_s = grad L(w + e)
+
+    Both norms are over all parameters together. Two gradients a step; rho as for `sam`. It
+    keeps steps small where g_s is large, and so takes a larger lr.
+
+    Args:
+        metric: `perturb`, or another perturbation like it.
+
+    Source:
+        Tan et al., 2024, arXiv:2401.07250; github.com/cltan023/stablesam2024, sam.py,
+        whose adaptive form measures both gradients in the metric.
+    """
+
+    def combine(clean: Params, worst: Params) -> Combined:
+        factor = _quotient(tree.norm(clean), tree.norm(worst))
+        return tree.scale(worst, factor), None
+
+    return two_pass(metric, combine=combine)
+
+
+def awp() -> Method:
+    """Adversarial weight perturbation: each weight by rho relative to its own norm.
+
+    e_l = rho ||w_l|| g_l / ||g_l|| for each w_l of two or more dimensions, else 0;
+    <- grad L(w + e)
+
+    The attack on the inputs comes before: a batch has those that were attacked. Two
+    gradients a step. rho = 0.01 in the official code, for adversarial training.
+
+    The official code climbs the loss alone, and descends with weight decay taken at w + e:
+    `ascent_on(awp(), loss_fn)`, in a step on `l2_regularized(loss_fn, decay)`, is that.
+
+    Source:
+        Wu et al., 2020, arXiv:2004.05884; github.com/csdongxian/AWP, whose steps also
+        count the perturbed pass in BatchNorm's statistics.
+    """
+    return two_pass(perturb_layerwise)
+
+
 def friendly_sam(
     sigma: float = 1.0, decay: float = 0.9, *, metric: Perturb = perturb
 ) -> Method:
@@ -187,40 +231,6 @@ def vasso(theta: float = 0.9, *, metric: Perturb = perturb) -> Method:
         return dict(memory["mean"]), memory
 
     return two_pass(metric, Direction(_no_average, update))
-
-
-def momentum_sam(momentum: float = 0.9) -> Method:
-    """Momentum SAM: perturb along what the optimizer remembers, and save the first pass.
-
-    e = -rho v / ||v||;  <- grad L(w + e);  v <- momentum v + grad L(w + e)
-
-    One gradient a step. v is the momentum of SGD without weight decay, and 0 at first.
-    The parameters of the state are always the unperturbed w. As the one pass is the
-    perturbed one, loss, outputs and batch statistics are those at w + e. rho = 3 for a
-    wide residual network on CIFAR-100.
-
-    Args:
-        momentum: share of v that stays, in [0, 1).
-
-    Source:
-        Becker et al., 2024, arXiv:2401.12033, algorithm 1.
-    """
-    checks.require_below_one("momentum", momentum)
-
-    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
-        velocity = memory["momentum"]
-        if is_number_zero(point.rho):
-            seen = plain(evaluate, point)
-        else:
-            ahead, length = move(perturb, point, tree.scale(velocity, -1.0))
-            there = evaluate(ahead, point.buffers, point.batch)
-            seen = unperturbed(there)._replace(perturbation_norm=length)
-        grads = tree.only(seen.grads, point.moved)
-        return seen, {"momentum": tree.add_scaled(grads, momentum, velocity)}
-
-    return Method(
-        lambda params, moved: {"momentum": tree.zeros_like(moved)}, descent, gradients=1.0
-    )
 
 
 def looksam(k: int = 5, alpha: float = 0.7, *, metric: Perturb = perturb) -> Method:
@@ -410,10 +420,7 @@ def _quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _no_average(moved: Params) -> MethodState:
-    weight = next(iter(moved.values()))
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    begun = torch.zeros((), dtype=wide, device=weight.device)
-    return {"mean": tree.zeros_like(moved), "begun": begun}
+    return {"mean": tree.zeros_like(moved), "begun": scalar_like(moved)}
 
 
 def _averaged(memory: MethodState, grads: Params, share: float) -> MethodState:

@@ -89,6 +89,10 @@ METHODS = {
     "looksam": samfn.looksam(3),
     "loss_scaled": samfn.loss_scaled(samfn.vasso()),
     "multi_step_sam": samfn.multi_step_sam(),
+    "ssam": samfn.ssam(),
+    "awp": samfn.awp(),
+    "unified_sam": samfn.unified_sam(),
+    "light_sam": samfn.light_sam(),
     "ae_sam": samfn.ae_sam(9, -9.0, -9.0),
     "every": samfn.every(samfn.fisher_sam(), 3),
 }

@@ -12,6 +12,7 @@ import samfn
 from samfn import tree
 from samfn.loss import Aux, evaluate
 from samfn.methods.base import Point
+from samfn.perturb import filter_noise
 from tests import oracle
 from tests.reference import Counted, descent_of
 
@@ -71,6 +72,20 @@ ORACLES = {
     "fisher_sam": (samfn.fisher_sam(0.3), oracle.fisher_sam),
     "gsam": (samfn.gsam(), oracle.gsam),
     "wsam": (samfn.wsam(0.8), oracle.wsam),
+    "ssam": (samfn.ssam(), oracle.ssam),
+    "awp": (samfn.awp(), oracle.awp),
+    "s2_sam": (samfn.s2_sam(), oracle.s2_sam),
+    "rwp": (samfn.rwp(0.3), oracle.rwp),
+    "rwp alone": (samfn.rwp(1.0), partial(oracle.rwp, lam=1.0)),
+    "usam": (samfn.usam(), oracle.usam),
+    "unified_sam": (samfn.unified_sam(), oracle.unified_sam),
+    "unified_sam 0.3": (
+        samfn.unified_sam(0.3),
+        partial(oracle.unified_sam, lam=0.3),
+    ),
+    "le_sam": (samfn.le_sam(0.35), oracle.le_sam),
+    "light_sam": (samfn.light_sam(), oracle.light_sam),
+    "sagm": (samfn.sagm(0.1), oracle.sagm),
     "friendly_sam": (samfn.friendly_sam(0.7, 0.6), oracle.friendly_sam),
     "vasso": (samfn.vasso(0.3), oracle.vasso),
     "momentum_sam": (samfn.momentum_sam(), oracle.momentum_sam),
@@ -92,14 +107,17 @@ ORACLES = {
 def test_a_training_is_that_of_the_papers_equations_in_numpy(name):
     method, step_of = ORACLES[name]
     w, data, _, _ = problem()
-    memory = {}
-    for step, ((state, _), (x, y)) in enumerate(zip(train(method), data, strict=True)):
+    torch.manual_seed(0)
+    trace = train(method)
+    torch.manual_seed(0)
+    memory = {"normal": lambda *shape: torch.randn(shape, dtype=torch.float64).numpy()}
+    for step, ((state, _), (x, y)) in enumerate(zip(trace, data, strict=True)):
         found = step_of(w, x, y, RHO, memory, step)
         grads, beside = found if isinstance(found, tuple) else (found, 0.0)
         w = w - LR * grads - LR * beside
         assert_close(state.params, as_params(w), rtol=1e-6, atol=1e-7)
-    if name == "ae_sam":  # Both branches were taken.
-        assert {True, False} == set(memory["sharp"])
+    for branches in ("sharp", "capped"):  # Both were taken.
+        assert {True, False} == set(memory.get(branches, (True, False)))
 
 
 def test_every_method_has_an_oracle():
@@ -146,6 +164,7 @@ IDENTITIES = {
     "looksam at every step": samfn.looksam(1),
     "one ascent step": samfn.multi_step_sam(1),
     "fisher without information": samfn.fisher_sam(0.0),
+    "unified, all normalised": samfn.unified_sam(1.0),
     "asam without a weight that adapts": samfn.asam(adapts=lambda name, w: False),
     "esam of all weights and examples": samfn.esam(1.0, 1.0),
     "micro-batch of the whole batch": samfn.per_micro_batch(samfn.sam(), 10),
@@ -206,7 +225,9 @@ PASSES = {
     "wsam": (16, 0),
     "friendly_sam": (16, 0),
     "vasso": (16, 0),
-    "momentum_sam": (8, 0),
+    **dict.fromkeys(["usam", "unified_sam", "le_sam", "light_sam", "sagm"], (16, 0)),
+    **dict.fromkeys(["ssam", "awp", "rwp"], (16, 0)),
+    **dict.fromkeys(["momentum_sam", "s2_sam", "rwp alone"], (8, 0)),
     "looksam": (8 + 3, 0),
     "multi_step_sam": (32, 0),
     "esam": (16, 8),
@@ -252,6 +273,7 @@ def test_twenty_steps_with_every_fifth_perturbed_are_24_gradients(method):
 
 LENGTHS = {
     "sam": lambda w, g, e: e,
+    "light_sam": lambda w, g, e: e,  # In its first step.
     "gsam": lambda w, g, e: e,
     "wsam": lambda w, g, e: e,
     "vasso": lambda w, g, e: e,
@@ -282,6 +304,9 @@ def test_the_perturbation_is_rho_long_in_its_own_metric(name):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_a_zero_gradient_perturbs_nothing_and_gives_no_nan(name):
+    if "rwp" in name:
+        pytest.skip("its perturbation is random, whatever the gradient")
+
     def flat(params, buffers, batch):
         losses = 0 * (batch[0] @ params["weight"] + params["bias"]).sum(1)
         return losses.mean(), Aux(None, buffers, losses)
@@ -291,6 +316,17 @@ def test_a_zero_gradient_perturbs_nothing_and_gives_no_nan(name):
         assert metrics.finite
         assert metrics.perturbation_norm == 0
     assert_close(dict(trace[-1][0].params), problem()[2], rtol=0, atol=0)
+
+
+def test_noise_is_as_wide_as_its_filter_is_long():
+    weight = torch.stack([torch.full((30, 1000), size) for size in (1.0, 0.0, 3.0)])
+    torch.manual_seed(0)
+    for w, lengths in ((weight, weight.norm(dim=(1, 2))), (weight[2, 0], [9000**0.5])):
+        noise = filter_noise(w).reshape(len(lengths), -1)
+        found = noise.std(1), noise.mean(1)
+        expected = torch.as_tensor(lengths), torch.zeros(len(lengths))
+        assert_close(found[0], expected[0], rtol=0.05, atol=0)
+        assert (found[1].abs() < 0.1 * expected[0] + 1e-9).all()
 
 
 def test_looksam_survives_when_its_first_look_is_skipped():
@@ -344,6 +380,10 @@ def test_esam_descends_with_the_examples_whose_loss_grew_most():
         (lambda: samfn.multi_step_sam(0), "ascents must be a whole number"),
         (lambda: samfn.ae_sam(0), "steps must be a whole number"),
         (lambda: samfn.wsam(1.0), "gamma must be at least 0 and below 1, got 1.0"),
+        (lambda: samfn.rwp(0.0), "lam must be above 0 and at most 1, got 0.0"),
+        (lambda: samfn.unified_sam(1.5), "lam must be between 0 and 1, or None, got 1.5"),
+        (lambda: samfn.le_sam(0.0), "rho_max must be positive, got 0.0"),
+        (lambda: samfn.sagm(-0.1), "alpha must be finite and at least 0, got -0.1"),
         (lambda: samfn.friendly_sam(decay=1.0), "decay must be at least 0 and below 1"),
         (lambda: samfn.vasso(0.0), "theta must be above 0 and at most 1, got 0.0"),
         (lambda: samfn.momentum_sam(-0.1), "momentum must be at least 0 and below 1"),
@@ -384,6 +424,9 @@ def test_it_traces_as_one_graph_for_each_kind_of_step(name):
 
         traced = torch.compile(descent, fullgraph=True, backend="eager")
         arguments = params, batches[step], torch.tensor(RHO), memory
-        found, expected = traced(*arguments), descent(*arguments)
+        torch.manual_seed(0)
+        found = traced(*arguments)
+        torch.manual_seed(0)
+        expected = descent(*arguments)
         assert_close(found, expected, rtol=1e-12, atol=1e-12)
         memory = expected[-1]

@@ -37,9 +37,10 @@ def perturb(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Ten
             `rho` is a negative number.
 
     Source:
-        Foret et al., 2021, arXiv:2010.01412, equation 2 with p = 2. Implementations
-        add 1e-12 to the norm, and so fall short of rho where the gradient is small;
-        here the length is rho, or 0 where the norm cannot be told from 0.
+        Foret et al., 2021, arXiv:2010.01412, equation 2 with p = 2. Implementations add
+        a small number to the norm, and so fall short of rho where the gradient is small:
+        most 1e-12, SamsungLabs 1e-16, VaSSO and ESAM 1e-7, which is 9 % at a norm of 1e-6.
+        Here the length is rho, or 0 where the norm cannot be told from 0.
     """
     rho = _checked(params, grads, rho)
     return tree.add_scaled(params, rate(tree.norm(grads), rho), grads)

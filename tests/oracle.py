@@ -133,6 +133,18 @@ def vasso(w, x, y, rho, memory, step, theta=0.3):
     return slope(w + rho * unit(memory["d"]), x, y)
 
 
+def part(x, y):
+    return x[:4], y[:4]
+
+
+def ascent_on(w, x, y, rho, memory, step):
+    return slope(w + rho * unit(slope(w, *part(x, y))), x, y)
+
+
+def on_loss(w, x, y, rho, memory, step):
+    return slope(w, x, y) + sam(w, *part(x, y), rho, memory, step)
+
+
 def momentum_sam(w, x, y, rho, memory, step, momentum=0.9):
     v = memory.get("v", np.zeros_like(w))
     ahead = w - rho * unit(v) if v.any() else w

@@ -36,26 +36,30 @@ class CompiledPasses:
         *,
         wrt: Collection[str] | None = None,
         scale: Tensor | None = None,
+        other: LossFn | None = None,
     ) -> Pass:
-        """Evaluate the loss function, as `samfn.evaluate` does."""
+        """Evaluate the loss function, or another, as `samfn.evaluate` does."""
+        chosen = self._loss_fn if other is None else other
         if self.plan == "loss":
-            return evaluate(self._forward(), params, buffers, batch, wrt=wrt, scale=scale)
-        key = wrt if wrt is None else tuple(wrt)
+            forward = self._forward(chosen)
+            return evaluate(forward, params, buffers, batch, wrt=wrt, scale=scale)
+        names = wrt if wrt is None else tuple(wrt)
+        key = id(chosen), names
         if key not in self._made:
 
             def one(
                 params: Params, buffers: Params, batch: Batch, scale: Tensor | None
             ) -> Pass:
-                return evaluate(self._loss_fn, params, buffers, batch, wrt=key, scale=scale)
+                return evaluate(chosen, params, buffers, batch, wrt=names, scale=scale)
 
             self._made[key] = compiled(one, self._how)
         result: Pass = self._made[key](params, buffers, batch, scale)
         return result
 
-    def _forward(self) -> Loss:
-        """Return the loss function with forward and backward pass compiled."""
-        if "loss" not in self._made:
-            loss_fn = as_loss(self._loss_fn)
+    def _forward(self, chosen: LossFn) -> Loss:
+        """Return a loss function with forward and backward pass compiled."""
+        if id(chosen) not in self._made:
+            loss_fn = as_loss(chosen)
             function = loss_fn.function
 
             def forward(params: Params, buffers: Params, batch: Batch) -> Any:
@@ -67,10 +71,10 @@ class CompiledPasses:
                 full = {name: whole(w) for name, w in params.items()}
                 return nullcontext(run(full, *given))
 
-            self._made["loss"] = replace(
+            self._made[id(chosen)] = replace(
                 loss_fn, function=run, differentiating=differentiating
             )
-        found: Loss = self._made["loss"]
+        found: Loss = self._made[id(chosen)]
         return found
 
     def optimizer(self, optimizer: Optimizer) -> Optimizer:

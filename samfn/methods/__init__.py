@@ -17,8 +17,10 @@ from samfn.methods.base import (
 )
 from samfn.methods.combinators import (
     accumulated,
+    ascent_on,
     every,
     loss_scaled,
+    on_loss,
     on_parameters,
     per_micro_batch,
     same_randomness,
@@ -54,6 +56,7 @@ __all__ = [
     "accumulated",
     "ae_sam",
     "asam",
+    "ascent_on",
     "awp",
     "esam",
     "every",
@@ -66,6 +69,7 @@ __all__ = [
     "loss_scaled",
     "momentum_sam",
     "multi_step_sam",
+    "on_loss",
     "on_parameters",
     "per_micro_batch",
     "rwp",

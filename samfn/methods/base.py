@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samfn import tree
 from samfn.batches import first_rows, length_of
-from samfn.loss import Evaluate, Pass
+from samfn.loss import Evaluate, LossFn, Pass
 from samfn.perturb import Perturb, perturb
 from samfn.tree import Batch, Params
 
@@ -35,6 +35,8 @@ class Point(NamedTuple):
     """Which of the method's kinds of step this is."""
     weigh: Callable[[Batch], int | Tensor] = length_of
     """What the loss of a batch is a mean over, as `Loss.weigh`."""
+    climbed: LossFn | None = None
+    """The loss whose slope the ascent looks up; None is the step's own."""
 
 
 class Descent(NamedTuple):
@@ -74,6 +76,8 @@ class Method(NamedTuple):
     gradients: float | None = None
     """How many gradients of a batch a step takes, on average; a part of the batch counts as
     that part, a gradient by some parameters as a whole one. None where data decide."""
+    losses: tuple[LossFn, ...] = ()
+    """Loss functions that it evaluates beside the step's own."""
     outermost: str | None = None
     """Name of the combinator that made it, if no other one may be put around it."""
 
@@ -150,7 +154,7 @@ def two_pass(
             return unperturbed(clean), memory
         perturbed, distance = move(metric, point, up, rho=radius)
         worst = evaluate(perturbed, point.buffers, point.batch)
-        seen = Descent(worst.grads, clean, worst.loss, distance)
+        seen = perturbed_descent(point, clean, worst, distance)
         if combine is not None:
             grads, beside = combine(clean.grads, worst.grads)
             seen = seen._replace(grads=grads, beside=beside)
@@ -179,6 +183,8 @@ def one_pass(
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         if is_number_zero(point.rho):
             seen = plain(evaluate, point)
+        elif point.climbed is not None:
+            raise ValueError("ascent_on: the method has no pass that looks up the slope")
         else:
             ahead, length = move(metric, point, up(memory))
             there = evaluate(ahead, point.buffers, point.batch)
@@ -202,7 +208,14 @@ def look(evaluate: Evaluate, point: Point, *, everywhere: bool = False) -> Pass:
     if share < 1:
         batch = first_rows(batch, share)
     wrt = None if everywhere or len(moved) == len(params) else moved
-    return evaluate(params, buffers, batch, wrt=wrt)
+    if point.climbed is None:
+        return evaluate(params, buffers, batch, wrt=wrt)
+    if everywhere:
+        raise ValueError(
+            "ascent_on: the method also descends with the gradient that it climbs by, which"
+            " is of another loss here: expected one that only climbs by it, as sam or asam"
+        )
+    return evaluate(params, buffers, batch, wrt=wrt, other=point.climbed)
 
 
 def move(
@@ -226,6 +239,13 @@ def move(
     moved = metric(there, direction, point.rho if rho is None else rho)
     length = tree.norm(tree.subtract(moved, tree.only(point.params, point.moved)))
     return {**point.params, **moved}, length
+
+
+def perturbed_descent(point: Point, clean: Pass, worst: Pass, length: Tensor) -> Descent:
+    """Return what descends with the gradient of the last pass."""
+    if point.climbed is not None:  # Of the step's own loss there is no other pass.
+        clean = worst._replace(grads=clean.grads)
+    return Descent(worst.grads, clean, worst.loss, length)
 
 
 def plain(evaluate: Evaluate, point: Point) -> Descent:

@@ -89,8 +89,7 @@ def le_sam(rho_max: float = 0.3) -> Method:
         Wang et al., 2026, arXiv:2605.10183; github.com/smithgun2005/LE-SAM-ICML2026,
         lesam.py, without its options to take a share of the examples, or of g beside.
     """
-    if not rho_max > 0:
-        raise ValueError(f"rho_max must be positive, got {rho_max}")
+    checks.require_positive("rho_max", rho_max)
 
     def update(up: Params, rho: float | Tensor, memory: MethodState) -> Radius:
         return rate(tree.norm(up), rho).clamp(max=rho_max), {}

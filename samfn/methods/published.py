@@ -26,6 +26,7 @@ from samfn.methods.base import (
     is_number_zero,
     look,
     move,
+    perturbed_descent,
     plain,
     scalar_like,
     two_pass,
@@ -112,27 +113,34 @@ def gsam(alpha: float = 0.4, *, metric: Perturb = perturb) -> Method:
     return two_pass(metric, combine=combine)
 
 
-def wsam(gamma: float = 0.9, *, metric: Perturb = perturb) -> Method:
+def wsam(
+    gamma: float = 0.9, *, max_norm: float | None = None, metric: Perturb = perturb
+) -> Method:
     """Weighted SAM: sharpness as a regulariser of its own weight, beside the optimizer.
 
     <- g;  then w <- w - lr gamma / (1 - gamma) (grad L(w + e) - g)
 
-    The sharpness part passes by the base optimizer, by its momentum and by a clip of the
-    gradient. Two gradients a step. With gamma = 1/2 and SGD without momentum it is SAM.
+    The sharpness part passes by the base optimizer and its momentum, so that `clipped`
+    would not bound it, and is refused. Two gradients a step. With gamma = 1/2 and SGD
+    without momentum it is SAM.
 
     Args:
         gamma: weight of the sharpness, at least 0 and below 1; 0 is the base optimizer.
             0.8 to 0.95 do alike in the paper.
+        max_norm: largest norm of g and of grad L(w + e), each clipped before they are
+            subtracted, as in the official code; None clips neither.
         metric: `perturb`, or another perturbation like it.
 
     Source:
         Yue et al., 2023, arXiv:2305.15817, algorithm 1.
     """
     checks.require_below_one("gamma", gamma)
+    if max_norm is not None:
+        checks.require_positive("max_norm", max_norm)
 
-    def combine(
-        clean: Params, worst: Params
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def combine(clean: Params, worst: Params) -> Combined:
+        if max_norm is not None:
+            clean, worst = tree.clip(clean, max_norm), tree.clip(worst, max_norm)
         sharpness = tree.subtract(worst, clean)
         return dict(clean), tree.scale(sharpness, gamma / (1 - gamma))
 
@@ -306,7 +314,7 @@ def multi_step_sam(ascents: int = 2, *, metric: Perturb = perturb) -> Method:
             up, rho = tree.only(seen.grads, point.moved), point.rho / ascents
             there, length = move(metric, point, up, start=there, rho=rho)
         worst = evaluate(there, point.buffers, point.batch)
-        return Descent(worst.grads, clean, worst.loss, length), memory
+        return perturbed_descent(point, clean, worst, length), memory
 
     return Method(_nothing, descent, gradients=1.0 + ascents)
 
@@ -342,8 +350,11 @@ def esam(beta: float = 0.5, gamma: float = 0.5) -> Method:
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         if is_number_zero(point.rho):
             return plain(evaluate, point), memory
-        if point.share < 1:
-            raise ValueError("esam compares all losses of a batch: leave its ascent whole")
+        if point.share < 1 or point.climbed is not None:
+            raise ValueError(
+                "esam compares all losses of a batch: leave its ascent whole, and on the"
+                " step's own loss"
+            )
         clean = look(evaluate, point)
         there, length = move(thinned, point, tree.only(clean.grads, point.moved))
         if gamma == 1:
@@ -376,7 +387,9 @@ def ae_sam(
         decay: of the running mean and variance, in [0, 1).
 
     Source:
-        Jiang et al., 2023, arXiv:2304.14647, algorithm 1.
+        Jiang et al., 2023, arXiv:2304.14647, algorithm 1. It leaves the start of mean and
+        variance open. The only code that was found starts them with 0 and 1e-10, and so
+        perturbs more at first: 21 of 40 steps where this perturbed 11.
     """
     checks.require_count("steps", steps)
     checks.require_below_one("decay", decay)

@@ -29,7 +29,16 @@ METHODS = {
     "fisher_sam": samfn.fisher_sam(),
     "per_micro_batch": None,  # of as many examples on all ranks together
 }
+
+
+def other(params, buffers, batch):
+    """Return another loss of the batch, of the first layer of `network` alone."""
+    return nn.functional.linear(batch[0], params["0.weight"], params["0.bias"]).cos().mean()
+
+
 OTHERS = {
+    "ascent_on": samfn.ascent_on(samfn.sam(), other),
+    "on_loss": samfn.on_loss(samfn.sam(), other),
     "wsam": samfn.wsam(),
     "vasso": samfn.vasso(),
     "ssam": samfn.ssam(),

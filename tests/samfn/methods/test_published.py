@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import samfn
 from samfn import tree
-from samfn.loss import Aux, evaluate
+from samfn.loss import Aux, evaluate, evaluator
 from samfn.methods.base import Point
 from samfn.perturb import filter_noise
 from tests import oracle
@@ -62,6 +62,11 @@ def train(method, optimizer=None, rho=RHO, loss_fn=layer, **how):
     return trace
 
 
+def other(params, buffers, batch):
+    """Return another loss of the batch, as that of its rows that are to be forgotten."""
+    return layer(params, buffers, oracle.part(*batch))[0]
+
+
 ORACLES = {
     "sam": (samfn.sam(), oracle.sam),
     "asam": (samfn.asam(), oracle.asam),
@@ -93,6 +98,8 @@ ORACLES = {
     "multi_step_sam": (samfn.multi_step_sam(3), oracle.multi_step_sam),
     "esam": (samfn.esam(1.0, 0.4), oracle.esam),
     "ae_sam": (samfn.ae_sam(STEPS), oracle.ae_sam),
+    "ascent_on": (samfn.ascent_on(samfn.sam(), other), oracle.ascent_on),
+    "on_loss": (samfn.on_loss(samfn.sam(), other), oracle.on_loss),
     "on_parameters": (samfn.on_parameters(samfn.sam(), ["weight"]), oracle.on_weights),
     "every": (samfn.every(samfn.sam(), 3), oracle.every_third),
     "sub_batch_ascent": (samfn.sub_batch_ascent(samfn.sam()), oracle.quarter_ascent),
@@ -142,7 +149,7 @@ def test_each_differs_from_sam_and_from_the_base_optimizer(name):
         )
 
 
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("name", sorted(ORACLES.keys() - {"on_loss"}))  # Of two losses.
 @pytest.mark.parametrize("optimizer", [samfn.sgd(), samfn.adamw()])
 def test_rho_zero_is_the_base_optimizer(name, optimizer):
     loss_fn = Counted(layer)
@@ -193,6 +200,123 @@ def test_wsam_of_one_half_is_sam_with_sgd_and_not_with_momentum():
         found = train(samfn.wsam(0.5), optimizer)[-1][0].params["weight"]
         expected = train(samfn.sam(), optimizer)[-1][0].params["weight"]
         assert torch.allclose(found, expected, rtol=1e-9) == same
+
+
+def test_wsam_clips_both_gradients_before_it_subtracts_them():
+    def steep(params, buffers, batch):
+        return 50 * params["w"].square().sum()
+
+    clipped = samfn.wsam(0.9, max_norm=0.1)
+    seen = descent_of(clipped, steep, {"w": torch.tensor([1.0])})
+    assert_close(seen.grads["w"], torch.tensor([0.1]))  # Of 100 and 110, both 0.1.
+    assert_close(seen.beside["w"], torch.tensor([0.0]))
+    with pytest.raises(ValueError, match="moves past the optimizer would escape its clip"):
+        train(samfn.wsam(), samfn.clipped(samfn.sgd(), 0.1))
+    apart = samfn.grouped(samfn.sgd(), (["bias"], samfn.clipped(samfn.sgd(), 0.1)))
+    with pytest.raises(ValueError, match="wsam"):
+        train(samfn.wsam(), apart)
+
+
+DECAY = 0.1
+
+
+def decaying(step_of):
+    """Return the weights after a training by hand, by equations with a momentum."""
+    w, data, _, _ = problem()
+    v = np.zeros_like(w)
+    for x, y in data:
+        v = 0.9 * v + step_of(w, v, x, y)
+        w = w - LR * v
+    return as_params(w)
+
+
+def test_momentum_sam_with_decay_in_the_loss_has_it_in_its_momentum_as_the_official_code():
+    def step_of(w, v, x, y):
+        ahead = w - RHO * oracle.unit(v) if v.any() else w
+        return oracle.slope(ahead, x, y) + DECAY * ahead
+
+    loss_fn = samfn.l2_regularized(layer, DECAY)
+    last = train(samfn.momentum_sam(0.9), samfn.sgd(0.9), loss_fn=loss_fn)[-1][0].params
+    assert_close(last, decaying(step_of), rtol=1e-9, atol=1e-12)
+    apart = train(samfn.momentum_sam(0.9), samfn.sgd(0.9, weight_decay=DECAY))
+    assert not torch.allclose(last["weight"], apart[-1][0].params["weight"], rtol=1e-3)
+
+
+def test_a_regulariser_is_descended_and_not_climbed():
+    def step_of(w, v, x, y):
+        worst = w + RHO * oracle.unit(oracle.slope(w, x, y))
+        return oracle.slope(worst, x, y) + DECAY * worst
+
+    loss_fn, method = (
+        samfn.l2_regularized(layer, DECAY),
+        samfn.ascent_on(samfn.sam(), layer),
+    )
+    last = train(method, samfn.sgd(0.9), loss_fn=loss_fn)[-1][0].params
+    assert_close(last, decaying(step_of), rtol=1e-9, atol=1e-12)
+    climbed = train(samfn.sam(), samfn.sgd(0.9), loss_fn=loss_fn)[-1][0].params
+    assert not torch.allclose(last["weight"], climbed["weight"], rtol=1e-3)
+
+
+def weighted(weights):
+    """Return the mean of the losses of rows, each times its weight, as in Focal-SAM."""
+
+    def loss_fn(params, buffers, batch):
+        _, aux = layer(params, buffers, batch)
+        return (weights * aux.losses).mean(), Aux("seen", buffers)
+
+    return loss_fn
+
+
+def test_two_parts_of_a_loss_are_descended_together_and_one_of_them_perturbed():
+    shares = torch.linspace(0, 0.5, 10, dtype=torch.float64)
+    method = samfn.on_loss(samfn.sam(), weighted(shares))
+    for rho in (0.0, RHO):
+        trace = train(method, rho=rho, loss_fn=weighted(1 - shares))
+        whole, seen = train(samfn.sam(), rho=0.0)[0]
+        assert_close(trace[0][1].loss, seen.loss)
+        assert_close(trace[0][1].grad_norm, seen.grad_norm)
+        assert trace[0][1].outputs == "seen"
+        same = torch.allclose(trace[0][0].params["weight"], whole.params["weight"])
+        assert same == (rho == 0)
+
+
+def test_what_is_told_of_an_ascent_on_another_loss_is_of_the_steps_own():
+    method, (w, data, _, _) = samfn.ascent_on(samfn.sam(), other), problem()
+    _, metrics = train(method, loss_fn=weighted(1.0))[0]
+    part = oracle.slope(w, *oracle.part(*data[0]))
+    ahead = oracle.loss(w + RHO * oracle.unit(part), *data[0]).mean()
+    assert_close(metrics.loss.item(), ahead)
+    assert_close(metrics.perturbed_loss.item(), ahead)
+    assert metrics.outputs == "seen"
+    assert_close(metrics.grad_norm.item(), np.sqrt(part @ part))
+
+
+def test_an_ascent_on_another_loss_needs_a_method_that_only_climbs_by_it():
+    compares = samfn.gsam(), samfn.wsam(), samfn.looksam(2), samfn.ae_sam(9), samfn.rwp()
+    for method in compares:
+        with pytest.raises(ValueError, match="also descends with the gradient"):
+            train(samfn.ascent_on(method, other))
+    for method in (samfn.momentum_sam(), samfn.rwp(1.0)):
+        with pytest.raises(ValueError, match="has no pass that looks up the slope"):
+            train(samfn.ascent_on(method, other))
+    with pytest.raises(ValueError, match="and on the step's own loss"):
+        train(samfn.ascent_on(samfn.esam(), other))
+
+
+@pytest.mark.parametrize("plan", ["whole", "gradient", "loss"])
+def test_compiled_passes_are_each_of_its_own_loss(plan):
+    climbing = samfn.ascent_on(samfn.unified_sam(), weighted(0.3))
+    method, optimizer = samfn.on_loss(climbing, other), samfn.sgd()
+    given = {"loss_fn": layer, "optimizer": optimizer, "method": method}
+    step = samfn.compile_update(**given, plan=plan, backend="eager")
+    _, _, params, batches = problem()
+    state = expected = samfn.init(params, {}, optimizer=optimizer, method=method)
+    for batch in batches[:3]:
+        expected, seen = samfn.sam_update(expected, batch, **given, rho=RHO, lr=LR)
+        state, metrics = step(state, batch, rho=RHO, lr=LR)
+    assert step.plan == plan
+    assert_close(state, expected)
+    assert_close(metrics, seen)
 
 
 def test_momentum_sam_perturbs_along_the_momentum_of_sgd():
@@ -304,8 +428,8 @@ def test_the_perturbation_is_rho_long_in_its_own_metric(name):
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_a_zero_gradient_perturbs_nothing_and_gives_no_nan(name):
-    if "rwp" in name:
-        pytest.skip("its perturbation is random, whatever the gradient")
+    if "rwp" in name or name in ("ascent_on", "on_loss"):
+        pytest.skip("it is perturbed at random, or by another gradient")
 
     def flat(params, buffers, batch):
         losses = 0 * (batch[0] @ params["weight"] + params["bias"]).sum(1)
@@ -419,7 +543,7 @@ def test_it_traces_as_one_graph_for_each_kind_of_step(name):
 
         def descent(params, batch, rho, memory, kind=kind):
             point = Point(params, {}, batch, rho, tuple(params), kind=kind)
-            seen, memory = method.descent(partial(evaluate, layer), point, memory)
+            seen, memory = method.descent(evaluator(layer), point, memory)
             return seen.grads, seen.beside, seen.perturbed_loss, memory
 
         traced = torch.compile(descent, fullgraph=True, backend="eager")

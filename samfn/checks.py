@@ -54,6 +54,12 @@ def require_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
 
 
+def require_positive(name: str, value: float) -> None:
+    """Raise unless `value` is above 0."""
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def require_below_one(name: str, value: float) -> None:
     """Raise unless `value` is at least 0 and below 1."""
     if not 0 <= value < 1:

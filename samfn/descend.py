@@ -43,6 +43,8 @@ class Optimizer(NamedTuple):
     """(params, grads, opt_state, lr) -> (params, opt_state), changing none of them."""
     check: Callable[[OptState, Params], None] = lambda opt_state, params: None
     """(opt_state, params) -> None; raises ValueError where they do not go together."""
+    clips: bool = False
+    """Whether it bounds its gradients, which what goes past it would escape."""
 
 
 def descend(
@@ -382,16 +384,14 @@ def clipped(optimizer: Optimizer, max_norm: float) -> Optimizer:
         optimizer: receives the clipped gradient.
         max_norm: largest norm of all gradients together, in units of g; positive.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    checks.require_positive("max_norm", max_norm)
 
     def update(
         params: Params, grads: Params, opt_state: OptState, lr: float | Tensor
     ) -> tuple[dict[str, Tensor], OptState]:
-        factor = (max_norm / tree.norm(grads)).clamp(max=1.0)
-        return optimizer.update(params, tree.scale(grads, factor), opt_state, lr)
+        return optimizer.update(params, tree.clip(grads, max_norm), opt_state, lr)
 
-    return Optimizer(optimizer.init, update, optimizer.check)
+    return optimizer._replace(update=update, clips=True)
 
 
 def scaled_lr(optimizer: Optimizer, factor: float) -> Optimizer:
@@ -475,7 +475,7 @@ def grouped(
         for key, one in groups.items():
             one.check(opt_state[key], own[key])
 
-    return Optimizer(init, update, check)
+    return Optimizer(init, update, check, any(one.clips for one in optimizers))
 
 
 def _require_apart(groups: list[Collection[str]]) -> None:

@@ -118,8 +118,20 @@ class Evaluate(Protocol):
         wrt: Collection[str] | None = None,
         scale: Tensor | None = None,
         slope_at: Any = None,
+        other: LossFn | None = None,
     ) -> Pass:
-        """Evaluate it, as `evaluate` does."""
+        """Evaluate it, or another one in its place, as `evaluate` does."""
+
+
+def evaluator(loss_fn: LossFn) -> Evaluate:
+    """Return a loss function as what methods evaluate."""
+    return partial(_evaluate_either, loss_fn)
+
+
+def _evaluate_either(
+    loss_fn: LossFn, *given: Any, other: LossFn | None = None, **how: Any
+) -> Pass:
+    return evaluate(loss_fn if other is None else other, *given, **how)
 
 
 def evaluate(

@@ -1,7 +1,7 @@
 """One training step as a pure function: gradient, perturb, gradient, descend."""
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from samfn import checks, tree
 from samfn.batches import length_of
 from samfn.collectives import over_parts
 from samfn.descend import Optimizer, OptState, descend
-from samfn.loss import Evaluate, LossFn, Pass, as_loss, evaluate
+from samfn.loss import Evaluate, LossFn, Pass, as_loss, evaluator
 from samfn.methods import sam
 from samfn.methods.base import Method, MethodState, Point
 from samfn.methods.watched import Layers
@@ -135,7 +135,7 @@ def sam_update(
     require_state(state, loss_fn=loss_fn, optimizer=optimizer, method=method)
     # Reading the step counter synchronises the GPU: only for methods whose steps differ.
     kind = method.kind(int(state.step)) if method.kind else None
-    run = partial(evaluate, loss_fn)
+    run = evaluator(loss_fn)
     how: Any = {"rho": rho, "lr": lr, "kind": kind, "weigh": as_loss(loss_fn).weigh}
     return take_step(state, batch, run, optimizer, method, **how)
 
@@ -185,9 +185,10 @@ def find_nonfinite(
         with `loss_scaled`, which has lowered the scale since.
     """
     passes: list[Pass] = []
+    run = evaluator(loss_fn)
 
     def noted(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
-        passes.append(evaluate(loss_fn, params, buffers, batch, **how))
+        passes.append(run(params, buffers, batch, **how))
         return passes[-1]
 
     params, buffers, _, method_state, step, *_ = state
@@ -213,7 +214,8 @@ def require_state(
         TypeError, ValueError: says what was expected and what came.
     """
     checks.require_trainable(state.params, state.buffers)
-    as_loss(loss_fn).check(state.params, state.buffers)
+    for one in (loss_fn, *method.losses):
+        as_loss(one).check(state.params, state.buffers)
     optimizer.check(state.opt_state, state.params)
     if not torch.compiler.is_compiling():
         _require_memory(state, method)
@@ -272,6 +274,11 @@ def take_step(
     descent_norm = tree.norm(seen.grads)
     looked_at = [seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm]
     if seen.beside is not None:
+        if optimizer.clips:
+            raise ValueError(
+                "what wsam moves past the optimizer would escape its clip: expected an"
+                " optimizer without one, and wsam(max_norm=...), which clips both gradients"
+            )
         new_params = tree.add_scaled(new_params, -lr, seen.beside)
         looked_at.append(tree.norm(seen.beside))
     finite = _all_finite(*looked_at)

@@ -162,6 +162,11 @@ def add_scaled(
     return add(tree, scale(direction, factor))
 
 
+def clip(tree: Params, max_norm: float) -> dict[str, Tensor]:
+    """Return v min(1, max_norm / ||v||)."""
+    return scale(tree, (max_norm / norm(tree)).clamp(max=1.0))
+
+
 def zeros_like(tree: Params) -> dict[str, Tensor]:
     """Return zeros with the names, shapes, dtypes and layouts of `tree`."""
     return {name: torch.zeros_like(leaf) for name, leaf in tree.items()}

@@ -68,6 +68,58 @@ def wsam(w, x, y, rho, memory, step, gamma=0.8):
     return g, gamma / (1 - gamma) * (worst - g)
 
 
+def ssam(w, x, y, rho, memory, step):
+    g, worst = slope(w, x, y), sam(w, x, y, rho, memory, step)
+    return np.sqrt(g @ g) * unit(worst)
+
+
+def awp(w, x, y, rho, memory, step):
+    g, matrix = slope(w, x, y), np.arange(len(w)) < SPLIT  # b is no matrix, and stays.
+    e = np.sqrt((w * w)[matrix].sum()) * unit(np.where(matrix, g, 0.0))
+    return slope(w + rho * e, x, y)
+
+
+def rwp(w, x, y, rho, memory, step, lam=0.3):
+    rows = w[:SPLIT].reshape(INPUTS, UNITS)
+    of_weight = np.sqrt((rows**2).sum(1, keepdims=True)) * memory["normal"](*rows.shape)
+    of_bias = np.sqrt((w[SPLIT:] ** 2).sum()) * memory["normal"](UNITS)
+    z = rho * np.concatenate([of_weight.reshape(-1), of_bias])
+    return lam * slope(w + z, x, y) + (1 - lam) * slope(w, x, y)
+
+
+def s2_sam(w, x, y, rho, memory, step):
+    ahead = w + rho * unit(memory["g"]) if step else w
+    memory["g"] = slope(ahead, x, y)
+    return memory["g"]
+
+
+def usam(w, x, y, rho, memory, step):
+    return slope(w + rho * slope(w, x, y), x, y)
+
+
+def unified_sam(w, x, y, rho, memory, step, lam=None):
+    g = slope(w, x, y)
+    lam = 1 - 1 / (step + 1) if lam is None else lam
+    return slope(w + rho * (1 - lam + lam / np.sqrt(g @ g)) * g, x, y)
+
+
+def le_sam(w, x, y, rho, memory, step, rho_max=0.35):
+    g = slope(w, x, y)
+    memory.setdefault("capped", set()).add(bool(rho / np.sqrt(g @ g) > rho_max))
+    return slope(w + min(rho / np.sqrt(g @ g), rho_max) * unit(g), x, y)
+
+
+def light_sam(w, x, y, rho, memory, step):
+    g = slope(w, x, y)
+    memory["u"] = memory.get("u", 0.0) + g @ g
+    return slope(w + rho * g / np.sqrt(memory["u"]), x, y)
+
+
+def sagm(w, x, y, rho, memory, step, alpha=0.1):
+    g = slope(w, x, y)
+    return (g + slope(w - alpha * g + rho * unit(g), x, y)) / 2
+
+
 def friendly_sam(w, x, y, rho, memory, step, sigma=0.7, decay=0.6):
     g = slope(w, x, y)
     d = g - sigma * memory.get("m", 0.0)
@@ -79,6 +131,18 @@ def vasso(w, x, y, rho, memory, step, theta=0.3):
     g = slope(w, x, y)
     memory["d"] = (1 - theta) * memory.get("d", g) + theta * g
     return slope(w + rho * unit(memory["d"]), x, y)
+
+
+def part(x, y):
+    return x[:4], y[:4]
+
+
+def ascent_on(w, x, y, rho, memory, step):
+    return slope(w + rho * unit(slope(w, *part(x, y))), x, y)
+
+
+def on_loss(w, x, y, rho, memory, step):
+    return slope(w, x, y) + sam(w, *part(x, y), rho, memory, step)
 
 
 def momentum_sam(w, x, y, rho, memory, step, momentum=0.9):

@@ -1,14 +1,13 @@
 """Slow, obvious oracles, written the usual way, and small things that tests share."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samfn.loss import evaluate
+from samfn.loss import evaluator
 from samfn.methods.base import Point
 
 
@@ -126,4 +125,4 @@ def descent_of(method, loss_fn, params, batch=None, rho=0.1, buffers=None):
     kind = method.kind(0) if method.kind else None
     point = Point(params, buffers or {}, batch, rho, tuple(params), kind=kind)
     memory = method.init(params, params)
-    return method.descent(partial(evaluate, loss_fn), point, memory)[0]
+    return method.descent(evaluator(loss_fn), point, memory)[0]

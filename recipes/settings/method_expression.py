@@ -19,7 +19,8 @@ MAKERS: Makers = {
     name: function
     for name in methods.__all__
     if inspect.isfunction(function := getattr(methods, name))
-    and name not in ("two_pass", "watched")  # --monitor watches.
+    # --monitor watches; and no text names a loss function.
+    and name not in ("two_pass", "watched", "ascent_on", "on_loss")
     and inspect.signature(function).return_annotation is samfn.Method
 }
 # Arguments that are functions themselves, or directions.
@@ -34,6 +35,7 @@ FUNCTIONS: dict[str, Any] = {
         "perturb_adaptive",
         "perturb_fisher",
         "perturb_spectral",
+        "perturb_layerwise",
     )
 }
 

@@ -37,13 +37,15 @@ class CompiledPasses:
         wrt: Collection[str] | None = None,
         scale: Tensor | None = None,
         slope_at: Any = None,
+        other: LossFn | None = None,
     ) -> Pass:
-        """Evaluate the loss function, as `samfn.evaluate` does."""
+        """Evaluate the loss function, or another, as `samfn.evaluate` does."""
+        chosen = self._loss_fn if other is None else other
         if self.plan == "loss":
             how: Any = {"wrt": wrt, "scale": scale, "slope_at": slope_at}
-            return evaluate(self._forward(), params, buffers, batch, **how)
+            return evaluate(self._forward(chosen), params, buffers, batch, **how)
         names = wrt if wrt is None else tuple(wrt)
-        key = names, slope_at is None
+        key = id(chosen), names, slope_at is None
         if key not in self._made:
 
             def one(
@@ -54,16 +56,16 @@ class CompiledPasses:
                 slope_at: Any,
             ) -> Pass:
                 how: Any = {"wrt": names, "scale": scale, "slope_at": slope_at}
-                return evaluate(self._loss_fn, params, buffers, batch, **how)
+                return evaluate(chosen, params, buffers, batch, **how)
 
             self._made[key] = compiled(one, self._how)
         result: Pass = self._made[key](params, buffers, batch, scale, slope_at)
         return result
 
-    def _forward(self) -> Loss:
-        """Return the loss function with forward and backward pass compiled."""
-        if "loss" not in self._made:
-            loss_fn = as_loss(self._loss_fn)
+    def _forward(self, chosen: LossFn) -> Loss:
+        """Return a loss function with forward and backward pass compiled."""
+        if id(chosen) not in self._made:
+            loss_fn = as_loss(chosen)
             function = loss_fn.function
 
             def forward(params: Params, buffers: Params, batch: Batch) -> Any:
@@ -75,10 +77,10 @@ class CompiledPasses:
                 full = {name: whole(w) for name, w in params.items()}
                 return nullcontext(run(full, *given))
 
-            self._made["loss"] = replace(
+            self._made[id(chosen)] = replace(
                 loss_fn, function=run, differentiating=differentiating
             )
-        found: Loss = self._made["loss"]
+        found: Loss = self._made[id(chosen)]
         return found
 
     def optimizer(self, optimizer: Optimizer) -> Optimizer:

@@ -28,7 +28,7 @@ from samfn.compiled.plan import (
     missing_compiler,
 )
 from samfn.descend import Optimizer
-from samfn.loss import Evaluate, LossFn, as_loss, evaluate
+from samfn.loss import Evaluate, LossFn, as_loss, evaluator
 from samfn.methods import sam
 from samfn.methods.base import Method
 from samfn.nested import remembered
@@ -117,7 +117,7 @@ class CompiledUpdate:
         self._passes: CompiledPasses | None = None
         self._owned: StaticState | None = None
         self._last: TrainState | None = None
-        self._standing: object = None
+        self._standing: list[object] = []
         self._step = 0
         self._dials: dict[str, tuple[float, Tensor]] = {}
         self._warned = False
@@ -135,11 +135,11 @@ class CompiledUpdate:
         """Take one step; `state` is the one that the step before returned, or a new one."""
         rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
         # No guard of a graph looks at hooks, nor at what was frozen.
-        standing = as_loss(self._loss_fn).standing()
-        if state is not self._last or standing is not self._standing:
+        standing = self._now_standing()
+        if state is not self._last or standing != self._standing:
             given: Any = {"loss_fn": self._loss_fn, "optimizer": self._optimizer}
             require_state(state, **given, method=self._method)
-        if standing is not self._standing:
+        if standing != self._standing:
             self._standing, self.plan = standing, None
             self._runs, self._passes, self._owned = {}, None, None
         dials = self._dial("rho", rho, state), self._dial("lr", lr, state)
@@ -155,10 +155,14 @@ class CompiledUpdate:
             else:
                 result = self._start(kind, state, batch, *dials)
                 # To count operations, PyTorch hooks all modules.
-                self._standing = as_loss(self._loss_fn).standing()
+                self._standing = self._now_standing()
         self._last = result[0]
         self._step += 1
         return result
+
+    def _now_standing(self) -> list[object]:
+        losses = self._loss_fn, *self._method.losses
+        return [as_loss(one).standing() for one in losses]
 
     def _dial(self, name: str, value: float | Tensor, state: TrainState) -> float | Tensor:
         """Return a 0-d tensor, since a number would be compiled into the graph."""
@@ -240,7 +244,7 @@ class CompiledUpdate:
         passes: Evaluate | None = None,
         optimizer: Optimizer | None = None,
     ) -> Step:
-        run = passes or partial(evaluate, self._loss_fn)
+        run = passes or evaluator(self._loss_fn)
         optimizer, method = optimizer or self._optimizer, self._method
         how: Any = {"kind": kind, "weigh": as_loss(self._loss_fn).weigh}
 

@@ -1,4 +1,4 @@
-"""What a method is: a direction, a metric, the passes of a step, and their combination.
+"""What a method is: a direction, a metric, a length, the passes, and their combination.
 
 A method is a value, a few pure functions. Those of the literature are in `published`,
 and what turns methods into others is in `combinators`.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samfn import tree
 from samfn.batches import first_rows, length_of
-from samfn.loss import Evaluate, Pass
+from samfn.loss import Evaluate, LossFn, Pass
 from samfn.perturb import Perturb, perturb
 from samfn.tree import Batch, Params
 
@@ -35,6 +35,8 @@ class Point(NamedTuple):
     """Which of the method's kinds of step this is."""
     weigh: Callable[[Batch], int | Tensor] = length_of
     """What the loss of a batch is a mean over, as `Loss.weigh`."""
+    climbed: LossFn | None = None
+    """The loss whose slope the ascent looks up; None is the step's own."""
 
 
 class Descent(NamedTuple):
@@ -74,6 +76,8 @@ class Method(NamedTuple):
     gradients: float | None = None
     """How many gradients of a batch a step takes, on average; a part of the batch counts as
     that part, a gradient by some parameters as a whole one. None where data decide."""
+    losses: tuple[LossFn, ...] = ()
+    """Loss functions that it evaluates beside the step's own."""
     outermost: str | None = None
     """Name of the combinator that made it, if no other one may be put around it."""
 
@@ -103,16 +107,29 @@ class Direction(NamedTuple):
     """(gradient of the clean pass, memory) -> (direction, memory)."""
 
 
+class Length(NamedTuple):
+    """How far the ascent goes, which may depend on the slope and on earlier steps."""
+
+    init: Callable[[Params], MethodState]
+    """perturbed parameters -> what is remembered."""
+    update: Callable[
+        [Params, float | Tensor, MethodState], tuple[float | Tensor, MethodState]
+    ]
+    """(direction, rho, memory) -> (radius that the metric is given, memory)."""
+
+
 Combined = tuple[dict[str, Tensor], dict[str, Tensor] | None]
 Combine = Callable[[Params, Params], Combined]
 
 uphill = Direction(lambda moved: {}, lambda grads, memory: (dict(grads), memory))
+by_rho = Length(lambda moved: {}, lambda up, rho, memory: (rho, {}))
 
 
 def two_pass(
     metric: Perturb = perturb,
     direction: Direction = uphill,
     combine: Combine | None = None,
+    length: Length = by_rho,
 ) -> Method:
     """Return the method that looks up the slope, moves there, and looks again.
 
@@ -122,22 +139,59 @@ def two_pass(
         combine: (clean gradient, perturbed gradient) -> (what descends, and what descends
             past the optimizer). None is the perturbed gradient alone; the clean pass then
             differentiates only what is perturbed.
+        length: from that direction and rho to how far it goes.
     """
+
+    def init(params: Params, moved: Params) -> MethodState:
+        return {**direction.init(moved), **length.init(moved)}
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         clean = look(evaluate, point, everywhere=combine is not None)
-        up, memory = direction.update(tree.only(clean.grads, point.moved), memory)
+        up, own = direction.update(tree.only(clean.grads, point.moved), memory)
+        radius, others = length.update(up, point.rho, memory)
+        memory = {**own, **others}
         if is_number_zero(point.rho):
             return unperturbed(clean), memory
-        perturbed, length = move(metric, point, up)
+        perturbed, distance = move(metric, point, up, rho=radius)
         worst = evaluate(perturbed, point.buffers, point.batch)
-        seen = Descent(worst.grads, clean, worst.loss, length)
+        seen = perturbed_descent(point, clean, worst, distance)
         if combine is not None:
             grads, beside = combine(clean.grads, worst.grads)
             seen = seen._replace(grads=grads, beside=beside)
         return seen, memory
 
-    return Method(lambda params, moved: direction.init(moved), descent, gradients=2.0)
+    return Method(init, descent, gradients=2.0)
+
+
+def one_pass(
+    start: Callable[[Params], MethodState],
+    up: Callable[[MethodState], Params],
+    remember: Callable[[Params, MethodState], MethodState],
+    metric: Perturb = perturb,
+) -> Method:
+    """Return the method that moves along what it remembers, and looks only there.
+
+    As the one pass is the perturbed one, loss, outputs and buffers are of that.
+
+    Args:
+        start: perturbed parameters -> memory.
+        up: memory -> the way up.
+        remember: (gradient of the pass, memory) -> memory.
+        metric: as for `two_pass`.
+    """
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        if is_number_zero(point.rho):
+            seen = plain(evaluate, point)
+        elif point.climbed is not None:
+            raise ValueError("ascent_on: the method has no pass that looks up the slope")
+        else:
+            ahead, length = move(metric, point, up(memory))
+            there = evaluate(ahead, point.buffers, point.batch)
+            seen = unperturbed(there)._replace(perturbation_norm=length)
+        return seen, remember(tree.only(seen.grads, point.moved), memory)
+
+    return Method(lambda params, moved: start(moved), descent, gradients=1.0)
 
 
 def look(evaluate: Evaluate, point: Point, *, everywhere: bool = False) -> Pass:
@@ -154,7 +208,14 @@ def look(evaluate: Evaluate, point: Point, *, everywhere: bool = False) -> Pass:
     if share < 1:
         batch = first_rows(batch, share)
     wrt = None if everywhere or len(moved) == len(params) else moved
-    return evaluate(params, buffers, batch, wrt=wrt)
+    if point.climbed is None:
+        return evaluate(params, buffers, batch, wrt=wrt)
+    if everywhere:
+        raise ValueError(
+            "ascent_on: the method also descends with the gradient that it climbs by, which"
+            " is of another loss here: expected one that only climbs by it, as sam or asam"
+        )
+    return evaluate(params, buffers, batch, wrt=wrt, other=point.climbed)
 
 
 def move(
@@ -180,6 +241,13 @@ def move(
     return {**point.params, **moved}, length
 
 
+def perturbed_descent(point: Point, clean: Pass, worst: Pass, length: Tensor) -> Descent:
+    """Return what descends with the gradient of the last pass."""
+    if point.climbed is not None:  # Of the step's own loss there is no other pass.
+        clean = worst._replace(grads=clean.grads)
+    return Descent(worst.grads, clean, worst.loss, length)
+
+
 def plain(evaluate: Evaluate, point: Point) -> Descent:
     """Take the step of the base optimizer: one pass, no perturbation."""
     return unperturbed(evaluate(point.params, point.buffers, point.batch))
@@ -188,6 +256,13 @@ def plain(evaluate: Evaluate, point: Point) -> Descent:
 def unperturbed(clean: Pass) -> Descent:
     """Return what descends where nothing was perturbed."""
     return Descent(clean.grads, clean, clean.loss, torch.zeros_like(clean.loss))
+
+
+def scalar_like(moved: Params) -> Tensor:
+    """Return 0, shape (), float32 or wider, to remember what is of all tensors together."""
+    weight = next(iter(moved.values()))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros((), dtype=wide, device=weight.device)
 
 
 def is_number_zero(rho: float | Tensor) -> bool:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Collection, Hashable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from math import nan
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from samfn import checks, tree
 from samfn.batches import cut, length_of
-from samfn.loss import Evaluate, Pass
+from samfn.loss import Evaluate, LossFn, Pass
 from samfn.methods.base import (
     Descended,
     Descent,
@@ -173,7 +174,8 @@ def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Meth
 def every(method: Method, k: int) -> Method:
     """Take the method's step every k steps, and the base optimizer's in between.
 
-    The first step is the method's. 1 + 1/k gradients a step for `sam`. A rho that is the
+    The first step is the method's, and then steps k, 2k, ... counted from 0; composer's are
+    k - 1, 2k - 1, ... 1 + 1/k gradients a step for `sam`. A rho that is the
     number 0 for a part of the training keeps the method to the other part.
 
     Args:
@@ -225,6 +227,83 @@ def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
     # Of others than two passes it is not known how many gradients are of the part.
     cost = 1 + share if method.gradients == 2 else None
     return method._replace(descent=descent, gradients=cost)
+
+
+@combinator
+def ascent_on(method: Method, loss_fn: LossFn) -> Method:
+    """Climb another loss, and descend the step's own at the point that was found.
+
+    For `sam`: e = rho g / ||g||, g = grad L_a(w);  <- grad L(w + e)
+
+    L_a is `loss_fn` here, and L the loss function of the step. Loss, outputs and buffers
+    are those of L, and so of the pass at w + e, as no other one evaluates it; `grad_norm`
+    is ||g||, of L_a. For example, with `plain = samfn.supervised(model, criterion)`::
+
+        ascent_on(awp(), plain)                 # and l2_regularized(plain, decay) descends:
+        ascent_on(sam(), plain)                 # sharpness without the regulariser
+        ascent_on(sam(), forget_loss)           # unlearning that resists relearning
+
+    Args:
+        method: one that only climbs by its first gradient, as `sam`, `asam`, `awp`,
+            `vasso`, `usam`; not one that also descends with it, as `gsam` and `wsam`.
+        loss_fn: (params, buffers, batch) -> loss or (loss, Aux), of the same batch. Where a
+            step sees parts of a batch, its parts count as those of the step's own loss.
+
+    Raises:
+        ValueError: in a step, the method climbs by no gradient of its batch, or descends
+            with the one that it climbs by.
+
+    Source:
+        Wu et al., 2020, arXiv:2004.05884 (AWP, whose regulariser is not climbed); Fan et
+        al., 2025, arXiv:2502.05374 (unlearning).
+    """
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        return method.descent(evaluate, point._replace(climbed=loss_fn), memory)
+
+    return method._replace(descent=descent, losses=(*method.losses, loss_fn))
+
+
+@combinator
+def on_loss(method: Method, loss_fn: LossFn) -> Method:
+    """Take the method's step on a part of the loss, and descend plainly on the rest.
+
+    For `sam`: e = rho g / ||g||, g = grad L_a(w);  <- grad L(w) + grad L_a(w + e)
+
+    L_a is `loss_fn` here, and L, the rest, the loss function of the step. One gradient more
+    than the method; two of them, and no perturbation, where rho is the number 0. Loss and
+    `perturbed_loss` are sums of both; outputs and buffers are those of L, at w; `grad_norm`
+    is of the sum. Focal-SAM has L_a = mean of c_i L_i and L = mean of (1 - c_i) L_i with
+    c_i = lambda (1 - share of the class of i)^gamma; ImbSAM has the classes of few examples
+    in L_a, and the others in L.
+
+    Args:
+        method: any method.
+        loss_fn: (params, buffers, batch) -> loss or (loss, Aux), of the same batch and a
+            mean over the same as the step's own.
+
+    Source:
+        Li et al., 2025, arXiv:2505.01660, github.com/scongl/Focal-SAM; Zhou et al., 2023,
+        arXiv:2308.07815, github.com/cool-xuan/Imbalanced_SAM.
+    """
+
+    def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
+        rest = plain(evaluate, point).clean
+        part, memory = method.descent(partial(evaluate, other=loss_fn), point, memory)
+        seen = part._replace(
+            grads=tree.add(rest.grads, part.grads),
+            clean=rest._replace(
+                loss=rest.loss + part.clean.loss,
+                grads={**rest.grads, **tree.add(part.clean.grads, rest.grads)},
+                losses=None,
+            ),
+            perturbed_loss=rest.loss + part.perturbed_loss,
+        )
+        return seen, memory
+
+    cost = None if method.gradients is None else 1 + method.gradients
+    losses = *method.losses, loss_fn
+    return method._replace(descent=descent, gradients=cost, losses=losses)
 
 
 @combinator

@@ -132,7 +132,9 @@ class _Unpacking(nn.Module):
 def norm_parameters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of what the normalisation layers of a model train.
 
-    Layers of torch.nn whose name has "Norm" in it, and others that are called so.
+    Layers of torch.nn whose name has "Norm" in it, and others that are called so. Official
+    SAM-ON goes by the names of parameters, with "norm" or "bn" in them, and misses some:
+    it takes 34 of 40 tensors of torchvision's ResNet-18, and none of 50 of its ViT-B/16.
     """
     return tuple(
         f"{prefix}.{name}" if prefix else name

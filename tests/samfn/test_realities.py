@@ -90,6 +90,10 @@ METHODS = {
     "loss_scaled": samfn.loss_scaled(samfn.vasso()),
     "spectral_sam": samfn.spectral_sam(),
     "multi_step_sam": samfn.multi_step_sam(),
+    "ssam": samfn.ssam(),
+    "awp": samfn.awp(),
+    "unified_sam": samfn.unified_sam(),
+    "light_sam": samfn.light_sam(),
     "ae_sam": samfn.ae_sam(9, -9.0, -9.0),
     "every": samfn.every(samfn.fisher_sam(), 3),
 }

@@ -29,9 +29,26 @@ METHODS = {
     "fisher_sam": samfn.fisher_sam(),
     "per_micro_batch": None,  # of as many examples on all ranks together
 }
+
+
+def other(params, buffers, batch):
+    """Return another loss of the batch, of the first layer of `network` alone."""
+    return nn.functional.linear(batch[0], params["0.weight"], params["0.bias"]).cos().mean()
+
+
 OTHERS = {
+    "ascent_on": samfn.ascent_on(samfn.sam(), other),
+    "on_loss": samfn.on_loss(samfn.sam(), other),
     "wsam": samfn.wsam(),
     "vasso": samfn.vasso(),
+    "ssam": samfn.ssam(),
+    "awp": samfn.awp(),
+    "s2_sam": samfn.s2_sam(),
+    "rwp": samfn.rwp(),
+    "unified_sam": samfn.unified_sam(),
+    "le_sam": samfn.le_sam(),
+    "light_sam": samfn.light_sam(),
+    "sagm": samfn.sagm(),
     "momentum_sam": samfn.momentum_sam(),
     "multi_step_sam": samfn.multi_step_sam(),
     "ae_sam": samfn.ae_sam(2 * STEPS),
@@ -100,6 +117,7 @@ def both(model, method, batch, *, optimizer=SGD, steps=STEPS, mesh=None, alone=N
         (start, in_turn(batch), alone or method),
         (distributed.shard(start, mesh), distributed.share(batch), method),
     ):
+        torch.manual_seed(0)
         for _ in range(steps):
             state, metrics = samfn.sam_update(state, own, method=used, **given)
         found.append((distributed.gather(state), metrics))

@@ -148,8 +148,9 @@ def swad(
             kept["over"] = len(waiting) >= overfit
 
     def callback(event: Event) -> None:
-        training, fresh = event.training, {"first": None, "last": None, "epochs": 0}
-        fresh |= {"steps": 0, "waiting": [], "bar": None, "over": False}
+        training = event.training
+        fresh: dict[str, Any] = {"first": None, "last": None, "epochs": 0, "steps": 0}
+        fresh |= {"waiting": [], "bar": None, "over": False}
         kept = training.memory.setdefault(SWAD, fresh)
         if isinstance(event, Step):
             now = _together(training.state._replace(buffers={}))

@@ -90,7 +90,7 @@ def preconditioned(decay: float = 0.999) -> Direction:
         squares = tree.scale(tree.multiply(grads, grads), 1 - decay)
         square = tree.add(tree.scale(memory["square"], decay), squares)
         weight = decay * memory["weight"] + (1 - decay)
-        inverse = {n: 1 / ((v / weight).sqrt() + EPS) for n, v in square.items()}
+        inverse = {n: ((v / weight).sqrt() + EPS).reciprocal() for n, v in square.items()}
         return tree.multiply(inverse, grads), {"square": square, "weight": weight}
 
     return Direction(init, update)

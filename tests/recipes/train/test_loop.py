@@ -59,6 +59,7 @@ def differ(left, right):
         "--optimizer adam",
         "--optimizer adamw",
         "--optimizer nadam",
+        "--optimizer muon",
         "--momentum 0.5",
         "--nesterov",
         "--weight-decay 0.1",
@@ -117,6 +118,25 @@ def test_an_optimizer_is_that_of_the_library_with_the_settings_of_the_run(optimi
     names = samfn.no_decay_parameters(task.model)
     expected = samfn.grouped(
         make(*args, weight_decay=0.1), (names, make(*args, weight_decay=0.0))
+    )
+    criterion = samfn.supervised(task.model, F.cross_entropy)
+    state = samfn.init(*samfn.split(task.model), optimizer=expected)
+    for index, batch in enumerate(islice(augmented(task, 0), 2)):
+        dials = {"rho": 0.05, "lr": task.lr(index), "loss_fn": criterion}
+        state, _ = samfn.sam_update(state, batch, optimizer=expected, **dials)
+    assert_close(found.params, state.params, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_moves_hidden_layers_and_adamw_the_rest():
+    flags = "--lr 0.01 --compile no --optimizer muon --betas 0.8 0.98 --weight-decay 0.1"
+    found, _ = after_two_steps(*flags.split(), "--no-decay-norm")
+    task, _ = task_of("--lr", "0.01")
+    spared = samfn.no_decay_parameters(task.model)
+    head = [n for n, w in task.model.named_parameters() if w.ndim == 2][-1]
+    expected = samfn.grouped(
+        samfn.muon(weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        (spared, samfn.adamw((0.8, 0.98), weight_decay=0.0)),
+        ([head], samfn.adamw((0.8, 0.98), weight_decay=0.1)),
     )
     criterion = samfn.supervised(task.model, F.cross_entropy)
     state = samfn.init(*samfn.split(task.model), optimizer=expected)

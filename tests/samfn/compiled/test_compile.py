@@ -30,7 +30,7 @@ METHODS = {
     "sam": samfn.sam(),
     "asam": samfn.asam(),
     "asam-all": samfn.asam(eta=0.0, adapts=samfn.everything),
-    "functional": samfn.accumulated(samfn.functional_sam(samfn.preconditioned()), 4),
+    "functional": samfn.accumulated(samfn.functional_sam(), 4),
     "spectral": samfn.spectral_sam(),
     "accumulated": samfn.accumulated(samfn.sam(), 3),
     "per micro-batch": samfn.per_micro_batch(samfn.sam(), 3),

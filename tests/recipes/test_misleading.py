@@ -145,7 +145,7 @@ LIMITED = """
 import sys
 from recipes.cifar_wrn import main
 from tests.recipes.test_misleading import memory
-with memory(2**28):
+with memory(2**27 + 2**26):  # The image takes 243 MB.
     sys.exit(main(sys.argv[1:]))
 """
 

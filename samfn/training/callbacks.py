@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from samfn import checks, distributed
+from samfn import checks, distributed, tree
 from samfn.step import TrainState, require_finite
 from samfn.storage.checkpoint import SCORE, Checkpoints, Found, restore
 from samfn.training.averaging import moving_average
@@ -263,7 +263,7 @@ def saving(
     In the middle of an epoch, one is written where `training.save` or `training.stop` asks
     for it. Callbacks that set these or change `training.memory` come before this one, so
     that what they did in the same event is saved. Of several ranks, whose states must be
-    the same, the first writes.
+    the same, the first writes; of states of DTensors, all do.
 
     Args:
         checkpoints: where to, and how many stay.
@@ -284,7 +284,7 @@ def saving(
         training.save = False
         kept = to_metadata(training)
         distributed.require_alike(training.state)
-        if distributed.rank() == distributed.FIRST:
+        if distributed.rank() == distributed.FIRST or _is_sharded(training.state):
             named = columns.items() if ended else ()
             scores = {name: float(training.row[column]) for name, column in named}
             checkpoints.save(training.state, score=scores or None, **kept, **metadata)
@@ -311,8 +311,11 @@ def resume(checkpoints: Checkpoints, training: Training) -> bool:
 def agreed(find: Callable[[TrainState], Found | None], like: TrainState) -> Found | None:
     """Read the same checkpoint on all ranks: the one that `find` gives on the first.
 
-    Only there may it set damaged ones aside, as `Checkpoints.latest` does.
+    Only there may it set damaged ones aside, as `Checkpoints.latest` does. Of a state
+    of DTensors each rank reads its own parts.
     """
+    if _is_sharded(like):
+        return find(like)
     first = distributed.rank() == distributed.FIRST
     found = find(like) if first else None
     path = distributed.from_first(found and str(found.path))
@@ -363,6 +366,10 @@ def _placed(value: Any, usual: Tensor, like: Params) -> Any:
     if isinstance(value, Tensor) and value.shape == usual.shape:
         return torch.empty_like(usual, dtype=value.dtype).copy_(value)
     return value.to(usual.device) if isinstance(value, Tensor) else value
+
+
+def _is_sharded(state: TrainState) -> bool:
+    return any(map(tree.is_sharded, state.params.values()))
 
 
 def _together(state: TrainState) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from recipes.data.text import Bytes
 from recipes.errors import ConfigError
 from samfn.loss import Evaluate
 from samfn.methods.base import Descended, MethodState, Point, is_number_zero, plain
+from samfn.perturb import filter_noise
 from samfn.tree import Params
 
 ADAPTED = ".base_layer.weight"  # how peft ends the name of a weight that has an adapter
@@ -206,8 +207,7 @@ def merged_noise(
         a, b = (point.params[other] for other in pairs[name])
         flipped = name in transposed
         merged = (weight.t() if flipped else weight) + scale * b @ a
-        lengths = merged.norm(dim=1, keepdim=True) / math.sqrt(merged.shape[1])
-        noise: Tensor = lengths * torch.randn_like(merged)
+        noise = filter_noise(merged) / math.sqrt(merged.shape[1])
         return point.rho * (noise.t() if flipped else noise)
 
     def init(params: Params, moved: Params) -> MethodState:

@@ -64,14 +64,14 @@ MUTANTS = {
     ),
     "loss of the perturbed pass": (
         "methods/base.py",
-        "seen = Descent(worst.grads, clean, worst.loss, length)",
-        "seen = Descent(worst.grads, clean._replace(loss=worst.loss), worst.loss, length)",
+        "return Descent(worst.grads, clean, worst.loss, length)",
+        "return Descent(worst.grads, clean._replace(loss=worst.loss), worst.loss, length)",
         "samfn/test_step::test_200_steps_equal_a_sam_that_overwrites_weights",
     ),
     "gradient of the clean pass": (
         "methods/base.py",
-        "seen = Descent(worst.grads, clean,",
-        "seen = Descent(clean.grads, clean,",
+        "return Descent(worst.grads, clean,",
+        "return Descent(clean.grads, clean,",
         "samfn/test_step::test_200_steps_equal_a_sam_that_overwrites_weights",
     ),
     "descent from the perturbed weights": (
@@ -95,9 +95,9 @@ MUTANTS = {
         "samfn/methods/test_published::test_a_training_is_that_of_the_papers_equations_in_numpy",
     ),
     "momentum the other way": (
-        "methods/published.py",
-        "tree.scale(velocity, -1.0)",
-        "tree.scale(velocity, 1.0)",
+        "methods/one_pass.py",
+        'tree.scale(memory["momentum"], -1.0)',
+        'tree.scale(memory["momentum"], 1.0)',
         "samfn/methods/test_published::test_a_training_is_that_of_the_papers_equations_in_numpy",
     ),
     "sharpness beside the optimizer is not looked at": (

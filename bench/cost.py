@@ -246,7 +246,8 @@ class Methods(Cost):
     come round. The cost of ae_sam depends on the gradients: on one batch again and again,
     as here, its gate is shut; while it is open, a step costs what one of sam does.
     "peak MiB" is what the process grows by in a step, beside its state; on a GPU, all that
-    PyTorch allocated. "first s" is the time of the first two rounds, in which everything is compiled.
+    PyTorch allocated. "first s" is the time of the first two rounds, in which everything is
+    compiled.
     """
 
     seconds: float = 300.0

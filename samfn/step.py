@@ -217,8 +217,22 @@ def require_state(
     for one in (loss_fn, *method.losses):
         as_loss(one).check(state.params, state.buffers)
     optimizer.check(state.opt_state, state.params)
+    require_bounded(optimizer, method)
     if not torch.compiler.is_compiling():
         _require_memory(state, method)
+
+
+def require_bounded(optimizer: Optimizer, method: Method) -> None:
+    """Raise if a part of a method would escape the clip of its optimizer.
+
+    Raises:
+        ValueError: it would; says what clips it.
+    """
+    if optimizer.clips and method.beside:
+        raise ValueError(
+            "what wsam moves past the optimizer would escape its clip: expected an"
+            " optimizer without one, and wsam(max_norm=...), which clips both gradients"
+        )
 
 
 def _require_memory(state: TrainState, method: Method) -> None:
@@ -274,11 +288,7 @@ def take_step(
     descent_norm = tree.norm(seen.grads)
     looked_at = [seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm]
     if seen.beside is not None:
-        if optimizer.clips:
-            raise ValueError(
-                "what wsam moves past the optimizer would escape its clip: expected an"
-                " optimizer without one, and wsam(max_norm=...), which clips both gradients"
-            )
+        require_bounded(optimizer, method._replace(beside=True))
         new_params = tree.add_scaled(new_params, -lr, seen.beside)
         looked_at.append(tree.norm(seen.beside))
     finite = _all_finite(*looked_at)

@@ -346,10 +346,14 @@ def _compared(
 
 
 def _rounding(case: Case, expected: Seen, start: dict[str, Tensor], way: str) -> float:
-    """Return how far from itself a plain loop ends whose norms are rounded otherwise."""
+    """Return how far from itself a plain loop ends whose norms are rounded otherwise.
+
+    Up and down: where one of them meets a kink of the loss, the other may not.
+    """
     eps = torch.finfo(case.dtype or torch.float64).eps
-    nudged = plain_loop(case, unused=way != "drop-in", nudge=eps)
-    return apart(nudged, expected, start)
+    how = {"unused": way != "drop-in"}
+    nudged = (plain_loop(case, **how, nudge=nudge) for nudge in (eps, -eps))
+    return max(apart(one, expected, start) for one in nudged)
 
 
 def _untouched() -> Tensor:

@@ -31,6 +31,7 @@ from recipes.train.compiling import decide
 from samfn import distributed, schedules
 from samfn.compiled import operations
 from samfn.loss import LossFn
+from samfn.step import require_bounded
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
 Read = Callable[[Config, Track, Say], Dataset]
@@ -112,6 +113,10 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     steps = config.epochs * steps_per_epoch
     descent = config.descent
     optimizer, method = _optimizer(descent, model), _method(config, model, steps)
+    try:
+        require_bounded(optimizer, method)
+    except ValueError as error:
+        raise ConfigError(f"--clip-norm: {error}") from error
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
     dtype = DTYPES[config.arithmetic.precision]
     loss_fn = _loss_fn(descent, model, dtype)

@@ -78,6 +78,8 @@ class Method(NamedTuple):
     that part, a gradient by some parameters as a whole one. None where data decide."""
     losses: tuple[LossFn, ...] = ()
     """Loss functions that it evaluates beside the step's own."""
+    beside: bool = False
+    """Whether a part of it goes past the optimizer, as `Descent.beside`."""
     outermost: str | None = None
     """Name of the combinator that made it, if no other one may be put around it."""
 

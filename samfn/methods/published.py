@@ -150,7 +150,7 @@ def wsam(
         sharpness = tree.subtract(worst, clean)
         return dict(clean), tree.scale(sharpness, gamma / (1 - gamma))
 
-    return two_pass(metric, combine=combine)
+    return two_pass(metric, combine=combine)._replace(beside=True)
 
 
 def ssam(*, metric: Perturb = perturb) -> Method:

@@ -140,6 +140,7 @@ COMMANDS = [
     ("--lr 0", "--lr: expected a finite number above 0, got 0.0"),
     ("--batch-size 1", "--batch-size: expected at least 2, got 1"),
     ("--batch-size 99999", "--batch-size: expected at most the 1437 training images"),
+    ("--method wsam --clip-norm 1", "--clip-norm: what wsam moves past the optimizer"),
     ("--epochs 0", "--epochs: expected at least 1, got 0"),
     ("--save-steps 0", "--save-steps: expected at least 1, or None, got 0"),
     ("--model resnet", "--model: "),

@@ -114,8 +114,8 @@ MUTANTS = {
     ),
     "the model has its own weights back before the backward pass": (
         "modules/supervised.py",
-        "            yield found\n\n    def check",
-        "            pass\n        yield found\n\n    def check",
+        "            yield found\n\n    @property",
+        "            pass\n        yield found\n\n    @property",
         "bench/test_zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason"
         "[checkpoint]",
     ),

@@ -509,7 +509,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("--momentum 0 --nesterov", "--nesterov: expected momentum with it"),
         ("--optimizer adam --momentum 0.8", "--momentum: expected --optimizer sgd with it"),
         ("--optimizer adamw --nesterov", "--nesterov: expected --optimizer sgd with it"),
-        ("--betas 0.8 0.9", "--betas: expected --optimizer adam or adamw or nadam with it"),
+        ("--betas 0.8 0.9", "--betas: expected --optimizer adam or adamw or nadam or muon"),
         ("--optimizer adam --betas 0.8", "--betas: expected two numbers from 0 to below"),
         ("--optimizer adam --betas 0.8 1", "--betas: expected two numbers from 0 to below"),
         ("--weight-decay -1", "--weight-decay: expected a finite number of at least 0"),

@@ -245,9 +245,7 @@ class Methods(Cost):
     rounds of the ratio in a round; where steps of a method differ, of their mean until they
     come round. The cost of ae_sam depends on the gradients: on one batch again and again,
     as here, its gate is shut; while it is open, a step costs what one of sam does.
-    "peak MiB" is what the process grows by in a step, beside its state; on a GPU, all that
-    PyTorch allocated. "first s" is the time of the first two rounds, in which everything is
-    compiled.
+    "first s" is the time of the first two rounds, in which everything is compiled.
     """
 
     seconds: float = 300.0
@@ -266,18 +264,11 @@ class Methods(Cost):
             {name: stepper.step for name, stepper in made.items()}, seconds=self.seconds
         )
         seen = {n: [t / made[n].period for t in times] for n, times in rounds.items()}
-        measure.give_back()
-        peaks = {}
-        for name in seen:
-            made[name].step()  # Its state lies in blocks of their own from now on.
-            peaks[name] = measure.peak_memory(made[name].step) / 2**20
         return [
             {
                 "method": name,
                 **measure.milliseconds(times),
                 "of SGD": measure.ratios(times, seen[BASELINE])["median"],
-                "peak MiB": peaks[name],
-                "MiB of SGD": peaks[name] / peaks[BASELINE],
                 "first s": first[name],
             }
             for name, times in seen.items()

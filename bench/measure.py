@@ -1,6 +1,5 @@
 """Timing several candidates against each other, and what a report needs beside it."""
 
-import ctypes
 import json
 import platform
 import shlex
@@ -21,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from recipes.terminal.hardware import hardware
 
 RESULTS = Path(__file__).parent / "results"
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def interleaved(
@@ -111,14 +109,6 @@ def _product(size: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
     out = torch.empty_like(left)
     torch.mm(left, right, out=out)  # The first one chooses the kernel.
     return lambda: torch.mm(left, right, out=out)
-
-
-def give_back() -> None:
-    """Let glibc give every larger block back at once, so that a peak is one step's."""
-    if not torch.cuda.is_available():
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
-        glibc.malloc_trim(0)
 
 
 def peak_memory(step: Callable[[], Any]) -> int:

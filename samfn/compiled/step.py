@@ -149,7 +149,7 @@ class CompiledUpdate:
             self._step = int(state.step)
         kind = method_kind(self._step) if method_kind else None
         # A caller's grad mode would trigger another compilation.
-        with torch.no_grad():
+        with torch.no_grad(), _hooks_as_they_are():
             if kind in self._runs:
                 result = self._take(kind, state, batch, *dials)
             else:
@@ -299,17 +299,17 @@ def _attempt(
 def _hooks_as_they_are() -> Iterator[None]:
     """Leave hooks of saved tensors allowed, or forbidden, as they were.
 
-    A compilation of torch.func that fails leaves them forbidden for the whole process.
+    A compilation of torch.func that fails leaves them forbidden for the whole process, and
+    each call of one that does not leaves them as they were when it was traced.
     """
     told = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     try:
         yield
-    except Exception:
+    finally:
         if told is None:
             torch._C._autograd._saved_tensors_hooks_enable()
         else:
             torch._C._autograd._saved_tensors_hooks_disable(told)
-        raise
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

@@ -453,6 +453,15 @@ def traced(monkeypatch):
         monkeypatch.setattr(module, "compiled", trace)
 
 
+def test_steps_leave_hooks_of_saved_tensors_allowed(traced):
+    state, step, _ = task(nn.Linear(4, 3), plan="whole")
+    for _ in range(3):
+        state, _ = step(state, (torch.randn(3, 4), torch.arange(3)), rho=0.1, lr=0.1)
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
+            pass
+    assert step.plan == "whole"
+
+
 def replace_layer(model):
     torch.manual_seed(7)
     model[1] = nn.Linear(32, 7).double()

@@ -217,18 +217,18 @@ def require_state(
     for one in (loss_fn, *method.losses):
         as_loss(one).check(state.params, state.buffers)
     optimizer.check(state.opt_state, state.params)
-    require_bounded(optimizer, method)
+    require_bounded(optimizer, method.beside)
     if not torch.compiler.is_compiling():
         _require_memory(state, method)
 
 
-def require_bounded(optimizer: Optimizer, method: Method) -> None:
-    """Raise if a part of a method would escape the clip of its optimizer.
+def require_bounded(optimizer: Optimizer, beside: bool) -> None:
+    """Raise if what a method moves beside its optimizer would escape a clip there.
 
     Raises:
         ValueError: it would; says what clips it.
     """
-    if optimizer.clips and method.beside:
+    if optimizer.clips and beside:
         raise ValueError(
             "what wsam moves past the optimizer would escape its clip: expected an"
             " optimizer without one, and wsam(max_norm=...), which clips both gradients"
@@ -288,7 +288,7 @@ def take_step(
     descent_norm = tree.norm(seen.grads)
     looked_at = [seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm]
     if seen.beside is not None:
-        require_bounded(optimizer, method._replace(beside=True))
+        require_bounded(optimizer, beside=True)
         new_params = tree.add_scaled(new_params, -lr, seen.beside)
         looked_at.append(tree.norm(seen.beside))
     finite = _all_finite(*looked_at)

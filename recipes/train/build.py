@@ -114,7 +114,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
     descent = config.descent
     optimizer, method = _optimizer(descent, model), _method(config, model, steps)
     try:
-        require_bounded(optimizer, method)
+        require_bounded(optimizer, method.beside)
     except ValueError as error:
         raise ConfigError(f"--clip-norm: {error}") from error
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)

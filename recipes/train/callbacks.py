@@ -271,9 +271,9 @@ def evaluate(task: Task, interrupts: "Interrupts", event: Event) -> None:
     if not isinstance(event, Evaluation):
         return
     training, row = event
-    states = {"": distributed.gather(training.state)}
+    states = {"": whole(training.state)}
     if task.config.average.ema_decay is not None:
-        states["ema_"] = distributed.gather(model_of(task, training))
+        states["ema_"] = whole(model_of(task, training))
     try:
         for split in {task.chosen_by.name: task.chosen_by, "test": task.test}.values():
             for prefix, state in states.items():
@@ -282,6 +282,11 @@ def evaluate(task: Task, interrupts: "Interrupts", event: Event) -> None:
                 row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
     except StopError:
         training.stop = "signal"
+
+
+def whole(state: samfn.TrainState) -> samfn.TrainState:
+    """Return a state whose parameters are whole on every rank, its memory as it is."""
+    return state._replace(params=distributed.gather(state.params))
 
 
 def scan(task: Task, interrupts: "Interrupts", event: Event) -> None:
@@ -294,7 +299,7 @@ def scan(task: Task, interrupts: "Interrupts", event: Event) -> None:
         return
     started = time.perf_counter()
     average = task.config.selection.select_with == "average"
-    state = distributed.gather(model_of(task, training) if average else training.state)
+    state = whole(model_of(task, training) if average else training.state)
     rho, stopping = row["rho"], interrupts.amid
     try:
         with loop.evaluating(task.model):

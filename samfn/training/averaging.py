@@ -28,8 +28,8 @@ def moving_average(average: Params, new: Params, decay: float) -> dict[str, Tens
     moves = [name for name, value in new.items() if value.is_floating_point()]
     moved = {name: average[name].clone() for name in moves}
     # In place, or tensors with a dimension of size 1 would get other strides.
-    parts, news = ([tree.local(all[name]) for name in moves] for all in (moved, new))
-    torch._foreach_lerp_(parts, news, 1 - decay)
+    own, there = ([tree.local(leaves[n]) for n in moves] for leaves in (moved, new))
+    torch._foreach_lerp_(own, there, 1 - decay)
     return {name: moved.get(name, value) for name, value in new.items()}
 
 

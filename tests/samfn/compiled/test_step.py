@@ -501,6 +501,22 @@ def test_a_compiled_step_sees_what_a_model_was_given_since(name, traced, hooked_
     )
 
 
+@pytest.mark.parametrize("combine", [samfn.ascent_on, samfn.on_loss])
+def test_a_compiled_step_sees_what_the_model_of_another_loss_was_given_since(
+    combine, traced
+):
+    model, other = tiny(), tiny()
+    method = combine(samfn.sam(), samfn.supervised(other, F.cross_entropy))
+    state, step, eager = task(model, method, plan="gradient")
+    state, _ = step(state, batches(2)[0], rho=0.1, lr=0.1)
+    before, _ = eager(state, batches(2)[1], rho=0.1, lr=0.1)
+    other[1].register_forward_hook(lambda *given: given[-1] * torch.arange(7))
+    found = step(state, batches(2)[1], rho=0.1, lr=0.1)
+    expected = eager(state, batches(2)[1], rho=0.1, lr=0.1)
+    assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    assert not torch.equal(before.params["1.weight"], expected[0].params["1.weight"])
+
+
 def test_what_is_frozen_between_compiled_steps_is_an_error(traced):
     model = tiny()
     state, step, _ = task(model, plan="gradient")

@@ -1,6 +1,5 @@
 """SAM that moves the network and not what the loss makes of it, and the ascent of Adam."""
 
-import torch
 from torch import Tensor
 
 from samfn import checks, tree
@@ -64,10 +63,11 @@ def functional_sam(direction: Direction = uphill) -> Method:
 def preconditioned(decay: float = 0.999) -> Direction:
     """Climb along the gradient as Adam scales it, so that no few large entries rule.
 
-    d = g / (sqrt(v) + 1e-8), v <- decay v + (1 - decay) g^2 without Adam's bias;
-    e = rho d / ||d|| by `sam(preconditioned())` and `functional_sam(preconditioned())`
+    d = g / (sqrt(v) + 1e-8), v <- decay v + (1 - decay) g^2;  e = rho d / ||d||,
+    by `sam(preconditioned())` and `functional_sam(preconditioned())`
 
-    v is of the clean gradients of all steps, this one among them, where Adam's own is of
+    Adam's correction of v at the start would not turn d, and its length does not count. v
+    is of the clean gradients of all steps, this one among them, where Adam's own is of
     the gradients that descend. The perturbation is rho long.
 
     Args:
@@ -80,17 +80,10 @@ def preconditioned(decay: float = 0.999) -> Direction:
     """
     checks.require_below_one("decay", decay)
 
-    def init(moved: Params) -> MethodState:
-        first = next(iter(moved.values()))
-        wide = torch.promote_types(first.dtype, torch.float32)
-        weight = torch.zeros((), dtype=wide, device=first.device)
-        return {"square": tree.zeros_like(moved), "weight": weight}
-
     def update(grads: Params, memory: MethodState) -> tuple[dict[str, Tensor], MethodState]:
         squares = tree.scale(tree.multiply(grads, grads), 1 - decay)
         square = tree.add(tree.scale(memory["square"], decay), squares)
-        weight = decay * memory["weight"] + (1 - decay)
-        inverse = {n: ((v / weight).sqrt() + EPS).reciprocal() for n, v in square.items()}
-        return tree.multiply(inverse, grads), {"square": square, "weight": weight}
+        inverse = {name: (v.sqrt() + EPS).reciprocal() for name, v in square.items()}
+        return tree.multiply(inverse, grads), {"square": square}
 
-    return Direction(init, update)
+    return Direction(lambda moved: {"square": tree.zeros_like(moved)}, update)

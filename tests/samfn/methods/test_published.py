@@ -242,6 +242,9 @@ def test_wsam_clips_both_gradients_before_it_subtracts_them():
     apart = samfn.grouped(samfn.sgd(), (["bias"], samfn.clipped(samfn.sgd(), 0.1)))
     with pytest.raises(ValueError, match="wsam"):
         train(samfn.wsam(), apart)
+    own = samfn.methods.two_pass(combine=lambda clean, worst: (dict(clean), dict(worst)))
+    with pytest.raises(ValueError, match="would escape its clip"):
+        train(own, samfn.clipped(samfn.sgd(), 0.1))
 
 
 DECAY = 0.1

@@ -14,6 +14,7 @@ line for each candidate and a table for each case; with --output the lines, and 
 
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -49,40 +50,24 @@ from recipes.terminal.hardware import emulated
 from recipes.train.layers import LayerMeter
 
 Row = dict[str, Any]
-# As the recipe's --method reads them.
-METHODS = (
-    "sam",
-    "asam",
-    "fisher_sam",
-    "gsam",
-    "wsam",
-    "ssam",
-    "awp",
-    "usam",
-    "unified_sam",
-    "le_sam",
-    "light_sam",
-    "sagm",
-    "friendly_sam",
-    "vasso",
-    "momentum_sam",
-    "s2_sam",
-    "rwp",
-    "rwp(1.0)",
-    "looksam(k=5)",
-    "multi_step_sam(2)",
-    "esam",
-    "ae_sam",
-    "functional_sam",
-    "functional_sam(preconditioned)",
-    "spectral_sam",
-    "on_parameters(sam, norm_layers)",
-    "every(sam, 5)",
-    "sub_batch_ascent(sam, 0.5)",
-    "sub_batch_ascent(sam, 0.25)",
-    "per_micro_batch(sam, 32)",
-    "accumulated(sam, 32)",
-)
+# Expressions of a method that is not timed with its defaults alone.
+EXPRESSIONS = {
+    "looksam": ("looksam(k=5)",),
+    "multi_step_sam": ("multi_step_sam(2)",),
+    "rwp": ("rwp", "rwp(1.0)"),
+    "functional_sam": ("functional_sam", "functional_sam(preconditioned)"),
+    "on_parameters": ("on_parameters(sam, norm_layers)",),
+    "every": ("every(sam, 5)",),
+    "sub_batch_ascent": ("sub_batch_ascent(sam, 0.5)", "sub_batch_ascent(sam, 0.25)"),
+    "per_micro_batch": ("per_micro_batch(sam, 32)",),
+    "accumulated": ("accumulated(sam, 32)",),
+    "same_randomness": (),  # The cost is that of the method.
+    "loss_scaled": (),
+}
+# All that the recipe's --method knows.
+METHODS = [
+    text for name in method_expression.MAKERS for text in EXPRESSIONS.get(name, (name,))
+]
 BASELINE = "SGD"
 LONGEST = 60  # steps after which a method has come round
 
@@ -238,14 +223,52 @@ def period(method: samfn.Method) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Methods(Cost):
-    """Cost of a step of each method, relative to one of SGD.
+class Apart(Cost):
+    """A measurement of each candidate in a process of its own."""
 
-    All are compiled, in one process, and timed in turns. "of SGD" is the median over the
-    rounds of the ratio in a round; where steps of a method differ, of their mean until they
-    come round. The cost of ae_sam depends on the gradients: on one batch again and again,
-    as here, its gate is shut; while it is open, a step costs what one of sam does.
-    "first s" is the time of the first two rounds, in which everything is compiled.
+    only: str | None = None
+    """Measure this candidate in this process, and print the number."""
+
+    @abstractmethod
+    def here(self, case: str, name: str) -> float:
+        """Return what this process measures of a candidate."""
+
+    def apart(self, case: str, name: str, **variables: str) -> float:
+        """Return what a process of its own measures of a candidate."""
+        command = [sys.executable, "-m", "bench.cost", type(self).__name__.lower()]
+        run = subprocess.run(
+            [*command, "--case", case, "--only", name],
+            env=os.environ | variables,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return float(run.stdout.split()[-1])
+
+    def memory(self, case: str, name: str) -> float:
+        """Return `apart` of memory."""
+        # glibc then gives every larger block back at once, so that a peak is one step's.
+        return self.apart(case, name, MALLOC_MMAP_THRESHOLD_="65536")
+
+
+def peak_of(step: Callable[[], Any]) -> float:
+    """Return the bytes that a step needs at its peak, once it is compiled."""
+    for _ in range(3):
+        step()
+    return measure.peak_memory(step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Methods(Apart):
+    """Cost of a step of each method, in time and memory, relative to one of SGD.
+
+    All are compiled, in one process, and timed in turns, each behind a step of SGD. "of
+    SGD" is the median over the rounds of the ratio of these two; where steps of a method
+    differ, of their mean until they come round. The cost of ae_sam depends on the
+    gradients: on one batch again and again, as here, its gate is shut; while it is open, a
+    step costs what one of sam does. "peak MiB" is what the costliest of a method's kinds of
+    step needs at its peak beside weights, memory and batch, each method in a process of its
+    own, as `memory` measures it.
     """
 
     seconds: float = 300.0
@@ -256,23 +279,29 @@ class Methods(Cost):
     def rows(self, case: str) -> list[Row]:
         """Time the methods."""
         network, precision = load(case)
-        made, first = {}, {}
+        made = {}
         for name in (BASELINE, *(self.method or METHODS)):
             made[name] = Stepper(network, precision, name)
-            first[name] = sum(measure.timed(made[name].step, 1) for _ in range(2))
+            measure.timed(made[name].step, 2)  # Compiles.
+        turns = [turn for name in made for turn in ((BASELINE, name), (name, name))]
         rounds = measure.interleaved(
-            {name: stepper.step for name, stepper in made.items()}, seconds=self.seconds
+            {turn: made[turn[0]].step for turn in turns}, seconds=self.seconds
         )
-        seen = {n: [t / made[n].period for t in times] for n, times in rounds.items()}
+        seen = {t: [s / made[t[0]].period for s in times] for t, times in rounds.items()}
         return [
             {
                 "method": name,
-                **measure.milliseconds(times),
-                "of SGD": measure.ratios(times, seen[BASELINE])["median"],
-                "first s": first[name],
+                **measure.milliseconds(seen[name, name]),
+                "of SGD": measure.ratios(seen[name, name], seen[BASELINE, name])["median"],
+                "peak MiB": self.memory(case, name) / 2**20,
             }
-            for name, times in seen.items()
+            for name in made
         ]
+
+    def here(self, case: str, name: str) -> float:
+        """Return the bytes that a step needs at its peak."""
+        network, precision = load(case, "cuda" if torch.cuda.is_available() else "cpu")
+        return peak_of(Stepper(network, precision, name).step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,30 +337,6 @@ class Monitor(Cost):
                 "parameters": len(samfn.split(network.model)[0]),
             }
         ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Apart(Cost):
-    """A measurement of each candidate in a process of its own."""
-
-    only: str | None = None
-    """Measure this candidate in this process, and print the number."""
-
-    @abstractmethod
-    def here(self, case: str, name: str) -> float:
-        """Return what this process measures of a candidate."""
-
-    def apart(self, case: str, name: str, **variables: str) -> float:
-        """Return what a process of its own measures of a candidate."""
-        command = [sys.executable, "-m", "bench.cost", type(self).__name__.lower()]
-        run = subprocess.run(
-            [*command, "--case", case, "--only", name],
-            env=os.environ | variables,
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        return float(run.stdout.split()[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,23 +414,20 @@ class Memory(Apart):
 
     def rows(self, case: str) -> list[Row]:
         """Measure the peak of all candidates."""
-        # glibc then gives every larger block back at once, so that a peak is one step's.
-        variables = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        peaks = {
-            name: self.apart(case, name, **variables) / 2**20 for name in runners(case)
-        }
+        peaks = {name: self.memory(case, name) / 2**20 for name in runners(case)}
         ours = peaks["samfn compiled"]
         return [
-            {"candidate": name, "peak MiB": peak, "of samfn": peak / ours}
+            {
+                "candidate": name,
+                "peak MiB": peak,
+                "of samfn": peak / ours if ours else math.nan,
+            }
             for name, peak in peaks.items()
         ]
 
     def here(self, case: str, name: str) -> float:
         """Return the bytes that a step needs at its peak."""
-        runner = runners(case)[name]()
-        for _ in range(3):
-            runner.step()
-        return measure.peak_memory(runner.step)
+        return peak_of(runners(case)[name]().step)
 
 
 def runners(case: str) -> dict[str, Callable[[], Any]]:

@@ -178,7 +178,7 @@ def evaluate(
         loss_fn = _with_slope_at(slope_at, loss_fn)
     names = tuple(params if wrt is None else wrt)
     given = params, buffers, batch
-    if any(map(tree.is_sharded, params.values())):
+    if tree.any_sharded(params.values()):
         loss, aux, grads = _on_all_ranks(loss_fn, *given, names, scale)
     else:
         loss, aux, grads = _evaluated(loss_fn, *given, names, scale)

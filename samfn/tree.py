@@ -62,7 +62,7 @@ def norms(tree: Params, wholes: Params | None = None) -> Tensor:
     leaves = list(tree.values())
     owners = leaves if wholes is None else [wholes[name] for name in tree]
     dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves), torch.float32)
-    if any(map(is_sharded, owners)):
+    if any_sharded(owners):
         here = [local(leaf) for leaf in leaves]
         if dtype.is_complex:
             here, dtype = [part.abs() for part in here], dtype.to_real()
@@ -196,6 +196,11 @@ def select(condition: Tensor, new: Any, old: Any) -> Any:
 def is_sharded(leaf: Tensor | None) -> bool:
     """Return whether a tensor is a DTensor, of which each process holds a part."""
     return hasattr(leaf, "device_mesh")  # By name: importing DTensor takes a second.
+
+
+def any_sharded(leaves: Iterable[Tensor | None]) -> bool:
+    """Return whether one of the tensors is a DTensor."""
+    return any(map(is_sharded, leaves))
 
 
 def local(leaf: Any) -> Tensor:

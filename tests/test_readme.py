@@ -15,6 +15,7 @@ import torch
 
 import bench.cost
 import samfn
+from bench.cost import METHODS
 from bench.faults.rows import ROWS
 from recipes.models import language, networks
 from recipes.settings.method_expression import MAKERS
@@ -268,6 +269,13 @@ def test_accuracies_are_those_of_the_reports():
             assert f"| {last} | {best} |" in README, f"{path}: {row}"
 
 
+# Methods of two gradients of the whole batch whose other arithmetic is next to nothing.
+WHOLE = {
+    *("sam", "asam", "fisher_sam", "gsam", "wsam", "ssam", "awp", "usam", "unified_sam"),
+    *("le_sam", "light_sam", "sagm", "friendly_sam", "vasso"),
+}
+
+
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -275,18 +283,20 @@ def cells(line):
 def test_every_method_has_a_row_with_its_measured_cost():
     ((_, text),) = reports("methods_cost").items()
     lines = [cells(line) for line in text.splitlines() if line.startswith("| ")]
-    ratio = lines[0].index("of SGD")
-    costs = {line[0]: line[ratio] for line in lines[2:]}
+    time, memory = lines[0].index("of SGD"), lines[0].index("peak MiB")
+    costs = {line[0]: (float(line[time]), float(line[memory])) for line in lines[2:]}
+    _, least = costs.pop("SGD")
     table = PAGES["samfn/methods/README.md"].splitlines()
     rows = {line.split("`")[1].partition("(")[0]: line for line in table if "| `" in line}
     assert rows.keys() == MAKERS.keys()
-    later = {name for name, row in rows.items() if cells(row)[3] == "?"}
-    made = {name.partition("(")[0] for name in costs}
-    assert rows.keys() - later - made == {"same_randomness", "loss_scaled"}
-    assert not later & made
-    for method, cost in costs.items():
-        if method != "SGD":
-            assert cost in rows[method.partition("(")[0]], method
+    assert {*costs} == {*METHODS}
+    for method, (seconds, bytes_) in costs.items():
+        row = cells(rows[method.partition("(")[0]])
+        assert f"{seconds:.2f}" in row[3], method
+        assert f"{bytes_ / least:.2f}" in row[4], method
+    whole = {seconds for name, (seconds, _) in costs.items() if name in WHOLE}
+    low, high = re.search(r"between (\S+) and (\S+) here", text).groups()
+    assert (f"{min(whole):.2f}", f"{max(whole):.2f}") == (low, high)
 
 
 def table_of(text):

@@ -19,7 +19,7 @@ from samfn.methods.base import Method
 from samfn.modules.lending import ImpureError
 from samfn.nested import as_it_was
 from samfn.step import Metrics, TrainState
-from samfn.tree import Batch, is_sharded
+from samfn.tree import Batch, any_sharded, is_sharded
 
 Parts = Literal["whole", "gradient", "loss"]
 Plan = Literal["auto", "whole", "gradient", "loss"]
@@ -126,7 +126,7 @@ def candidates(
         return [{"backend": backend, "options": options and dict(options)}]
     device = state.step.device
     # DTensors cannot be called from C++, and once that was tried, not from Python either.
-    sharded = any(map(is_sharded, state.params.values()))
+    sharded = any_sharded(state.params.values())
     if device.type == "cpu" and plan == "whole" and not sharded:
         # A few operations cannot be called from C++.
         return [{"options": LEAN | FROM_CPP}, {"options": LEAN}]

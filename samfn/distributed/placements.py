@@ -78,7 +78,7 @@ def placed(method: Method, placement: str = "replica") -> Method:
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
         shared = point
-        if any(map(tree.is_sharded, point.params.values())):
+        if tree.any_sharded(point.params.values()):
             if alone:
                 raise ValueError(
                     "a sharded state has one perturbation for all ranks, and needs no"

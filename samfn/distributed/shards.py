@@ -68,7 +68,7 @@ def shard(values: Any, mesh: Any = None) -> Any:
     if mesh.ndim > 2:
         raise ValueError(f"expected a mesh of one dimension or two, got {mesh.ndim}")
     require_all_ranks(mesh)
-    if any(map(tree.is_sharded, params.values())):
+    if tree.any_sharded(params.values()):
         raise ValueError("expected plain tensors, got DTensors, which are placed already")
     shapes = {name: leaf.shape for name, leaf in params.items()}
 

@@ -33,7 +33,7 @@ def align(parameters: Iterable[Any]) -> None:
 def way_to_gradients(parameters: Iterable[Tensor]) -> str:
     """Return what to do where there are no gradients."""
     way = "call backward before"
-    if any(map(tree.is_sharded, parameters)):
+    if tree.any_sharded(parameters):
         way += "; of fully_shard, with set_requires_gradient_sync(True)"
     return way
 

@@ -162,7 +162,7 @@ def hessian_product(
         full = {name: whole(w) for name, w in params.items()}
         way = {name: whole(v) for name, v in direction.items()}
         product = _product_by_func(loss_fn.function, full, buffers, batch, way)
-    if not any(map(tree.is_sharded, params.values())):
+    if not tree.any_sharded(params.values()):
         return product
     share = _share(loss_fn, params, batch)
     return {name: summed(share_of(v, share), params[name]) for name, v in product.items()}
@@ -200,7 +200,7 @@ def _product_by_autograd(
     differentiating: Any = loss_fn.differentiating
     with torch.enable_grad(), differentiating(*given, twice=True) as returned:
         loss, _ = loss_and_aux(returned, buffers)
-        if any(map(tree.is_sharded, inputs)):
+        if tree.any_sharded(inputs):
             loss = share_of(loss, _share(loss_fn, params, batch))
         if not loss.requires_grad:
             raise GradientError(f"the loss depends on none of {checks.some([*params])}")

@@ -142,7 +142,7 @@ def restore(
 def _is_cut(state: Any, metadata: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Return whether there are DTensors among the tensors."""
     held = [value for value in metadata.values() if _holds_tensors(value)]
-    return any(map(tree.is_sharded, pytree.tree_leaves((state, held))))
+    return tree.any_sharded(pytree.tree_leaves((state, held)))
 
 
 def _calling(cut: bool) -> Callable[[Callable[[], Any]], Any]:

@@ -369,7 +369,7 @@ def _placed(value: Any, usual: Tensor, like: Params) -> Any:
 
 
 def _is_sharded(state: TrainState) -> bool:
-    return any(map(tree.is_sharded, state.params.values()))
+    return tree.any_sharded(state.params.values())
 
 
 def _together(state: TrainState) -> dict[str, Tensor]:

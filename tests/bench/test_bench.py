@@ -54,6 +54,17 @@ def test_steps_are_timed_beside_their_peers(tmp_path):
 
 
 @pytest.mark.slow
+def test_methods_are_timed_and_their_memory_measured_beside_sgd(tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    options = ("--case", "mlp-small:4:float32", "--seconds", 0, "--output", lines)
+    bench("cost", "methods", *options, "--method", "looksam(k=2)", cwd=tmp_path)
+    plain, method = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [plain["method"], plain["of SGD"]] == ["SGD", 1]
+    assert [method["method"], method["of SGD"] > 1] == ["looksam(k=2)", True]
+    assert min(plain["peak MiB"], method["peak MiB"]) >= 0
+
+
+@pytest.mark.slow
 def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(tmp_path):
     cold, warm = cost.Compiling().cold_and_warm("mlp-small:4:float32", "one gradient")
     assert 0 < warm < cold

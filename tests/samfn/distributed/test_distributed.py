@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import samfn
@@ -25,6 +26,14 @@ from tests.ranks import Sent, on_ranks
 from tests.reference import NextToken, tokens
 
 ROWS, STEPS = 16, 3
+
+
+def other(params, buffers, batch):
+    """Return another loss of the batch, of the last layer of `network` alone."""
+    features = batch[0].flatten(1)[:, : 4 * 36]
+    return F.linear(features, params["4.weight"], params["4.bias"]).cos().mean()
+
+
 METHODS = {
     "sam": samfn.sam(),
     "asam": samfn.asam(),
@@ -49,6 +58,8 @@ METHODS = {
     "on_parameters": samfn.on_parameters(samfn.sam(), "*.weight"),
     "loss_scaled": samfn.loss_scaled(samfn.sam()),
     "same_randomness": samfn.same_randomness(samfn.sam()),
+    "ascent_on": samfn.ascent_on(samfn.sam(), other),
+    "on_loss": samfn.on_loss(samfn.sam(), other),
 }
 # On several ranks, these choose among each rank's own examples.
 ALONE = {
@@ -182,6 +193,30 @@ def test_ranks_take_the_step_of_one_process(count, placement, name, batch_norm):
         for field in ("loss", "perturbed_loss", "perturbation_norm", "descent_norm"):
             left, right = (float(getattr(one, field)) for one in (found, wanted))
             assert math.isclose(left, right, rel_tol=2e-6, abs_tol=1e-7), field
+
+
+DRAWING = {
+    "esam": samfn.esam(0.5, 1.0),
+    "esam, tensors": samfn.esam(0.5, 1.0, draws="tensors"),
+    "rwp": samfn.rwp(),
+}
+
+
+def train_by_draws(placement=None, count=1):
+    """Train with every method that draws; `network` seeds all ranks alike."""
+    found = {}
+    for name, method in DRAWING.items():
+        here = method if placement else on_one(method, ROWS // count, "global", count)
+        found[name] = train(here, placement=placement, batch_norm=False)[0].params
+    return found
+
+
+def test_what_is_drawn_is_shared_by_ranks_of_one_seed():
+    plain = train(samfn.sam(), batch_norm=False)[0].params
+    found = on_ranks(2, train_by_draws, "global")[0]
+    for name, params in train_by_draws(count=2).items():
+        assert difference(found[name], params) < 1e-6, name
+        assert difference(params, plain) > 1e-4, name
 
 
 def train_alone():

@@ -17,7 +17,7 @@ from samfn import checks, tree
 from samfn.imperative import parts
 from samfn.imperative.guard import COPY_LATER, Guard, Mark
 from samfn.imperative.kept import Kept
-from samfn.imperative.passes import Passes, Seen
+from samfn.imperative.passes import Home, Passes, Seen, homes
 from samfn.loss import dense
 from samfn.methods.base import is_number_zero
 
@@ -123,7 +123,7 @@ class SAM(torch.optim.Optimizer):
         self.state = self.base_optimizer.state
         self.skip_nonfinite = skip_nonfinite
         self.skipped = 0
-        self._guarded: set[int] = set()  # Parameters, by their identity.
+        self._guarded: dict[int, Home] = {}  # Parameters, by their identity.
         self._start()
 
     def _start(self) -> None:
@@ -141,7 +141,7 @@ class SAM(torch.optim.Optimizer):
         if before is not None:
             before.end()
         self._passes = Passes()
-        self._passes.watch(self._all())
+        self._passes.watch(self._all(), self._guarded)
         weakref.finalize(self, self._passes.end).atexit = False
 
     @property
@@ -229,10 +229,14 @@ class SAM(torch.optim.Optimizer):
         also in a signal handler; `load_state_dict` calls `restore` first; and to copy or
         pickle the model is an error. This optimizer's `state_dict` may then be taken, too:
         from both, training goes on before this step. Buffers are as they are.
+
+        Under `fully_shard` it also lets backward passes be counted that are not
+        synchronised: call it before the first of them.
         """
         self = _itself(self)
         Guard(self).watch(model)
-        self._guarded |= {id(p) for p in model.parameters()}
+        self._guarded |= homes(model)
+        self._passes.visit(self._guarded)
 
     @_in_any_mode
     def first_step(self, zero_grad: bool = False) -> None:
@@ -260,7 +264,7 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError(f"no parameter has a gradient: {way}")
         parts.align(params.values())
         self._perturb(params, groups)
-        self._passes.end_first([*params.values()])
+        self._passes.end_first([*params.values()], self._guarded)
         torch.clear_autocast_cache()  # Within one autocast, it holds casts of w.
         if zero_grad:
             self.zero_grad()
@@ -534,13 +538,13 @@ class SAM(torch.optim.Optimizer):
                 of a model that is guarded; see `guard`.
         """
         self = _itself(self)
-        if self.perturbed and not self._guarded.issuperset(map(id, self._clean or ())):
+        if self.perturbed and not self._guarded.keys() >= {*map(id, self._clean or ())}:
             raise RuntimeError(
                 "the weights are perturbed, so there is no state to save: call second_step"
                 " before, save inside of `with optimizer.unperturbed()`, or call"
                 " optimizer.guard(model) once"
             )
-        if not self._guarded.issuperset(map(id, self._kept.parameters())):
+        if not self._guarded.keys() >= {*map(id, self._kept.parameters())}:
             self._kept.require_none("second_step, or optimizer.guard(model) once")
         self.state = self.base_optimizer.state  # It may have loaded one by itself.
         return {**super().state_dict(), "skipped": self.skipped}
@@ -600,7 +604,7 @@ class SAM(torch.optim.Optimizer):
         """Take over what was copied."""
         super().__setstate__(state)
         if "_clean" not in self.__dict__:
-            self._guarded = set()
+            self._guarded = {}
             self._start()
 
 

@@ -1,9 +1,10 @@
 """How many backward passes a gradient is the sum of, as two parameters tell."""
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import unserializable_hook
 
@@ -27,6 +28,26 @@ class Seen(NamedTuple):
         return self.grad() is grad and _version(grad) == self.version + writes
 
 
+class Home(NamedTuple):
+    """Where a parameter is in a model."""
+
+    module: "weakref.ref[torch.nn.Module]"
+    name: str
+
+
+Homes = Mapping[int, Home]
+"""By the identity of the parameter."""
+
+
+def homes(model: torch.nn.Module) -> dict[int, Home]:
+    """Return where the parameters of a model are."""
+    return {
+        id(p): Home(weakref.ref(module), name)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+
+
 def _version(grad: Tensor) -> int:
     return int(tree.local(grad)._version)  # A DTensor does not count itself.
 
@@ -43,22 +64,33 @@ class Passes:
         self.first = 0
         """How many the first pass had."""
 
-    def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Watch the first and the last of parameters, and no longer those of before."""
+    def watch(self, parameters: Sequence[Tensor], known: Homes) -> None:
+        """Watch the first and the last of parameters, and no longer those of before.
+
+        Args:
+            parameters: in their order.
+            known: where they are, as far as that is known.
+        """
         self.end()
         trained = [p for p in parameters if p.requires_grad and p.numel()]
         self._watches = [_Watch(p) for p in dict.fromkeys((*trained[:1], *trained[-1:]))]
+        self.visit(known)
+
+    def visit(self, known: Homes) -> None:
+        """Count also what `fully_shard` adds up by itself, in the homes of parameters."""
+        for watch in self._watches:
+            watch.visit(known)
 
     def end(self) -> None:
         """Take the hooks away."""
         for watch in self._watches:
             watch.end()
 
-    def end_first(self, parameters: Sequence[Tensor]) -> None:
+    def end_first(self, parameters: Sequence[Tensor], known: Homes) -> None:
         """Remember how many there were; watch others, if those had no gradient."""
         self.first = self.count
         if not self.first:
-            self.watch(parameters)
+            self.watch(parameters, known)
 
     def begin(self, *, anew: bool = False) -> None:
         """Look at the gradients as they are; what is not cleared from now on counts on.
@@ -86,16 +118,41 @@ class _Watch:
     def __init__(self, parameter: Any) -> None:
         # The hooks, which the parameter holds, must not keep it.
         self._parameter = weakref.ref(parameter)
-        self._handles = (
+        self._handles = [
             parameter.register_hook(self._before),
             parameter.register_post_accumulate_grad_hook(self._after),
-        )
+        ]
         self._is_seen = False
+        self._home: Home | None = None
+        self._whole: Any = None  # The parameter as `fully_shard` gathers it, weakly.
+        self._unsent = 0  # Backward passes that went to that one's gradient alone.
         self.begin(anew=True)
+
+    def visit(self, known: Homes) -> None:
+        parameter = self._parameter()
+        home = known.get(id(parameter))
+        module = home.module() if home else None
+        if module is None or self._home is not None or not tree.is_sharded(parameter):
+            return
+        self._home = home
+        self._handles.append(module.register_forward_pre_hook(self._look_for_whole))
 
     def end(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _look_for_whole(self, module: torch.nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # A graph has no hooks of tensors that are made later.
+        whole = getattr(module, cast(Home, self._home).name, None)
+        seen = self._parameter(), None if self._whole is None else self._whole()
+        if whole is not None and all(whole is not each for each in seen):
+            self._whole = weakref.ref(whole)
+            self._handles.append(whole.register_post_accumulate_grad_hook(self._not_sent))
+
+    @unserializable_hook  # type: ignore[untyped-decorator]
+    def _not_sent(self, _: Tensor) -> None:
+        self._unsent += 1  # Nobody but the next synchronisation takes it away.
 
     def begin(self, anew: bool) -> None:
         parameter = self._parameter()
@@ -124,7 +181,8 @@ class _Watch:
             self._look(last and (not self._is_new or self._is_left(grad, 1)))
             self._last = Seen.of(grad)
         self._is_seen = False
-        self.count += 1
+        self.count += max(1, self._unsent)
+        self._unsent = 0
 
     def _is_left(self, grad: Tensor, writes: int) -> bool:
         return self._left is None or self._left.is_still(grad, writes)

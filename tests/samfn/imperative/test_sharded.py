@@ -425,9 +425,55 @@ def count_passes():
     model.set_requires_gradient_sync(True)
 
 
+def passes_of(model, batch, *, unsynchronised):
+    """Go backward several times, and synchronise at the last."""
+    for left in reversed(range(unsynchronised + 1)):
+        model.set_requires_gradient_sync(left == 0)
+        backward(model, batch)
+
+
+def count_unsynchronised():
+    """In a guarded model, passes that do not synchronise count in the next that does."""
+    counts = "passes: {} before first_step, {} after"
+    # Those of other dtypes are added up elsewhere.
+    half = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
+    for how in ({}, {"mp_policy": half}, {"reshard_after_forward": False}):
+        count, place = fsdp(model := network(), **how)
+        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **SETTINGS)
+        optimizer.guard(model)
+        batch = [part.chunk(count)[place] for part in batch_of(0, torch.float64)]
+        for first, second in ((1, 0), (0, 2), (1, 1)):
+            optimizer.zero_grad()
+            passes_of(model, batch, unsynchronised=first)
+            optimizer.first_step(zero_grad=True)
+            passes_of(model, batch, unsynchronised=second)
+            if first == second:
+                optimizer.second_step()
+                continue
+            found = counts.format(first + 1, second + 1)
+            with pytest.raises(RuntimeError, match=found):
+                optimizer.second_step()
+        optimizer.zero_grad()
+        backward(model, batch)
+        model.set_requires_gradient_sync(False)
+        backward(model, batch)  # Its gradient will be in that of the second pass.
+        model.set_requires_gradient_sync(True)
+        optimizer.first_step(zero_grad=True)
+        backward(model, batch)
+        with pytest.raises(RuntimeError, match=counts.format(1, 2)):
+            optimizer.second_step()
+        optimizer.zero_grad()
+        model.set_requires_gradient_sync(False)
+        backward(model, batch)
+        model.set_requires_gradient_sync(True)
+        with pytest.raises(RuntimeError, match=counts.format(2, 1)):
+            optimizer.step(lambda model=model, batch=batch: backward(model, batch))
+
+
 def accumulate_unsynchronised():
     """The last backward pass of a pass may do it for all; with what is kept, each must."""
     model, optimizer, own = made("fsdp")
+    optimizer.guard(model)
     other, reference, _ = made("fsdp")
     for step in range(3):
         batch = own(batch_of(step, torch.float64))
@@ -550,6 +596,7 @@ def check_all():
         scaled_steps,
         disagree,
         count_passes,
+        count_unsynchronised,
         accumulate_unsynchronised,
         evaluate_between,
         half_precision,

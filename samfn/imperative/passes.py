@@ -65,15 +65,16 @@ class Passes:
         """How many the first pass had."""
 
     def watch(self, parameters: Sequence[Tensor], known: Homes) -> None:
-        """Watch the first and the last of parameters, and no longer those of before.
+        """Watch the first and the last of parameters, beside those of before.
 
         Args:
             parameters: in their order.
             known: where they are, as far as that is known.
         """
-        self.end()
         trained = [p for p in parameters if p.requires_grad and p.numel()]
-        self._watches = [_Watch(p) for p in dict.fromkeys((*trained[:1], *trained[-1:]))]
+        ends = dict.fromkeys((*trained[:1], *trained[-1:]))
+        watched = {id(watch.parameter()) for watch in self._watches}
+        self._watches += [_Watch(p) for p in ends if id(p) not in watched]
         self.visit(known)
 
     def visit(self, known: Homes) -> None:
@@ -87,7 +88,7 @@ class Passes:
             watch.end()
 
     def end_first(self, parameters: Sequence[Tensor], known: Homes) -> None:
-        """Remember how many there were; watch others, if those had no gradient."""
+        """Remember how many there were; watch others, too, if those had no gradient."""
         self.first = self.count
         if not self.first:
             self.watch(parameters, known)
@@ -117,7 +118,7 @@ class _Watch:
 
     def __init__(self, parameter: Any) -> None:
         # The hooks, which the parameter holds, must not keep it.
-        self._parameter = weakref.ref(parameter)
+        self.parameter = weakref.ref(parameter)
         self._handles = [
             parameter.register_hook(self._before),
             parameter.register_post_accumulate_grad_hook(self._after),
@@ -129,7 +130,7 @@ class _Watch:
         self.begin(anew=True)
 
     def visit(self, known: Homes) -> None:
-        parameter = self._parameter()
+        parameter = self.parameter()
         home = known.get(id(parameter))
         module = home.module() if home else None
         if module is None or self._home is not None or not tree.is_sharded(parameter):
@@ -145,7 +146,7 @@ class _Watch:
         if torch.compiler.is_compiling():
             return  # A graph has no hooks of tensors that are made later.
         whole = getattr(module, cast(Home, self._home).name, None)
-        seen = self._parameter(), None if self._whole is None else self._whole()
+        seen = self.parameter(), None if self._whole is None else self._whole()
         if whole is not None and all(whole is not each for each in seen):
             self._whole = weakref.ref(whole)
             self._handles.append(whole.register_post_accumulate_grad_hook(self._not_sent))
@@ -155,7 +156,7 @@ class _Watch:
         self._unsent += 1  # Nobody but the next synchronisation takes it away.
 
     def begin(self, anew: bool) -> None:
-        parameter = self._parameter()
+        parameter = self.parameter()
         grad = None if parameter is None else parameter.grad
         self._left = None if grad is None else Seen.of(grad)
         self._last = self._left
@@ -166,7 +167,7 @@ class _Watch:
     @unserializable_hook  # type: ignore[untyped-decorator]
     def _before(self, _: Tensor) -> None:
         # Also called by torch.autograd.grad, which adds nothing up.
-        parameter = self._parameter()
+        parameter = self.parameter()
         grad = None if parameter is None else parameter.grad
         self._is_seen = True
         self._look(grad is not None and (not self._is_new or self._is_left(grad, 0)))

@@ -514,6 +514,19 @@ def test_passes_are_counted_where_the_ends_of_a_network_are_frozen_or_thawed(fro
         optimizer.second_step()
 
 
+def test_passes_are_counted_where_steps_are_of_parts_of_a_network_by_turns():
+    heads = nn.ModuleList([nn.Linear(5, 3) for _ in range(4)])
+    optimizer = samfn.SAM(heads.parameters(), torch.optim.SGD, lr=0.1)
+    for head in heads[1:3]:  # Neither has the first parameter or the last.
+        two_steps(optimizer, head, data()[0])
+    for batch in data()[:2]:
+        backward(heads[1], batch)
+    optimizer.first_step(zero_grad=True)
+    backward(heads[1], data()[1])
+    with pytest.raises(RuntimeError, match=COUNTS.format(2, 1)):
+        optimizer.second_step()
+
+
 @pytest.mark.parametrize("again", ["copied", "loaded"])
 def test_passes_are_counted_after_a_copy_and_a_load(again):
     model, optimizer = made()

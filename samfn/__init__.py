@@ -69,6 +69,7 @@ from samfn.descend import (
     clipped as clipped,
     descend as descend,
     from_torch as from_torch,
+    frozen_after as frozen_after,
     grouped as grouped,
     muon as muon,
     nadam as nadam,

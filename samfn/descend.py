@@ -414,6 +414,46 @@ def scaled_lr(optimizer: Optimizer, factor: float) -> Optimizer:
     return optimizer._replace(update=update)
 
 
+def frozen_after(optimizer: Optimizer, steps: int, names: Collection[str]) -> Optimizer:
+    """Return `optimizer`, which leaves some parameters alone after its first steps.
+
+    w <- w, for the parameters that are named, once `steps` steps were taken
+
+    Their gradient is computed all the same, and a method perturbs them. Steps that were
+    skipped, since they were not finite, do not count.
+
+    Args:
+        optimizer: of all parameters.
+        steps: that move the named parameters as all others.
+        names: of these parameters.
+
+    Raises:
+        ValueError: `steps` is no positive number. When a state is made or checked: there is
+            no such parameter.
+    """
+    checks.require_count("steps", steps)
+
+    def init(params: Params) -> OptState:
+        checks.require_names_of(params, names, what="frozen_after")
+        taken = torch.zeros((), dtype=torch.int64, device=_any(params).device)
+        return {"taken": taken, "own": optimizer.init(params)}
+
+    def update(
+        params: Params, grads: Params, opt_state: OptState, lr: float | Tensor
+    ) -> tuple[dict[str, Tensor], OptState]:
+        moved, own = optimizer.update(params, grads, opt_state["own"], lr)
+        moves = opt_state["taken"] < steps
+        kept = {name: torch.where(moves, moved[name], params[name]) for name in names}
+        return {**moved, **kept}, {"taken": opt_state["taken"] + 1, "own": own}
+
+    def check(opt_state: OptState, params: Params) -> None:
+        checks.require_names_of(params, names, what="frozen_after")
+        _require_keys(opt_state, {"taken", "own"})
+        optimizer.check(opt_state["own"], params)
+
+    return optimizer._replace(init=init, update=update, check=check)
+
+
 def grouped(
     optimizer: Optimizer, *exceptions: tuple[Collection[str], Optimizer]
 ) -> Optimizer:

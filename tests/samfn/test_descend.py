@@ -244,6 +244,40 @@ def test_state_of_other_groups_is_an_error():
         one.check(one.init(params), {"a": params["a"]})
 
 
+def test_what_is_frozen_after_some_steps_moves_as_all_else_before_and_never_again():
+    plain = samfn.sgd(0.9, weight_decay=0.1)
+    frozen = samfn.frozen_after(plain, 3, ["b"])
+    both = {one: (start(), one.init(start())) for one in (plain, frozen)}
+    for step in range(6):
+        torch.manual_seed(step)
+        grads = {name: torch.randn_like(w) for name, w in start().items()}
+        held = both[frozen][0]["b"]
+        for one, (params, memory) in both.items():
+            both[one] = samfn.descend(params, grads, memory, optimizer=one, lr=0.1)
+        moved, expected = both[frozen][0], both[plain][0]
+        for name in ("a", "c"):
+            assert torch.equal(moved[name], expected[name])
+        assert torch.equal(moved["b"], expected["b"] if step < 3 else held)
+        assert [*moved] == [*start()]
+    assert not torch.equal(both[frozen][0]["b"], both[plain][0]["b"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "names", "message"),
+    [
+        (3, ["x"], "frozen_after: x is none of the parameters"),
+        (0, ["b"], "steps must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_nothing_that_is_not_there_is_frozen(steps, names, message):
+    with pytest.raises(ValueError, match=message):
+        samfn.frozen_after(samfn.sgd(), steps, names).init(start())
+    memory, params = samfn.sgd().init(start()), start()
+    frozen = samfn.frozen_after(samfn.sgd(), 3, ["b"])
+    with pytest.raises(ValueError, match="made by another optimizer"):
+        samfn.descend(params, params, memory, optimizer=frozen, lr=0.1)
+
+
 def test_what_needs_no_decay_is_biases_and_normalisation():
     model = nn.ModuleDict(
         {

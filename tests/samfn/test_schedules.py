@@ -225,6 +225,26 @@ def test_a_tail_rises_to_a_schedule_of_its_own():
     assert type(rho(0)) is float
 
 
+@given(peaks, st.integers(1, 300), st.floats(0, 0.99), st.floats(0, 1), st.floats(0, 1))
+def test_a_triangle_is_two_straight_lines_that_meet_at_its_peak(
+    peak, steps, rise, start, final
+):
+    schedule, top = schedules.triangle(peak, steps, rise, start, final), int(rise * steps)
+    values = [schedule(step) for step in range(steps + 3)]
+    assert close(values[top], peak)
+    assert close(values[0], start if top else peak)
+    assert values[steps:] == [final] * 3
+    for line in (values[: top + 1], values[top : steps + 1]):
+        falls = [a - b for a, b in pairwise(line)]
+        assert falls == pytest.approx(falls[:1] * len(falls), abs=1e-9)
+
+
+def test_the_triangle_of_airbench_has_its_peak_after_23_percent():
+    schedule = schedules.triangle(1.5, 480, start=0.3, final=0.105)
+    values = [schedule(step) for step in (0, 55, 110, 295, 480)]
+    assert values == pytest.approx([0.3, 0.9, 1.5, 0.8025, 0.105])
+
+
 def test_warmup_ramps_and_then_leaves_the_schedule_alone():
     schedule = schedules.warmup(schedules.cosine(1.0, 100), 4)
     base = schedules.cosine(1.0, 100)
@@ -262,6 +282,8 @@ RHO = {"peak": 0.1, "final": 0.0}
         (lambda: schedules.tail(0.1, 10, 0.0), "share is .* above 0 to 1, got 0.0"),
         (lambda: schedules.tail(0.1, 0), "at least one step, got 0"),
         (lambda: schedules.stable_decay(0.1, 9, 1.5), "cooldown is .* 1, got 1.5"),
+        (lambda: schedules.triangle(1.0, 0), "at least one step, got 0"),
+        (lambda: schedules.triangle(1.0, 9, 1.0), r"in \[0, 1\), got 1.0"),
     ],
 )
 def test_numbers_that_make_no_schedule_are_errors(make, message):

@@ -1,4 +1,4 @@
-"""Callbacks of `samfn.training.loop`: averages, patience, checkpoints.
+"""Callbacks of `samfn.training.loop`: averages, Lookahead, patience, checkpoints.
 
 Each function here returns a callback, and keeps what it must not forget in
 `Training.memory` under its own name.
@@ -20,6 +20,7 @@ from samfn.training.loop import Callback, Epoch, Evaluation, Event, Start, Step,
 from samfn.tree import Params
 
 EMA = "ema"
+LOOKAHEAD = "lookahead"
 PATIENCE = "early_stopping"
 SWAD, EPOCH, AVERAGE = "swad", "swad_epoch", "swad_average"
 MEMORY = "memory."  # before the names under which a checkpoint holds what is kept
@@ -64,14 +65,19 @@ def ema_of(training: Training) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def require_average(training: Training) -> None:
-    """Raise unless the average, if there is one, is one of these parameters and buffers.
+    """Raise unless averages, if there are any, are of these parameters and buffers.
+
+    Those are the average of `ema` and the slow weights of `lookahead`.
 
     Raises:
         ValueError: names or shapes are others; says which.
     """
-    if EMA not in training.memory:
-        return
-    average, state = training.memory[EMA], _together(training.state)
+    for name in (EMA, LOOKAHEAD):
+        if name in training.memory:
+            _require_average(training.memory[name], _together(training.state))
+
+
+def _require_average(average: Any, state: Params) -> None:
     if not isinstance(average, Mapping):
         raise ValueError(f"expected an average by name, got a {type(average).__name__}")
     checks.require_same_names(state, average, names="the state and its average")
@@ -98,6 +104,55 @@ def copy_ema(epoch: int) -> Callback:
             )
 
     return callback
+
+
+def lookahead(
+    decay: float | Callable[[int], float], *, every: int = 5, last: int | None = None
+) -> Callback:
+    """Let slow weights follow the weights, which go on from them (Lookahead).
+
+    s <- d s + (1 - d) w;  w <- s,  after every `every` steps, and w <- s after the last
+
+    The slow weights s begin as the weights before the first step. Buffers are averaged as
+    parameters are; counters among them are the state's. The optimizer keeps its memory.
+
+    Args:
+        decay: d, the share of the slow weights that stays, at least 0 and below 1; or what
+            it is after so many steps. 0.5 in the paper, as 1 - alpha.
+        every: steps from one look to the next, at least 1; 5 and 10 in the paper.
+        last: steps in the whole run. None leaves the end to be as any other step.
+
+    Source:
+        Zhang et al., 2019, arXiv:1907.08610, algorithm 1. There no buffers are averaged;
+        they are in github.com/KellerJordan/cifar10-airbench, whose decay grows.
+    """
+    checks.require_count("every", every)
+    at = decay if callable(decay) else lambda step: decay
+
+    def callback(event: Event) -> None:
+        training, memory = event.training, event.training.memory
+        now = _together(training.state)
+        if LOOKAHEAD not in memory:
+            memory[LOOKAHEAD] = {name: t.clone() for name, t in now.items()}
+        if not isinstance(event, Step):
+            return
+        looks = training.step % every == 0
+        if looks:
+            memory[LOOKAHEAD] = _owned(memory[LOOKAHEAD], now, at(training.step))
+        if looks or training.step == last:
+            training.state = _moved(training.state, memory[LOOKAHEAD])
+
+    return callback
+
+
+def _moved(state: TrainState, to: Params) -> TrainState:
+    """Return a state with copies of these parameters and buffers, but for counters."""
+    params = {name: to[f"params/{name}"].clone() for name in state.params}
+    buffers = {
+        name: to[f"buffers/{name}"].clone() if own.is_floating_point() else own
+        for name, own in state.buffers.items()
+    }
+    return state._replace(params=params, buffers=buffers)
 
 
 def swad(

@@ -172,6 +172,7 @@ def test_evaluation_is_a_mean_over_examples():
 
 def features(checkpoints):
     return [
+        callbacks.lookahead(lambda step: 0.05 * step, every=3, last=14),
         callbacks.ema(0.8, start=2),
         callbacks.copy_ema(2),
         callbacks.early_stopping("accuracy", 50),
@@ -202,8 +203,9 @@ def test_a_run_that_stopped_anywhere_goes_on_as_if_it_had_not(tmp_path, stop):
     loop.run(again, **options, epochs=3, callbacks=features(kept))
     assert same(again, whole)
     assert again.row == whole.row
-    for name, tensor in whole.memory["ema"].items():
-        assert torch.equal(again.memory["ema"][name], tensor), name
+    for kept in ("ema", "lookahead"):
+        for name, tensor in whole.memory[kept].items():
+            assert torch.equal(again.memory[kept][name], tensor), name
     assert again.memory["early_stopping"] == whole.memory["early_stopping"]
 
 
@@ -312,11 +314,7 @@ def test_the_average_follows_every_step_after_its_start():
 def test_the_average_shares_no_memory_with_the_state():
     training, options = problem()
     loop.run(training, **options, epochs=1, callbacks=[callbacks.ema(0.5)])
-    own = {t.data_ptr() for t in training.memory["ema"].values()}
-    state = training.state
-    assert not own & {
-        t.data_ptr() for t in (*state.params.values(), *state.buffers.values())
-    }
+    assert shared_with_state(training, "ema") == set()
 
 
 def test_the_average_becomes_the_state_after_its_epoch_only():
@@ -332,6 +330,49 @@ def test_the_average_becomes_the_state_after_its_epoch_only():
     parts = [callbacks.ema(0.9), callbacks.copy_ema(2), watch]
     loop.run(training, **options, epochs=3, callbacks=parts)
     assert changed == [False, True, False]
+
+
+def test_lookahead_goes_on_from_slow_weights_that_follow():
+    def decay(step):
+        return 0.6 * step / 12
+
+    training, options = problem()
+    look = callbacks.lookahead(decay, every=3, last=11)
+    loop.run(training, **options, steps=11, epochs=3, callbacks=[look])
+
+    state = problem()[0].state
+    slow = {name: t.clone() for name, t in callbacks._together(state).items()}
+    by_hand = Training(state)
+    for step in range(1, 12):
+        by_hand.epoch, by_hand.batch = divmod(step - 1, BATCHES)
+        batch = next(iter(options["batches"](by_hand)))
+        state, _ = options["update"](by_hand.state, batch, rho=0.05, lr=0.1)
+        params, buffers = dict(state.params), dict(state.buffers)
+        for kind, tree in (("params", params), ("buffers", buffers)):
+            for name, fast in tree.items():
+                if not fast.is_floating_point():
+                    continue
+                own = slow[f"{kind}/{name}"]
+                if step % 3 == 0:
+                    own = decay(step) * own + (1 - decay(step)) * fast
+                    slow[f"{kind}/{name}"] = own
+                if step % 3 == 0 or step == 11:
+                    tree[name] = own
+        by_hand.state = state._replace(params=params, buffers=buffers)
+    for name, tensor in by_hand.state.params.items():
+        torch.testing.assert_close(training.state.params[name], tensor)
+    for name, tensor in by_hand.state.buffers.items():
+        torch.testing.assert_close(training.state.buffers[name], tensor)
+    counter = next(name for name in training.state.buffers if "tracked" in name)
+    assert training.state.buffers[counter] == 11
+    assert shared_with_state(training, "lookahead") == set()
+
+
+def shared_with_state(training, name):
+    """Return the places in memory that the state shares with what is kept under a name."""
+    own = {t.data_ptr() for t in training.memory[name].values()}
+    state = training.state
+    return own & {t.data_ptr() for t in (*state.params.values(), *state.buffers.values())}
 
 
 def test_patience_counts_epochs_without_a_new_best():

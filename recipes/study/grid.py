@@ -29,7 +29,7 @@ from recipes.settings.saved import CONFIG_FILE, of_run
 from recipes.study.groups import Group, best, group_of, last, seconds
 from recipes.study.report import Page, called, show, write
 from recipes.terminal import cli
-from recipes.terminal.console import Display
+from recipes.terminal.console import Display, duration
 from recipes.terminal.signals import Signals, Stopped
 from recipes.train import recorded, running
 from recipes.train.build import Read, read_data
@@ -344,14 +344,6 @@ def remaining(labels: Sequence[str], took: Mapping[str, float]) -> str:
         return ""
     mean = statistics.mean(took.values())
     return f", {duration(sum(took.get(label, mean) for label in labels))} left"
-
-
-def duration(seconds: float) -> str:
-    """Return a time with its unit."""
-    if seconds < 99.5:
-        return f"{seconds:.{0 if seconds > 9.95 else 1}f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
 
 
 def outcome(run: Recorded) -> str:

@@ -381,3 +381,11 @@ def plain(text: str) -> str:
 def line(text: str) -> str:
     """Return text as `plain` does, in one line whatever names stand in it."""
     return plain(text).replace("\n", r"\n")
+
+
+def duration(seconds: float) -> str:
+    """Return a time with its unit."""
+    if seconds < 99.5:
+        return f"{seconds:.{0 if seconds > 9.95 else 1}f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"

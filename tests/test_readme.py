@@ -181,8 +181,9 @@ def test_commands_of_the_recipe_run(command, tmp_path, monkeypatch, capsys, trai
         run([*own, *STUDIES[module], "--", *flags], module)
         assert len([*tmp_path.glob("runs/*/*.png")]) == 1
         return
-    if "foret2021" in args:  # days on a CPU: only that it is understood
-        assert configure(args).model == "wrn-28-10"
+    if "--preset" in args:  # hours on a CPU, or days: only that it is understood
+        networks_of = {"foret2021": "wrn-28-10", "airbench94": "airbench94"}
+        assert configure(args).model == networks_of[args[args.index("--preset") + 1]]
         return
     if "my-images" in args:
         make_folder(tmp_path / "my-images", sizes=((16, 16),))

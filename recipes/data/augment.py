@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from recipes.roles import ABOVE_0_TO_1, FROM_0, Group, Role, at_least, setting
+from recipes.roles import ABOVE_0_TO_1, FROM_0, Group, Role, Rule, at_least, setting
 
 Policy = Literal["autoaugment", "trivialaugment"]
 
@@ -28,8 +28,14 @@ class Augmentation(Group, role=Role.RESULT):
     the image, above 0 to 1; for photographs. 1 is off."""
     crop_padding: int = setting(4, at_least(0, " pixels"))
     """Largest shift of a training image, in pixels. 0 is off."""
+    padding: Literal["zeros", "reflect"] = "zeros"
+    """Pixels beyond the edge of a shifted image: zeros, or the image mirrored at its
+    edge."""
     flip: bool = True
     """Mirroring of half of the training images."""
+    alternate_flip: bool = False
+    """Mirroring of each training image in every second epoch, in place of at random; the
+    seed draws in which."""
     cutout: int = setting(0, at_least(0, " pixels"))
     """Side of the square cut out of half of the training images, in pixels. 0 is off."""
     policy: Literal["none", "autoaugment", "trivialaugment"] = "none"
@@ -42,9 +48,20 @@ class Augmentation(Group, role=Role.RESULT):
     """Alpha of CutMix: a rectangle of another image is pasted into each training image, and
     the labels are mixed by area. 0 is off. With both on, each batch has one of them."""
 
+    def relations(self) -> Iterator[Rule]:
+        """Yield what holds of several values together."""
+        yield "alternate_flip", self.flip or not self.alternate_flip, "--flip with it"
+        shifts = self.crop_padding > 0 or self.padding == "zeros"
+        yield "padding", shifts, "--crop-padding with it"
+
 
 def random_crop_flip(
-    images_BCHW: Tensor, generator: Generator, *, padding: int, flip: bool
+    images_BCHW: Tensor,
+    generator: Generator,
+    *,
+    padding: int,
+    flip: bool | Tensor,
+    reflect: bool = False,
 ) -> Tensor:
     """Cut each image out of itself padded with zeros, mirrored half of the time.
 
@@ -52,11 +69,21 @@ def random_crop_flip(
         images_BCHW: any dtype.
         generator: on the device of the images.
         padding: pixels added on each side, and so the largest shift.
-        flip: mirror left and right with probability 0.5.
+        flip: mirror left and right with probability 0.5; or those for which it is true,
+            shape (B,).
+        reflect: pad with the image mirrored at its edge, whose pixels are not repeated.
 
     Returns:
         Same shape and dtype, in channels_last memory.
+
+    Raises:
+        ValueError: images are too small to be reflected so far.
     """
+    if reflect and padding >= min(images_BCHW.shape[2:]):
+        raise ValueError(
+            f"expected a shift below {min(images_BCHW.shape[2:])} pixels, the side of the"
+            f" images that are reflected, got {padding}"
+        )
     b, _, h, w = images_BCHW.shape
     device = images_BCHW.device
     top, left = torch.randint(
@@ -64,10 +91,16 @@ def random_crop_flip(
     )
     rows_BH = top + torch.arange(h, device=device)
     columns_BW = left + torch.arange(w, device=device)
-    if flip:
-        mirrored = torch.randint(2, (b, 1), generator=generator, device=device) == 1
-        columns_BW = torch.where(mirrored, columns_BW.flip(1), columns_BW)
-    padded = F.pad(images_BCHW, [padding] * 4)
+    if flip is True:
+        flip = torch.randint(2, (b, 1), generator=generator, device=device) == 1
+    if isinstance(flip, Tensor):
+        columns_BW = torch.where(flip.view(b, 1), columns_BW.flip(1), columns_BW)
+    if reflect:
+        padded = images_BCHW
+        rows_BH = _reflected(rows_BH - padding, h)
+        columns_BW = _reflected(columns_BW - padding, w)
+    else:
+        padded = F.pad(images_BCHW, [padding] * 4)
     crops_BHWC = padded[
         torch.arange(b, device=device)[:, None, None],
         :,
@@ -75,6 +108,54 @@ def random_crop_flip(
         columns_BW[:, None, :],
     ]
     return rearrange(crops_BHWC, "b h w c -> b c h w")
+
+
+def alternating(images: int, epoch: int, generator: Generator) -> Tensor:
+    """Return which images are mirrored in an epoch: each in every second one.
+
+    Args:
+        images: how many there are.
+        epoch: counted from 0.
+        generator: on the CPU; seeded alike in each epoch, as it draws who begins.
+
+    Returns:
+        Booleans, shape (images,).
+
+    Source:
+        Jordan, 2024, arXiv:2404.00498.
+    """
+    begins = torch.randint(2, (images,), generator=generator)
+    return (begins + epoch) % 2 == 1
+
+
+def views(images_BCHW: Tensor, count: int) -> Iterator[tuple[float, Tensor]]:
+    """Yield views of images, each with its share in their mean, which add up to 1.
+
+    Args:
+        images_BCHW: of two pixels a side or more.
+        count: 1, the images themselves; 2, also mirrored; 6, also both shifted by a pixel
+            to the upper left, and to the lower right, reflected at the edges. Those that
+            are not shifted count half.
+
+    Raises:
+        ValueError: `count` is another number.
+
+    Source:
+        Jordan, 2024, arXiv:2404.00498.
+    """
+    if count not in (1, 2, 6):
+        raise ValueError(f"expected 1, 2 or 6 views, got {count}")
+    placed = [(1.0, images_BCHW)]
+    if count == 6:
+        h, w = images_BCHW.shape[2:]
+        padded = F.pad(images_BCHW, [1] * 4, mode="reflect")
+        shifted = padded[..., 2:, 2:], padded[..., :h, :w]
+        placed = [(0.5, images_BCHW), *((0.25, some) for some in shifted)]
+    for share, some in placed:
+        if count == 1:
+            yield share, some
+        else:
+            yield from ((share / 2, some), (share / 2, some.flip(3)))
 
 
 def random_resized_crop(
@@ -219,6 +300,12 @@ def normalise(images_BCHW: Tensor, mean_C: Tensor, std_C: Tensor) -> Tensor:
     scale = rearrange(1 / (255 * std_C), "c -> c 1 1")
     shift = rearrange(mean_C / std_C, "c -> c 1 1")
     return images_BCHW * scale - shift
+
+
+def _reflected(places: Tensor, length: int) -> Tensor:
+    """Return places from 0 to length - 1, of which others are mirror images at the ends."""
+    last = length - 1
+    return last - (last - places.abs()).abs()
 
 
 def _interval(

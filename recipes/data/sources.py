@@ -50,6 +50,10 @@ class Images(Group, role=Role.FIXED):
     validation: float = setting(0.0, BELOW_1)
     """Share of the training set held out to choose the best epoch by, 0 to below 1; its
     labels stay clean. With 0 the best epoch is chosen by the test set."""
+    views: Literal[1, 2, 6] = setting(1, role=Role.RESULT)
+    """Views of an image that its evaluation takes the mean outputs of: itself; with its
+    mirror image; with both of them shifted by a pixel along the diagonal, too. The model
+    that a run leaves takes one."""
     allow_modified_data: bool = setting(False, role=Role.FREE)
     """Use of CIFAR's files even if they are not the published ones."""
 

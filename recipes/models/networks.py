@@ -1,4 +1,4 @@
-"""Networks by name: wide residual ones, and torchvision's for classification."""
+"""Networks by name: wide residual ones, airbench's, torchvision's for classification."""
 
 import difflib
 from collections.abc import Iterator
@@ -10,9 +10,13 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from recipes.models import airbench
 from recipes.models.wide_resnet import WideResNet, parse_name
-from recipes.roles import BELOW_1, Group, Role, Rule, setting
+from recipes.roles import BELOW_1, Group, Range, Role, Rule, at_least, setting
 
+WIDTHS = Range(
+    lambda widths: len(widths) == 3 and min(widths) >= 1, "three numbers of at least 1"
+)
 # torchvision's, with heads beside the last one that only their first training used: name
 # -> how the names of those heads' tensors begin.
 AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
@@ -35,6 +39,12 @@ class Network(Group, role=Role.FIXED):
     """Zeros as the first weights of the classifier."""
     dropout: float = setting(0.0, BELOW_1, role=Role.RESULT)
     """Dropout between the convolutions of a block, 0 to below 1."""
+    widths: tuple[int, ...] | None = setting(None, WIDTHS)
+    """Channels of airbench's three groups, as 32 64 64, which a CPU trains in minutes. None
+    is those of its name: 64 256 256 for airbench94, 128 384 384, 128 384 512."""
+    whitening_epochs: int | None = setting(None, at_least(1), role=Role.RESULT)
+    """Epochs after which the bias of airbench's whitening layer stays as it is. None is
+    never."""
 
     def relations(self) -> Iterator[Rule]:
         """Yield what holds of several values together."""
@@ -59,6 +69,7 @@ def make(
     dropout: float = 0.0,
     zero_head: bool = False,
     layout: str = "standard",
+    widths: tuple[int, ...] | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
     """Return a network with new weights, which PyTorch's generator draws.
@@ -70,6 +81,7 @@ def make(
         dropout: as zero_head and layout, of a `WideResNet` alone.
         zero_head: as there.
         layout: as there.
+        widths: of an `Airbench` alone, as there.
         pretrained: be what torchvision's own weights fit: with those, GoogLeNet and
             Inception v3 first bring images to another mean and deviation.
 
@@ -82,7 +94,10 @@ def make(
         options |= {"layout": layout, "channels": shape[0]}
         return WideResNet(*parse_name(name), classes, **options)
     try:
-        model = _from_torchvision(name, classes, shape, pretrained)
+        if is_airbench(name):
+            model = _airbench(name, classes, shape, widths)
+        else:
+            model = _from_torchvision(name, classes, shape, pretrained)
         _require_images(model, shape)
     except (AssertionError, RuntimeError, ValueError) as error:
         size = f"{shape[2]}x{shape[1]} with {shape[0]} channel{'s' * (shape[0] > 1)}"
@@ -92,25 +107,36 @@ def make(
 
 
 def require_known(name: str) -> None:
-    """Raise unless a network is called so: wrn-<depth>-<width>, or as in torchvision.
+    """Raise unless a network is called so: as a WRN, of airbench, or as in torchvision.
 
     Raises:
         ValueError: says which names are close to it.
     """
     if is_wide(name):
         parse_name(name)
-    elif name not in _torchvision_names():
-        close = difflib.get_close_matches(name.lower(), _torchvision_names(), 3)
+    elif not is_airbench(name) and name not in _torchvision_names():
+        known = (*airbench.SIZES, *_torchvision_names())
+        close = difflib.get_close_matches(name.lower(), known, 3)
         hint = f"; close to it: {', '.join(close)}" if close else ""
         raise ValueError(
-            "expected wrn-<depth>-<width>, as wrn-28-10, or a network of torchvision for"
-            f" classification, as resnet18, got {name!r}{hint}"
+            "expected wrn-<depth>-<width>, as wrn-28-10, airbench94, 95 or 96, or a network"
+            f" of torchvision for classification, as resnet18, got {name!r}{hint}"
         )
 
 
 def is_wide(name: str) -> bool:
     """Return whether a name is meant to be that of a wide residual network."""
     return name.lower().startswith("wrn")
+
+
+def is_airbench(name: str) -> bool:
+    """Return whether a name is that of a network of airbench."""
+    return name in airbench.SIZES
+
+
+def is_published(name: str) -> bool:
+    """Return whether a name is that of a network of torchvision, with its weights."""
+    return not is_wide(name) and not is_airbench(name)
 
 
 def photographs(name: str) -> Photographs:
@@ -140,6 +166,14 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_(name in head)
     model.eval()
     model.get_submodule(head[0].rpartition(".")[0]).train()
+
+
+def _airbench(
+    name: str, classes: int, shape: tuple[int, int, int], widths: tuple[int, ...] | None
+) -> nn.Module:
+    if min(shape[1:]) < airbench.LEAST:
+        raise ValueError(f"expected {airbench.LEAST} pixels or more a side")
+    return airbench.Airbench(name, classes, channels=shape[0], widths=widths)
 
 
 @cache

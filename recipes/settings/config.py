@@ -59,8 +59,8 @@ class Config(Group, role=Role.RESULT):
     """Directory of train/<class>/* and test/<class>/* images, or of CIFAR. None is, for
     CIFAR, a directory in the user's cache."""
     model: str = setting("wrn-16-8", role=Role.FIXED)
-    """Network: wrn-<depth>-<width>, or one of torchvision's for classification, as
-    resnet18, efficientnet_b0 or vit_b_16."""
+    """Network: wrn-<depth>-<width>, airbench94, 95 or 96 for images from 9x9 pixels on, or
+    one of torchvision's for classification, as resnet18, efficientnet_b0 or vit_b_16."""
     method: Annotated[str, arg(help=METHOD_HELP)] = "sam"
     rho: float = setting(0.05, FROM_0)
     """Radius of the perturbation. 0 is the plain optimizer, with one pass a step."""
@@ -75,9 +75,11 @@ class Config(Group, role=Role.RESULT):
     device: str = setting("auto", role=Role.FREE)
     """Device: cpu, cuda, cuda:1, ... auto takes a GPU if there is one."""
     preset: str = setting("auto", role=Role.FREE)
-    """Named settings to start from: digits, small, davda54, davda54-adaptive, sairam,
-    foret2021, foret2021-cifar100, finetune, or none. auto takes finetune for networks of
-    torchvision, digits for the digits, else small on a CPU and davda54 on a GPU."""
+    """Named settings to start from: digits, small, small-wrn, airbench94, airbench95,
+    airbench96, davda54, davda54-adaptive, sairam, foret2021, foret2021-cifar100, finetune,
+    or none. auto takes finetune for networks of torchvision, digits for the digits, for
+    airbench's networks those of their name, else davda54 on a GPU, and on a CPU small for
+    CIFAR, small-wrn for your own images or where a WRN is named."""
     config: Path | None = setting(None, role=Role.CALL)
     """TOML file of settings. It overrides the preset, the command line overrides it."""
     output: Path | None = setting(None, role=Role.ONE_RUN)
@@ -124,6 +126,11 @@ class Config(Group, role=Role.RESULT):
             for name, found in SETTINGS.items()
         }
 
+    def groups(self) -> list[Group]:
+        """Return the settings, and their groups."""
+        found = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [self, *(group for group in found if isinstance(group, Group))]
+
     def relations(self) -> Iterator[Rule]:
         """Yield what holds of values of several groups together."""
         rates, average = self.learning_rate, self.average
@@ -140,12 +147,19 @@ class Config(Group, role=Role.RESULT):
         yield "select", steep, "--rho above 0, and --sam-last 1, with it"
         averaged = how.select_with == "weights" or averages
         yield "select_with", averaged, "--ema-decay with it"
+        whole = average.lookahead is None or how.select == "all"
+        yield "lookahead", whole, "--select all with it"
         wide, network = networks.is_wide(self.model), self.network
-        published = network.weights == "default" and wide
-        yield "weights", not published, "none or a file, for a WRN"
-        for name in ("layout", "zero_head", "dropout"):  # which a WRN alone has
-            plain = getattr(network, name) == getattr(Network, name)
-            yield name, wide or plain, "--model wrn-<depth>-<width> with it"
+        known = network.weights != "default" or networks.is_published(self.model)
+        yield "weights", known, "none or a file, but for torchvision's networks"
+        fast = networks.is_airbench(self.model)
+        for kind, has, names in (
+            ("wrn-<depth>-<width>", wide, ("layout", "zero_head", "dropout")),
+            ("airbench94, 95 or 96", fast, ("widths", "whitening_epochs")),
+        ):
+            for name in names:
+                plain = getattr(network, name) == getattr(Network, name)
+                yield name, has or plain, f"--model {kind} with it"
 
 
 class Setting(NamedTuple):
@@ -251,10 +265,8 @@ def _rules(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     for name, value in values.items():
         small = not isinstance(value, int) or abs(value) < 2**63
         yield name, small, "a number of at most 64 bits"
-    found = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    groups = [config, *(group for group in found if isinstance(group, Group))]
     for rules in ("ranges", "relations", "unread"):
-        for group in groups:
+        for group in config.groups():
             yield from getattr(group, rules)()
 
 

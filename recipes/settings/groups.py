@@ -22,6 +22,7 @@ from recipes.roles import (
 # Dtypes of the passes by --precision; None is that of the weights.
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAMS, RESTARTS = ("adam", "adamw", "nadam", "muon"), ("warm-restarts",)
+TRIANGLE = ("triangle",)
 EASY, SCORED = ("easy-skipped",), ("loss", "sharpness")
 BETAS = Range(
     lambda betas: len(betas) == 2 and all(map(BELOW_1.holds, betas)),
@@ -70,6 +71,9 @@ class Descent(Group, role=Role.RESULT, choice="optimizer"):
     """Weight decay of normalisation and biases, too."""
     decay_in_loss: bool = False
     """Weight decay as a part of the loss, so that it bends the perturbation too."""
+    norm_bias_lr: float = setting(1.0, ABOVE_0, readers=("sgd",))
+    """Factor of the learning rate of the biases of normalisation, 64 in airbench; their
+    weight decay is divided by it, so that both together decay them as all else."""
     clip_norm: float | None = setting(
         None, Range(lambda norm: norm > 0, "a number above 0")
     )
@@ -80,6 +84,8 @@ class Descent(Group, role=Role.RESULT, choice="optimizer"):
     def relations(self) -> Iterator[Rule]:
         """Yield what holds of several values together."""
         yield "nesterov", self.momentum > 0 or not self.nesterov, "momentum with it"
+        apart = self.norm_bias_lr == 1 or not self.decay_in_loss
+        yield "norm_bias_lr", apart, "1 with --decay-in-loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +93,29 @@ class LearningRate(Group, role=Role.RESULT, choice="schedule"):
     """The learning rate over time."""
 
     schedule: Literal[
-        "cosine", "polynomial", "one-cycle", "warm-restarts", "step", "wsd", "constant"
+        "cosine",
+        "polynomial",
+        "one-cycle",
+        "warm-restarts",
+        "step",
+        "wsd",
+        "triangle",
+        "constant",
     ] = "cosine"
     """Learning rate over time: cosine or polynomial, with power 0.9, to lr-final;
     one-cycle, from lr / 25 up to lr and down to almost 0; warm-restarts, a cosine again and
     again; step, times step-factor at each of the milestones; wsd, constant until the
-    cooldown, a straight line to lr-final."""
+    cooldown, a straight line to lr-final; triangle, a straight line up to lr, and
+    one down."""
     lr_final: float = setting(0.0, readers=("cosine", "polynomial", "wsd", *RESTARTS))
     """Learning rate that a cosine, polynomial or wsd schedule, or each of the restarts,
     leads to."""
+    rise_from: float = setting(0.2, ABOVE_0_TO_1, readers=TRIANGLE)
+    """Share of lr that triangle starts from, above 0 to 1."""
+    fall_to: float = setting(0.07, BELOW_1, readers=TRIANGLE)
+    """Share of lr that triangle leads to, 0 to below 1."""
+    rise: float = setting(0.23, BELOW_1, readers=TRIANGLE)
+    """Share of the steps, the first, in which triangle rises, 0 to below 1."""
     milestones: tuple[int, ...] | None = setting(None, readers=("step",))
     """Epochs after which the step schedule multiplies the learning rate. None is 30, 60 and
     80 % of all."""
@@ -114,7 +134,7 @@ class LearningRate(Group, role=Role.RESULT, choice="schedule"):
 
 @dataclass(frozen=True, kw_only=True)
 class Average(Group, role=Role.RESULT):
-    """Averages of the weights."""
+    """Averages of the weights, and training that goes on from them."""
 
     ema_decay: float | None = setting(None, BELOW_1)
     """Decay of the moving average of the weights, for example 0.999. With it, the average
@@ -123,6 +143,12 @@ class Average(Group, role=Role.RESULT):
     """Epochs before the average begins."""
     ema_copy: int | None = setting(None, at_least(1))
     """Epoch after which training goes on from the average. None is never."""
+    lookahead: float | None = setting(None, BELOW_1)
+    """Lookahead: every few steps the weights become an average of their own. Its decay is
+    this, a step, times the cube of the share of the steps taken; 0.95 in airbench. None is
+    off."""
+    lookahead_every: int = setting(5, at_least(1))
+    """Steps from one such average to the next."""
     average_best: int | None = setting(None, at_least(2), role=Role.FREE)
     """Number of best epochs whose weights are averaged at the end, with statistics of
     BatchNorm of their own, into average.safetensors. None is off."""
@@ -132,6 +158,8 @@ class Average(Group, role=Role.RESULT):
         for name in ("ema_start", "ema_copy"):
             averages = self.ema_decay is not None or not getattr(self, name)
             yield name, averages, "--ema-decay with it"
+        looks = self.lookahead is not None or self.lookahead_every == 5
+        yield "lookahead_every", looks, "--lookahead with it"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from recipes.settings.config import (
     validate,
 )
 from recipes.settings.groups import DTYPES
-from recipes.settings.presets import PRESETS, preset_of
+from recipes.settings.presets import FAST, PRESETS, preset_of
 from recipes.settings.saved import of_file
 from recipes.terminal.hardware import emulated
 from samfn.compiled import missing_compiler
@@ -81,7 +81,7 @@ def _begun(asked: Asked, say: Say) -> Config:
     """Return the settings of a new run."""
     config = Config.of(preset_of(asked.preset) | asked.values)
     require_model(config.model)
-    if asked.preset == "auto" and not networks.is_wide(config.model):
+    if asked.preset == "auto" and networks.is_published(config.model):
         asked = asked._replace(preset="finetune")
         config = Config.of(preset_of(asked.preset) | asked.values)
     _require_fitting(config)
@@ -95,13 +95,14 @@ def _completed(asked: Asked, device: torch.device, source: Source) -> Config:
     """Return the settings of a new run on these images and this device."""
     preset = asked.preset
     if preset == "auto":
-        small = "digits" if source == "digits" else "small"
-        preset = small if device.type == "cpu" or source == "digits" else "davda54"
-    values = PRESETS[preset] | asked.values
+        preset = _suitable(asked.values.get("model"), device, source)
+    values = _over(PRESETS[preset], asked.values)
     config = Config.of(values)
-    if preset == "finetune" and source == "folder" and not networks.is_wide(config.model):
+    published = networks.is_published(config.model)
+    if preset == "finetune" and source == "folder" and published:
         config = Config.of({"image_size": networks.photographs(config.model).side} | values)
-    fast = "float32" if device.type == "cpu" else "bf16"
+    slow = device.type == "cpu" and (preset not in FAST or emulated(DTYPES["bf16"], device))
+    fast = "float32" if slow else "bf16"
     precision = config.arithmetic.precision
     config = config.replace(
         preset=preset,
@@ -117,13 +118,31 @@ def _completed(asked: Asked, device: torch.device, source: Source) -> Config:
     return config
 
 
+def _suitable(model: str | None, device: torch.device, source: Source) -> str:
+    """Return the preset that "auto" is, of a network that was named or none."""
+    if source == "digits":
+        return "digits"
+    if model is not None and networks.is_airbench(model):
+        return model
+    if device.type != "cpu":
+        return "davda54"
+    return "small" if model is None and source != "folder" else "small-wrn"
+
+
+def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is given over a preset, without what of it these leave unread."""
+    groups = Config.of({**preset, **given}).groups()
+    unread = {n for group in groups for n, is_read, _ in group.unread() if not is_read}
+    return {**{n: v for n, v in preset.items() if n not in unread}, **given}
+
+
 def _resumed(asked: Asked, run: Path) -> Config:
     """Return the settings of a run, which flags may repeat, and some of them change."""
-    values = of_file(run)
+    values, given = of_file(run), asked.values
     before = Config.of(values)
-    if asked.values.get("auto_resume"):  # Its command repeats all that it said at first.
-        values = values | preset_of(asked.preset)
-    config = Config.of(values | asked.values)
+    if given.get("auto_resume"):  # Its command repeats all that it said at first.
+        given = _over(preset_of(asked.preset), given)
+    config = Config.of(values | given)
     unresolved = _unresolved(config)
     resolved = {n: value for n, value in before.flat().items() if n in unresolved}
     resolved |= {"resume": run, "weights": _absolute(config.network.weights)}

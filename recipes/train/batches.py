@@ -57,6 +57,10 @@ def augmented(
         cutmix_alpha=how.cutmix_alpha,
         classes=task.classes,
     )
+    flip: bool | Tensor = how.flip
+    if how.alternate_flip:
+        begins = generator(config.seed, "alternate flip")
+        flip = augment.alternating(len(task.train_labels), epoch, begins).to(task.device)
     values = task.train_images[0].numel() * config.batch_size
     together = max(1, min(CHUNK, CHUNK_VALUES // values))
     for first in range(start - start % together, len(rows), together):
@@ -69,7 +73,8 @@ def augmented(
             images,
             source,
             padding=how.crop_padding,
-            flip=how.flip,
+            flip=flip[chunk.flatten()] if isinstance(flip, Tensor) else flip,
+            reflect=how.padding == "reflect",
         )
         if how.policy != "none":
             draws = seed(config.seed, "policy", epoch, first)

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import samfn
+from recipes.data import augment
 from recipes.data.sources import (
     Dataset,
     Say,
@@ -23,15 +24,16 @@ from recipes.data.sources import (
     statistics,
 )
 from recipes.errors import ConfigError
-from recipes.models import networks
+from recipes.models import airbench, networks
 from recipes.settings import method_expression
 from recipes.settings.config import Config
 from recipes.settings.groups import DTYPES, Descent
 from recipes.train.compiling import decide
 from samfn import distributed, schedules
 from samfn.compiled import operations
-from samfn.loss import LossFn
+from samfn.loss import Aux, LossFn, evaluate
 from samfn.step import require_bounded
+from samfn.tree import Params
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
 Read = Callable[[Config, Track, Say], Dataset]
@@ -60,6 +62,9 @@ class Task(NamedTuple):
     mean: Tensor
     std: Tensor
     eval_fn: LossFn
+    """Of the images as they are."""
+    views_fn: LossFn
+    """Of the mean outputs of the views that an evaluation takes."""
     update: Update
     """(state, batch, rho=, lr=) -> (state, metrics), compiled or not."""
     find_nonfinite: Callable[[samfn.TrainState, Any], str | None]
@@ -108,11 +113,15 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
             f"--batch-size: expected at most the {len(dataset.train_labels)} training"
             f" images, got {config.batch_size}"
         )
+    _require_room(config.augmentation, dataset)
     mean, std = _normalisation(config, dataset)
     model = _model(config, dataset).to(device).to(memory_format=torch.channels_last)
     steps = config.epochs * steps_per_epoch
-    descent = config.descent
+    descent, whitened = config.descent, config.network.whitening_epochs
     optimizer, method = _optimizer(descent, model), _method(config, model, steps)
+    if whitened is not None:
+        ends = whitened * steps_per_epoch
+        optimizer = samfn.frozen_after(optimizer, ends, [airbench.WHITENING_BIAS])
     try:
         require_bounded(optimizer, method.beside)
     except ValueError as error:
@@ -136,6 +145,9 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         given: Any = {"loss_fn": loss_fn, "method": method}
         return samfn.find_nonfinite(state, batch, **given, rho=rho(int(state.step) - 1))
 
+    eval_fn = samfn.supervised(
+        model, partial(F.cross_entropy, reduction="none"), dtype=dtype
+    )
     compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
     task = Task(
         config=config.replace(compile="yes" if compiles else "no"),
@@ -148,9 +160,8 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         # A channel that never varies is only centred.
         mean=mean.to(device),
         std=torch.where(std > 0, std, 1.0).to(device),
-        eval_fn=samfn.supervised(
-            model, partial(F.cross_entropy, reduction="none"), dtype=dtype
-        ),
+        eval_fn=eval_fn,
+        views_fn=_by_views(eval_fn, config.images.views),
         update=samfn.compile_update(**make)
         if compiles
         else partial(samfn.sam_update, **make),
@@ -187,6 +198,16 @@ def _splits(config: Config, dataset: Dataset) -> tuple[Dataset, Split, Split]:
         noisy = corrupt_labels(dataset.train_labels, count, share, source)
         dataset = dataset._replace(train_labels=noisy)
     return dataset, chosen_by, test
+
+
+def _require_room(how: augment.Augmentation, dataset: Dataset) -> None:
+    """Raise unless images are large enough to be reflected at their edges."""
+    side = min(dataset.train_images.shape[2:])
+    if how.padding == "reflect" and how.crop_padding >= side:
+        raise ConfigError(
+            f"--crop-padding: expected less than the {side} pixels of the images, which"
+            f" --padding reflects, got {how.crop_padding}"
+        )
 
 
 def _sharing(config: Config, device: torch.device) -> tuple[int | None, Any]:
@@ -251,6 +272,7 @@ def _model(config: Config, dataset: Dataset) -> torch.nn.Module:
             dropout=config.network.dropout,
             zero_head=config.network.zero_head,
             layout=config.network.layout,
+            widths=config.network.widths,
             pretrained=config.network.weights != "none",
         )
     except ValueError as error:
@@ -262,7 +284,7 @@ def _model(config: Config, dataset: Dataset) -> torch.nn.Module:
 
 def _normalisation(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return the mean and deviation that a network's weights are for; else the data's."""
-    if config.network.weights == "none" or networks.is_wide(config.model):
+    if config.network.weights == "none" or not networks.is_published(config.model):
         return statistics(dataset.train_images)
     _, mean, std = networks.photographs(config.model)
     return torch.tensor(mean), torch.tensor(std)
@@ -278,6 +300,25 @@ def _loss_fn(descent: Descent, model: torch.nn.Module, dtype: torch.dtype | None
     return loss_fn
 
 
+def _by_views(loss_fn: LossFn, count: int) -> LossFn:
+    """Return the loss of the mean outputs of several views of each image."""
+    if count == 1:
+        return loss_fn
+
+    def of_mean(
+        params: Params, buffers: Params, batch: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Aux]:
+        images, labels = batch
+        found = [
+            share * evaluate(loss_fn, params, buffers, (view, labels), wrt=()).outputs
+            for share, view in augment.views(images, count)
+        ]
+        outputs = torch.stack(found).float().sum(0)
+        return F.cross_entropy(outputs, labels), Aux(outputs, buffers)
+
+    return of_mean
+
+
 def _optimizer(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:
     if descent.optimizer == "muon":
         return _clipped(descent, _muon(descent, model))
@@ -288,10 +329,20 @@ def _optimizer(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:
         first, second = descent.betas
         make = partial(makers[descent.optimizer], (first, second))
     decay = 0.0 if descent.decay_in_loss else descent.weight_decay
-    optimizer = make(weight_decay=decay)
-    if decay and (spared := _spared(descent, model)):
-        optimizer = samfn.grouped(optimizer, (spared, make(weight_decay=0.0)))
-    return _clipped(descent, optimizer)
+    factor = descent.norm_bias_lr
+    quick = {*_norm_biases(model)} if factor != 1 else set()
+    spared = {*_spared(descent, model)} if decay else set()
+    own = 0.0 if quick <= spared else decay / factor
+    groups = (
+        (spared - quick, make(weight_decay=0.0)),
+        (quick, samfn.scaled_lr(make(weight_decay=own), factor)),
+    )
+    optimizer, apart = make(weight_decay=decay), [group for group in groups if group[0]]
+    return _clipped(descent, samfn.grouped(optimizer, *apart) if apart else optimizer)
+
+
+def _norm_biases(model: torch.nn.Module) -> tuple[str, ...]:
+    return tuple(n for n in samfn.norm_parameters(model) if n.endswith(".bias"))
 
 
 def _clipped(descent: Descent, optimizer: samfn.Optimizer) -> samfn.Optimizer:
@@ -358,6 +409,9 @@ def _lr(config: Config, steps_per_epoch: int) -> schedules.Schedule:
             schedule = schedules.step_decay(lr, steps, factor=how.step_factor)
         case "wsd":
             schedule = schedules.stable_decay(lr, steps, how.cooldown, how.lr_final)
+        case "triangle":
+            ends = how.rise_from * lr, how.fall_to * lr
+            schedule = schedules.triangle(lr, steps, how.rise, *ends)
         case "constant":
             schedule = schedules.constant(lr)
     return schedules.warmup(schedule, round(how.warmup_epochs * steps_per_epoch))

@@ -57,6 +57,8 @@ def around(
     by = column(config, task.chosen_by.name)  # of the average, if there is one
     score = {"score": f"{task.chosen_by.name}_accuracy", best_by(config): by}
     found: list[Callback] = []
+    if config.average.lookahead is not None:
+        found.append(_lookahead(task))
     if config.average.ema_decay is not None:
         start = round(config.average.ema_start * task.steps_per_epoch)
         found.append(callbacks.ema(config.average.ema_decay, start=start))
@@ -81,6 +83,17 @@ def around(
         partial(show, task, live, meter),
         interrupts.after_epoch,
     ]
+
+
+def _lookahead(task: Task) -> Callback:
+    """Return Lookahead with airbench's decay, which grows: base^every (t / T)^3."""
+    how, steps = task.config.average, task.config.epochs * task.steps_per_epoch
+    base = (how.lookahead or 0.0) ** how.lookahead_every
+
+    def decay(step: int) -> float:
+        return base * (step / steps) ** 3
+
+    return callbacks.lookahead(decay, every=how.lookahead_every, last=steps)
 
 
 def _require_own_memory(task: Task, training: Training) -> None:

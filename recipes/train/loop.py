@@ -101,7 +101,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Return the mean loss and the accuracy, in percent, on all images of a split.
 
-    Each rank looks at its own images, unless this one is `alone` in asking.
+    Both are of the mean outputs of the views that --views names. Each rank looks at its own
+    images, unless this one is `alone` in asking.
 
     Raises:
         StopError: `stopping`, which is asked before each batch, said so.
@@ -112,7 +113,7 @@ def evaluate(
     measures = {"accuracy": loop.accuracy}
     with evaluating(task.model):
         found = loop.evaluate(
-            state.params, state.buffers, parts, loss_fn=task.eval_fn, measures=measures
+            state.params, state.buffers, parts, loss_fn=task.views_fn, measures=measures
         )
     if not alone:
         found = distributed.mean(found, weight=len(labels))

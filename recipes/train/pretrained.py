@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 import samfn
+from recipes.data import augment
 from recipes.data.download import DownloadError, download
 from recipes.data.sources import user_cache
 from recipes.errors import ConfigError
-from recipes.models import networks
+from recipes.models import airbench, networks
 from recipes.terminal.console import Display
-from recipes.train.build import Task
+from recipes.train.build import Task, generator
 from samfn.storage import files, tensorfile
 
 # What torchvision's older files call the tensors of today's networks: its densenet.py and
@@ -32,18 +33,21 @@ RENAMED = (
 # Counts the batches of BatchNorm; files from before PyTorch 0.4.1 lack it, and with a
 # momentum that is a number nothing reads it.
 COUNTER = "num_batches_tracked"
+WHITENED = 5000  # training images, as in github.com/KellerJordan/cifar10-airbench
 NAMED = 5  # tensors that a message names at most
 
 
 def begin(task: Task, state: samfn.TrainState, display: Display) -> samfn.TrainState:
     """Return the state that a run starts from, with the weights that --weights names.
 
+    Without any, airbench's filter is fitted to some of the training images.
+
     Raises:
         ConfigError: there are none, or they do not fit the network beyond its last layer.
     """
     config = task.config
     if config.network.weights == "none":
-        return state
+        return whitened(task, state) if networks.is_airbench(config.model) else state
     path = Path(config.network.weights)
     if config.network.weights == "default":
         path = fetch(config.model, display)
@@ -54,6 +58,15 @@ def begin(task: Task, state: samfn.TrainState, display: Display) -> samfn.TrainS
     return state._replace(
         params=filled(state.params, fitting), buffers=filled(state.buffers, fitting)
     )
+
+
+def whitened(task: Task, state: samfn.TrainState) -> samfn.TrainState:
+    """Return the state with the filter that whitens training images, drawn by the seed."""
+    source = generator(task.config.seed, "whitening")
+    some = torch.randperm(len(task.train_labels), generator=source)[:WHITENED]
+    images = task.train_images[some.to(task.device)]
+    filters = airbench.whitening(augment.normalise(images, task.mean, task.std))
+    return state._replace(buffers=filled(state.buffers, {airbench.WHITENING: filters}))
 
 
 def read(path: Path) -> dict[str, Tensor]:

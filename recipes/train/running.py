@@ -15,11 +15,13 @@ from recipes import errors, plots
 from recipes.errors import ConfigError
 from recipes.settings.command_line import PROGRAM
 from recipes.settings.config import Config
+from recipes.settings.groups import DTYPES
+from recipes.settings.presets import FAST
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, run_of
 from recipes.terminal import cli
-from recipes.terminal.console import Display
-from recipes.terminal.hardware import lacks_memory
+from recipes.terminal.console import Display, duration
+from recipes.terminal.hardware import emulated, lacks_memory
 from recipes.terminal.legible import quoted
 from recipes.terminal.signals import Signals
 from recipes.train import recorded, selection
@@ -35,6 +37,7 @@ from recipes.train.checkpoints import (
     resume,
 )
 from recipes.train.directory import Row, RunDirectory, Unwritten
+from recipes.train.length import predicted
 from recipes.train.loggers import logged
 from recipes.train.loop import evaluate, fit, prepare, step
 from recipes.train.pretrained import begin
@@ -84,12 +87,13 @@ def run(
     dataset = read(config, display.track, display.warn)
     try:
         task, state = assemble(config, dataset)
-        if config.preset == "small":
+        if config.preset in ("small", "small-wrn"):
             display.say(
                 "This is a small preset, made for a CPU: it shows that everything works,"
-                " not what SAM reaches. --preset davda54 and foret2021 are the real ones."
+                " not what SAM reaches. --preset airbench94, davda54 and foret2021 are the"
+                " real ones."
             )
-        display.facts("samfn", describe(task))
+        display.facts("samfn", length(task, state) | describe(task))
         if config.call.dry_run:
             return try_out(task, state, display)
         if config.call.eval_only:
@@ -318,6 +322,18 @@ def new_name(config: Config) -> Path:
     return Path("runs") / "-".join(parts)
 
 
+def length(task: Task, state: samfn.TrainState) -> dict[str, str]:
+    """Return how long a run takes, where that can be said before it begins.
+
+    A GPU is not timed, and digits take seconds.
+    """
+    config = task.config
+    begins = config.resume is None and config.data != "digits"
+    if not begins or task.device.type != "cpu":
+        return {}
+    return {"time": f"about {duration(predicted(task, state))}"}
+
+
 def describe(task: Task) -> dict[str, str]:
     """Return what the banner says of a run."""
     config, base = task.config, BASES[task.config.descent.optimizer]
@@ -336,8 +352,7 @@ def describe(task: Task) -> dict[str, str]:
         "training": f"{config.epochs} epochs of {task.steps_per_epoch} steps, batch"
         f" {config.batch_size}, {base}, lr {config.lr:g} {config.learning_rate.schedule},"
         f" preset {config.preset}",
-        "device": f"{task.device}, {config.arithmetic.precision},"
-        f" torch {torch.__version__}",
+        "device": f"{task.device}, {_precision(task)}, torch {torch.__version__}",
         "compiled": task.compiling,
     }
     if task.sharing is not None:
@@ -351,6 +366,15 @@ def describe(task: Task) -> dict[str, str]:
     if noise:
         facts["label noise"] = f"{noise:.0%} of the training labels are wrong"
     return facts
+
+
+def _precision(task: Task) -> str:
+    """Return the precision, and why it is not bf16 in a preset that would take that."""
+    precision, bf16 = task.config.arithmetic.precision, DTYPES["bf16"]
+    lacks = precision == "float32" and emulated(bf16, task.device)
+    if task.config.preset in FAST and lacks:
+        return f"{precision} as this CPU has no instructions for bf16"
+    return precision
 
 
 def summarise(

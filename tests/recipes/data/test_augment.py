@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,6 +51,73 @@ def test_shifts_and_flips_are_all_reached_and_equally_likely(seed):
     assert 0.45 < flipped < 0.55
     above = (ones[:, 2] == 1).float().mean()
     assert 0.28 < above < 0.39
+
+
+@given(st.integers(3, 9), st.integers(3, 9), st.integers(0, 2), st.booleans(), seeds)
+def test_reflected_crops_are_those_of_the_reflected_image(h, w, padding, flip, seed):
+    images = numbered(6, h, w)
+    how = {"padding": padding, "flip": flip}
+    result = augment.random_crop_flip(images, generator(seed), **how, reflect=True)
+    # The same draws, where zeros are cut out: so large an image has none to show.
+    padded = F.pad(images, [padding] * 4, mode="reflect")
+    for original, cropped in zip(padded, result, strict=True):
+        crops = original.unfold(1, h, 1).unfold(2, w, 1).flatten(1, 2).unbind(1)
+        mirrored = [crop.flip(-1) for crop in crops] if flip else []
+        assert any(torch.equal(cropped, crop) for crop in [*crops, *mirrored])
+    zeros = augment.random_crop_flip(images, generator(seed), **how)
+    assert torch.equal(torch.where(zeros > 0, result, 0.0), zeros)
+
+
+def test_images_are_reflected_no_further_than_they_reach():
+    with pytest.raises(ValueError, match=r"below 3 pixels, the side of .* got 3"):
+        augment.random_crop_flip(
+            numbered(2, 3, 4), generator(0), padding=3, flip=False, reflect=True
+        )
+
+
+@given(st.integers(1, 9), seeds)
+def test_in_two_epochs_each_image_is_shown_once_in_each_way(count, seed):
+    images = numbered(count, 4, 5)
+    shown = [
+        augment.random_crop_flip(
+            images,
+            generator(epoch),
+            padding=0,
+            flip=augment.alternating(count, epoch, generator(seed)),
+        )
+        for epoch in range(4)
+    ]
+    for first, second in pairwise(shown):
+        for image, one, other in zip(images, first, second, strict=True):
+            ways = [image, image.flip(-1)]
+            there = [torch.equal(one, way) for way in ways]
+            assert there == [torch.equal(other, way) for way in ways[::-1]]
+            assert sum(there) == 1
+    assert torch.equal(shown[0], shown[2])
+
+
+def test_about_half_of_the_images_are_mirrored_in_the_first_epoch():
+    assert 0.45 < augment.alternating(2000, 0, generator(0)).float().mean() < 0.55
+
+
+def test_six_views_are_flips_and_shifts_with_their_shares():
+    images = numbered(2, 4, 5)
+    around = F.pad(images, [1] * 4, mode="reflect")
+    half = [images, around[:, :, 2:, 2:], around[:, :, :4, :5]]
+    expected = zip(half, (0.25, 0.125, 0.125), strict=True)
+    found = [*augment.views(images, 6)]
+    for (place, share), plain, mirrored in zip(
+        expected, found[::2], found[1::2], strict=True
+    ):
+        assert (plain[0], mirrored[0]) == (share, share)
+        assert torch.equal(plain[1], place)
+        assert torch.equal(mirrored[1], place.flip(-1))
+    ((one, same),) = augment.views(images, 1)
+    assert one == 1
+    assert same is images
+    assert [share for share, _ in augment.views(images, 2)] == [0.5, 0.5]
+    with pytest.raises(ValueError, match="expected 1, 2 or 6 views, got 4"):
+        [*augment.views(images, 4)]
 
 
 @given(seeds)

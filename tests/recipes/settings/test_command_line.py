@@ -53,7 +53,7 @@ def test_parsing_reads_no_data_and_opens_no_connection(images, flags, watch):
 
 def test_settling_where_images_come_from_reads_none(images, watch):
     config = resolve(parse(["--data-dir", str(images), "--device", "cpu"]))
-    assert (config.data, config.preset) == ("folder", "small")
+    assert (config.data, config.preset) == ("folder", "small-wrn")
     assert not [e for e in events if str(images) in e[1]]
 
 
@@ -65,7 +65,7 @@ def test_the_command_line_is_read_once(tmp_path, monkeypatch):
     file = tmp_path / "c.toml"
     file.write_text('preset = "small"\nepochs = 7\n')
     config = resolve(parse(["--config", str(file), "--data", "digits", "--lr", "0.1"]))
-    assert (config.preset, config.epochs, config.model) == ("small", 7, "wrn-10-1")
+    assert (config.preset, config.epochs, config.model) == ("small", 7, "airbench94")
     assert len(calls) == 1
     (tmp_path / "config.toml").write_text(to_toml(config))
     resolve(parse(["--resume", str(tmp_path)]))

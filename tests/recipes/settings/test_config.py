@@ -4,15 +4,18 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recipes.errors import ConfigError
 from recipes.roles import EXACT, KEPT, Role
+from recipes.settings import resolve
 from recipes.settings.config import SETTINGS, Config, differing, of_roles, plain_values
-from recipes.settings.presets import PRESETS
+from recipes.settings.presets import FAST, PRESETS
 from recipes.settings.resolve import choose_device, configure, require_same_settings
 from recipes.settings.saved import read_toml, to_toml
+from recipes.terminal.hardware import emulated
 from tests import ROOT
 
 DIGITS = ["--data", "digits"]
@@ -30,9 +33,12 @@ FLAGS = {
     "image_size": None,
     "label_noise": ("0.4", 0.4),
     "validation": ("0.1", 0.1),
+    "views": ("6", 6),
     "crop_scale": ("0.5", 0.5),
     "crop_padding": ("2", 2),
+    "padding": ("reflect", "reflect"),
     "flip": (None, False),
+    "alternate_flip": (None, True),
     "cutout": ("16", 16),
     "policy": ("autoaugment", "autoaugment"),
     "mixup_alpha": ("0.2", 0.2),
@@ -43,6 +49,8 @@ FLAGS = {
     "layout": ("davda54", "davda54"),
     "zero_head": (None, True),
     "dropout": ("0.3", 0.3),
+    "widths": ("4 8 8", (4, 8, 8)),
+    "whitening_epochs": ("3", 3),
     "method": ("asam", "asam"),
     "rho": ("0.2", 0.2),
     "rho_schedule": ("linear", "linear"),
@@ -59,10 +67,14 @@ FLAGS = {
     "weight_decay": ("0.001", 0.001),
     "decay_norm": (None, False),
     "decay_in_loss": (None, True),
+    "norm_bias_lr": ("64", 64.0),
     "clip_norm": ("5", 5.0),
     "label_smoothing": ("0.1", 0.1),
     "schedule": ("step", "step"),
     "lr_final": ("0.01", 0.01),
+    "rise_from": ("0.1", 0.1),
+    "fall_to": ("0.1", 0.1),
+    "rise": ("0.1", 0.1),
     "milestones": ("60 120", (60, 120)),
     "step_factor": ("0.1", 0.1),
     "restart_epochs": ("5", 5),
@@ -73,6 +85,8 @@ FLAGS = {
     "ema_start": ("0.5", 0.5),
     "ema_copy": ("1", 1),
     "patience": ("3", 3),
+    "lookahead": ("0.95", 0.95),
+    "lookahead_every": ("3", 3),
     "average_best": ("3", 3),
     "select": ("loss", "loss"),
     "select_every": ("2", 2),
@@ -112,6 +126,12 @@ NEEDS = {
     "rho_final": ["--rho-schedule", "linear"],
     "betas": ["--optimizer", "nadam"],
     "lr_final": ["--schedule", "warm-restarts"],
+    "rise_from": ["--schedule", "triangle"],
+    "fall_to": ["--schedule", "triangle"],
+    "rise": ["--schedule", "triangle"],
+    "lookahead_every": ["--lookahead", "0.9"],
+    "widths": ["--model", "airbench95"],
+    "whitening_epochs": ["--model", "airbench95"],
     "milestones": ["--schedule", "step"],
     "step_factor": ["--schedule", "step"],
     "restart_epochs": ["--schedule", "warm-restarts"],
@@ -147,7 +167,7 @@ def test_every_setting_has_a_role():
         " on_write_error preset save_steps",
         "ROUNDING": "compile",
         "FIXED": "batch_size data freeze image_size label_noise layout model seed"
-        " validation weights",
+        " validation weights widths",
     }
 
 
@@ -194,10 +214,11 @@ def test_without_preset_the_defaults_are_those_of_the_class():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_set_what_they_say_and_flags_override_them(preset):
     config = configure(["--preset", preset, "--seed", "9", *DIGITS])
-    values = PRESETS[preset]
+    values, fast = PRESETS[preset], preset in FAST and not emulated(torch.bfloat16, BEST)
     # Without CIFAR and network, the images are digits whatever the preset.
     resolved = {"preset": preset, "seed": 9, "data": "digits"}
-    assert config == Config.of(values | resolved | RESOLVED)
+    expected = values | resolved | RESOLVED | ({"precision": "bf16"} if fast else {})
+    assert config == Config.of(expected)
     assert configure(["--preset", preset, "--epochs", "3", *DIGITS]).epochs == 3
 
 
@@ -239,12 +260,68 @@ def test_digits_on_their_own_take_the_preset_for_digits():
     assert configure(DIGITS).preset == "digits"
 
 
-def test_a_cpu_takes_the_small_preset_for_images(tmp_path):
+def test_a_cpu_takes_the_small_presets_for_images(tmp_path, monkeypatch):
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
     config = configure(["--data-dir", str(tmp_path), "--device", "cpu"])
-    assert config.preset == "small"
-    assert config.model == PRESETS["small"]["model"]
+    assert config.preset == "small-wrn"
+    assert config.model == PRESETS["small-wrn"]["model"]
+    assert config.epochs == 5
+    monkeypatch.setattr(
+        resolve, "choose_source", lambda *_, check: (check("cifar10") and "cifar10", "")
+    )
+    assert configure(["--device", "cpu"]).model == "airbench94"
+    named = configure(["--device", "cpu", "--model", "wrn-16-2"])
+    assert (named.preset, named.epochs) == ("small-wrn", 5)
+
+
+def test_a_network_that_is_named_decides_on_the_preset(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    on_a_cpu = ["--data-dir", str(tmp_path), "--device", "cpu", "--model"]
+    presets = {"airbench95": "airbench95", "wrn-10-2": "small-wrn", "resnet18": "finetune"}
+    for model, preset in presets.items():
+        assert configure([*on_a_cpu, model]).preset == preset
+    assert configure([*on_a_cpu, "wrn-10-2"]) == configure(
+        [*on_a_cpu, "wrn-10-2", "--preset", "small-wrn"]
+    )
+
+
+def test_presets_of_airbench_have_its_numbers_for_the_mean_of_a_batch(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    # Its learning rate and decay: 11.5 over 1 + 1 / (1 - momentum), and 0.0153 over 11.5.
+    published = {"94": (11.5, 0.0153), "95": (10.0, 0.0153), "96": (9.0, 0.012)}
+    for name, (lr, decay) in published.items():
+        flags = ["--data-dir", str(tmp_path), "--preset", f"airbench{name}"]
+        config = configure([*flags, "--device", "cpu"])
+        assert config.model == f"airbench{name}"
+        assert config.lr == pytest.approx(lr / (1 + 1 / 0.15))
+        assert config.lr * config.descent.weight_decay == pytest.approx(
+            decay / (1 + 1 / 0.15)
+        )
+        assert config.arithmetic.precision == (
+            "float32" if emulated(torch.bfloat16, "cpu") else "bf16"
+        )
+    assert config.learning_rate.fall_to == 0
+    # What an optimizer does not read of a preset is left out, and what is asked for is not.
+    muon = configure([*flags, "--optimizer", "muon", "--lr", "0.01"])
+    assert muon.descent.nesterov is False
+    assert (muon.descent.norm_bias_lr, muon.descent.label_smoothing) == (1.0, 0.2)
+    with pytest.raises(ConfigError, match="--momentum: expected --optimizer sgd"):
+        configure([*flags, "--optimizer", "muon", "--momentum", "0.85"])
+
+
+@pytest.mark.parametrize(("emulates", "expected"), [(True, "float32"), (False, "bf16")])
+def test_where_a_cpu_has_instructions_airbench_takes_them(
+    tmp_path, monkeypatch, emulates, expected
+):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    monkeypatch.setattr(resolve, "emulated", lambda dtype, device: emulates and bool(dtype))
+    flags = ["--data-dir", str(tmp_path), "--device", "cpu", "--preset"]
+    found = {p: configure([*flags, p]).arithmetic.precision for p in ("small", "none")}
+    assert found == {"small": expected, "none": "float32"}
 
 
 def test_a_file_overrides_the_preset_and_flags_override_the_file(tmp_path):
@@ -564,9 +641,25 @@ def test_a_missing_file_is_named(tmp_path):
         ("--model resnet18 --layout davda54", "--layout: expected --model wrn-<depth>"),
         ("--model resnet18 --zero-head", "--zero-head: expected --model wrn-<depth>"),
         ("--model resnet18 --dropout 0.1", "--dropout: expected --model wrn-<depth>"),
-        ("--weights default", "--weights: expected none or a file, for a WRN, got 'def"),
+        ("--weights default", "--weights: expected none or a file, but for torchvision"),
         ("--weights defualt", "--weights: .* got .*/defualt; close to it: default"),
         ("--freeze", "--freeze: expected --weights with it, got True"),
+        ("--widths 4 4 4", "--widths: expected --model airbench94, 95 or 96 with it, got"),
+        ("--model airbench94 --widths 4 4", "--widths: expected three numbers of at least"),
+        ("--model airbench95 --dropout 0.1", "--dropout: expected --model wrn-<depth>"),
+        ("--whitening-epochs 3", "--whitening-epochs: expected --model airbench94, 95"),
+        ("--norm-bias-lr 0", "--norm-bias-lr: expected a finite number above 0, got 0"),
+        ("--norm-bias-lr 8 --decay-in-loss", "--norm-bias-lr: expected 1 with --decay-in"),
+        ("--norm-bias-lr 8 --optimizer muon", "--norm-bias-lr: expected --optimizer sgd"),
+        ("--rise-from 0.1", "--rise-from: expected --schedule triangle with it, got 0.1"),
+        ("--schedule triangle --rise-from 0", "--rise-from: expected above 0 to 1, got 0"),
+        ("--schedule triangle --fall-to 1", "--fall-to: expected 0 to below 1, got 1.0"),
+        ("--schedule triangle --rise 1", "--rise: expected 0 to below 1, got 1.0"),
+        ("--lookahead 1", "--lookahead: expected 0 to below 1, or None, got 1.0"),
+        ("--lookahead-every 3", "--lookahead-every: expected --lookahead with it, got 3"),
+        ("--lookahead 0.9 --select loss", "--lookahead: expected --select all with it"),
+        ("--alternate-flip", "--alternate-flip: expected --flip with it"),
+        ("--crop-padding 0 --padding reflect", "--padding: expected --crop-padding with"),
         ("--crop-scale 0", "--crop-scale: expected above 0 to 1, got 0.0"),
         ("--device gpu", "--device: 'gpu' cannot be used"),
     ],

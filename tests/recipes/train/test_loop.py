@@ -62,6 +62,7 @@ def differ(left, right):
         "--optimizer muon",
         "--momentum 0.5",
         "--nesterov",
+        "--norm-bias-lr 64",
         "--weight-decay 0.1",
         "--decay-in-loss",
         "--no-decay-norm",
@@ -73,6 +74,7 @@ def differ(left, right):
         "--lr-final 0.05",
         "--schedule polynomial --lr-final 0.05",
         "--schedule step --epochs 1",
+        "--schedule triangle",
         "--schedule constant",
         "--rho-schedule linear",
         "--rho-schedule proportional",
@@ -83,6 +85,8 @@ def differ(left, right):
         "--validation 0.1",
         "--crop-padding 2",
         "--no-flip",
+        "--alternate-flip",
+        "--padding reflect",
         "--cutout 4",
         "--policy autoaugment",
         "--policy trivialaugment",
@@ -159,6 +163,56 @@ def test_normalisation_and_biases_are_spared_decay_and_nothing_else_is(where):
     for name in none:
         assert torch.equal(spared[name], none[name]) == (name in names)
     assert any(not torch.equal(spared[name], all_of_it[name]) for name in names)
+
+
+def test_biases_of_normalisation_have_groups_of_torch_of_their_own():
+    flags = ["--rho", "0", "--lr", "0.1", "--schedule", "constant", "--nesterov"]
+    flags += ["--momentum", "0.8"]
+    task, state = task_of(*flags, "--weight-decay", "0.5", "--norm-bias-lr", "8")
+    own = {n: torch.nn.Parameter(w.clone()) for n, w in state.params.items()}
+    named = [n for n in own if "norm" in n and n.endswith(".bias")]
+    rest = [w for n, w in own.items() if n not in named]
+    quick = {"params": [own[n] for n in named], "lr": 0.8, "weight_decay": 0.5 / 8}
+    torchs = torch.optim.SGD(
+        [quick, {"params": rest}], lr=0.1, momentum=0.8, nesterov=True, weight_decay=0.5
+    )
+    criterion = samfn.supervised(task.model, F.cross_entropy)
+    for index, batch in enumerate(islice(augmented(task, 0), 2)):
+        there = {n: w.detach().clone() for n, w in own.items()}
+        grads = samfn.evaluate(criterion, there, state.buffers, batch).grads
+        for name, w in own.items():
+            w.grad = grads[name]
+        torchs.step()
+        state, _ = loop.step(task, state, index, batch)
+    assert len(named) == 7
+    for name, w in own.items():
+        assert_close(state.params[name], w.detach(), rtol=1e-4, atol=1e-6)
+    before = task_of()[1].params
+    flags += ["--no-decay-norm", "--weight-decay", "9", "--norm-bias-lr", "8"]
+    spared = after_one_step(*flags)
+    none = after_one_step(*flags, "--weight-decay", "0")
+    assert torch.equal(spared[named[0]], none[named[0]])
+    assert not torch.equal(spared[named[0]], before[named[0]])
+
+
+def test_an_evaluation_is_of_the_mean_outputs_of_its_views():
+    task, state = task_of("--views", "6")
+    with loop.evaluating(task.model):
+        images = augment.normalise(task.test.images[:40], task.mean, task.std)
+        labels = task.test.labels[:40]
+        outputs = sum(
+            share
+            * samfn.evaluate(
+                task.eval_fn, state.params, state.buffers, (view, labels), wrt=()
+            ).outputs
+            for share, view in augment.views(images, 6)
+        )
+    split = Split("test", task.test.images[:40], labels)
+    loss, accuracy = loop.evaluate(task, state, split)
+    assert loss == pytest.approx(F.cross_entropy(outputs, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx(100 * (outputs.argmax(1) == labels).float().mean())
+    plain = loop.evaluate(task._replace(views_fn=task.eval_fn), state, split)
+    assert plain[0] != pytest.approx(loss, rel=1e-5)
 
 
 def after_one_step(*flags):
@@ -250,6 +304,14 @@ def test_learning_rates_are_those_of_the_schedules():
         ended, _ = task_of("--schedule", name, "--lr-final", "0.02")
         assert ended.lr(0) == 0.1
         assert ended.lr(2 * steps) == 0.02
+    up = ["--schedule", "triangle", "--lr", "0.4", "--rise", "0.5"]
+    for flags, ends in (
+        ([], (0.08, 0.028)),
+        (["--rise-from", "0.5", "--fall-to", "0.25"], (0.2, 0.1)),
+    ):
+        triangle, _ = task_of(*up, *flags)
+        values = [triangle.lr(t) for t in (0, 2 * steps, steps)]
+        assert values == pytest.approx([*ends, 0.4])
     constant, _ = task_of("--schedule", "constant", "--lr", "0.3")
     assert {constant.lr(t) for t in range(2 * steps)} == {0.3}
     for name, make in (("polynomial", "polynomial"), ("one-cycle", "one_cycle")):
@@ -309,7 +371,8 @@ RHO_SCHEDULES = ("constant", "linear", "proportional")
 
 
 @pytest.mark.parametrize(
-    "schedule", ["cosine", "polynomial", "one-cycle", "warm-restarts", "step", "wsd"]
+    "schedule",
+    ["cosine", "polynomial", "one-cycle", "warm-restarts", "step", "wsd", "triangle"],
 )
 @pytest.mark.parametrize("rho_schedule", RHO_SCHEDULES)
 def test_a_rho_above_zero_is_never_zero_in_a_run(schedule, rho_schedule):

@@ -73,11 +73,11 @@ class During:
         """Count the batches that are evaluated."""
 
         def evaluate(real: Callable[..., Any], task: Any, *rest: Any) -> Any:
-            def eval_fn(*args: Any) -> Any:
+            def views_fn(*args: Any) -> Any:
                 self.count()
-                return task.eval_fn(*args)
+                return task.views_fn(*args)
 
-            return real(task._replace(eval_fn=eval_fn), *rest)
+            return real(task._replace(views_fn=views_fn), *rest)
 
         wrap(loop, "evaluate", evaluate)
 

@@ -258,6 +258,11 @@ def peak_of(step: Callable[[], Any]) -> float:
     return measure.peak_memory(step)
 
 
+def before(name: str) -> str:
+    """Return what the step of SGD is called that is timed before one of a method."""
+    return BASELINE if name == BASELINE else f"{BASELINE} before {name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Methods(Apart):
     """Cost of a step of each method, in time and memory, relative to one of SGD.
@@ -283,16 +288,16 @@ class Methods(Apart):
         for name in (BASELINE, *(self.method or METHODS)):
             made[name] = Stepper(network, precision, name)
             measure.timed(made[name].step, 2)  # Compiles.
-        turns = [turn for name in made for turn in ((BASELINE, name), (name, name))]
-        rounds = measure.interleaved(
-            {turn: made[turn[0]].step for turn in turns}, seconds=self.seconds
-        )
-        seen = {t: [s / made[t[0]].period for s in times] for t, times in rounds.items()}
+        turns: dict[str, Callable[[], Any]] = {}
+        for name, stepper in made.items():
+            turns |= {before(name): made[BASELINE].step, name: stepper.step}
+        times = measure.interleaved(turns, seconds=self.seconds)
+        seen = {n: [t / stepper.period for t in times[n]] for n, stepper in made.items()}
         return [
             {
                 "method": name,
-                **measure.milliseconds(seen[name, name]),
-                "of SGD": measure.ratios(seen[name, name], seen[BASELINE, name])["median"],
+                **measure.milliseconds(seen[name]),
+                "of SGD": measure.ratios(seen[name], times[before(name)])["median"],
                 "peak MiB": self.memory(case, name) / 2**20,
             }
             for name in made

@@ -63,7 +63,7 @@ def random_crop_flip(
     flip: bool | Tensor,
     reflect: bool = False,
 ) -> Tensor:
-    """Cut each image out of itself padded with zeros, mirrored half of the time.
+    """Cut each image out of itself, padded with zeros or mirrored at its edges.
 
     Args:
         images_BCHW: any dtype.

@@ -1,6 +1,7 @@
 """Airbench through the recipe: a run that was stopped goes on, and others read it."""
 
 import re
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from recipes.terminal.console import Display
 from recipes.train import length, running
 from recipes.train.build import assemble, generator, read_data
 from recipes.train.pretrained import begin
+from samfn.loss import evaluate
 from tests.recipes.test_recipe import equal, rows, stop_after, tensors, without_times
 
 IMAGES, STEPS = 24, 4  # in training; in an epoch
@@ -125,3 +127,21 @@ def test_the_time_of_an_image_is_that_of_a_gradient(images):
     config = configure(["--data-dir", str(images), *FLAGS.split()])
     task, state = assemble(config, read_data(config, lambda i, *_: i, print))
     assert 0 < length.seconds_an_image(task, state) < 1
+
+
+def test_the_first_call_of_a_shape_which_makes_its_kernels_is_not_timed(
+    images, monkeypatch
+):
+    config = configure(["--data-dir", str(images), *FLAGS.split()])
+    task, state = assemble(config, read_data(config, lambda i, *_: i, print))
+    seen = set()
+
+    def slow_at_first(loss_fn, params, buffers, batch):
+        if batch[0].shape not in seen:
+            time.sleep(2 * length.LONG_ENOUGH)
+        seen.add(batch[0].shape)
+        return evaluate(loss_fn, params, buffers, batch)
+
+    monkeypatch.setattr(length, "evaluate", slow_at_first)
+    assert length.seconds_an_image(task, state) < length.LONG_ENOUGH / 2
+    assert len(seen) > 1

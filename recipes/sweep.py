@@ -22,17 +22,15 @@ from recipes.study.groups import (
     Group,
     arranged,
     best,
+    best_of,
     chosen,
     last,
     number,
     series_of,
     summary,
 )
-from recipes.study.report import Page, Table, about, task
-from recipes.train.recorded import chosen_by
+from recipes.study.report import Page, Table, about, judge, task
 from recipes.train.running import name
-
-BY = {"validation": "the validation set", "test": "the test set itself, which flatters"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def page(settings: Settings, groups: Sequence[Group]) -> Page:
     """Return what is reported."""
     title = f"Accuracy by ρ: {task(groups[0].config)}"
     remarks = [
-        f"best rho of {method}, by {BY[chosen_by(groups[0].config)]}: {found}"
+        f"best rho of {method}, by {judge(groups[0].config)}: {found}"
         for method, found in best_rhos(groups).items()
     ]
     parts = {"accuracy": (about(groups), table(groups))}
@@ -111,15 +109,10 @@ def best_rhos(groups: Sequence[Group]) -> dict[str, str]:
     """
     found = {}
     for method, arms in by_method(groups).items():
-        scores = {
-            rho: spread.mean
-            for rho, group in arms.items()
-            if not group.diverged and (spread := group.spread(chosen))
-        }
-        rho = max(scores, key=lambda rho: scores[rho], default=None)
-        found[method] = (
-            "none" if rho is None else f"{number(rho)} ({summary(arms[rho], best)} %)"
-        )
+        if (group := best_of([*arms.values()])) is None:
+            found[method] = "none"
+        else:
+            found[method] = f"{number(group.config.rho)} ({summary(group, best)} %)"
     return found
 
 

@@ -11,7 +11,7 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from recipes.data import cifar, folders, pictures
 from recipes.data.download import DownloadError
 from recipes.data.folders import SPLITS, Samples
 from recipes.errors import DataError
-from recipes.roles import BELOW_1, Group, Range, Role, at_least, setting
+from recipes.roles import BELOW_1, Group, Range, Role, Rule, at_least, setting
 from recipes.terminal.hardware import lacks_memory
 from samfn.storage import files, tensorfile
 
@@ -48,14 +48,22 @@ class Images(Group, role=Role.FIXED):
     label_noise: float = setting(0.0, Range(lambda share: 0 <= share <= 1, "0 to 1"))
     """Share of the training labels that are replaced by another class, 0 to 1."""
     validation: float = setting(0.0, BELOW_1)
-    """Share of the training set held out to choose the best epoch by, 0 to below 1; its
-    labels stay clean. With 0 the best epoch is chosen by the test set."""
+    """Share of the training set held out to choose the best epoch by, 0 to below 1. With 0
+    the best epoch is chosen by the test set."""
+    noisy_validation: bool = False
+    """Wrong labels among those held out, too, as where nobody knows the right ones;
+    otherwise they stay clean."""
     views: Literal[1, 2, 6] = setting(1, role=Role.RESULT)
     """Views of an image that its evaluation takes the mean outputs of: itself; with its
     mirror image; with both of them shifted by a pixel along the diagonal, too. The model
     that a run leaves takes one."""
     allow_modified_data: bool = setting(False, role=Role.FREE)
     """Use of CIFAR's files even if they are not the published ones."""
+
+    def relations(self) -> Iterator[Rule]:
+        """Yield what holds of several values together."""
+        holds = bool(self.label_noise and self.validation) or not self.noisy_validation
+        yield "noisy_validation", holds, "--label-noise and --validation above 0 with it"
 
 
 class Dataset(NamedTuple):

@@ -90,6 +90,19 @@ def chosen(run: Recorded) -> float | None:
     return float(run.best[by]) if run.best else None
 
 
+def best_of(groups: Sequence[Group]) -> Group | None:
+    """Return the group whose best epochs have the best mean, by what chose them.
+
+    A group with a run that diverged is none; among equal ones, it is the first.
+    """
+    scores = [
+        (spread.mean, -place, group)
+        for place, group in enumerate(groups)
+        if not group.diverged and (spread := group.spread(chosen))
+    ]
+    return max(scores, default=(0.0, 0, None))[2]
+
+
 def seconds(run: Recorded) -> float:
     """Return the time of all epochs, without evaluation."""
     return float(sum(row.get("seconds", 0.0) for row in run.rows))

@@ -111,7 +111,9 @@ def _usual(name: str) -> Value:
 
 EXPLAINED = {
     "accuracy": "Test accuracy, mean ± standard deviation of the runs of a row; the best"
-    " epoch is chosen by the set that the last column names.",
+    " epoch is chosen by the set that the last column names. p is that of a t-test of the"
+    " last epoch against the first row, paired by seeds, two-sided. Training is what the"
+    " last epoch had on its images as they were, with augmentation and wrong labels.",
     "cost": "Median over the epochs of a run, or mean where SAM begins late, of training"
     " without evaluation.",
     "settings": "Those that differ, but for the seed.",
@@ -134,6 +136,14 @@ def task(config: Config) -> str:
     if config.images.label_noise:
         text += f", {100 * config.images.label_noise:g} % wrong labels"
     return text
+
+
+def judge(config: Config) -> str:
+    """Return the set that chooses epochs, and the best of several runs."""
+    if chosen_by(config) == "test":
+        return "the test set itself, which flatters"
+    wrong = ", with wrong labels," * config.images.noisy_validation
+    return f"the validation set{wrong}"
 
 
 def about(groups: Sequence[Group]) -> str:
@@ -168,6 +178,31 @@ def ratio(group: Group, first: Group) -> str:
     return f"{one.mean / base.mean:.2f}" if one and base and base.mean else MISSING
 
 
+def paired(group: Group, first: Group) -> str:
+    """Return p of the difference of last epochs from the first row, over common seeds."""
+    one, base = (
+        {
+            run.config.seed: value
+            for run in found.counted
+            if (value := last(run)) is not None
+        }
+        for found in (group, first)
+    )
+    differences = [one[seed] - base[seed] for seed in one.keys() & base.keys()]
+    if group is first or len(differences) < 2 or statistics.pstdev(differences) == 0:
+        return MISSING
+    # It is slow to import, and a report is written once.
+    from scipy.stats import ttest_1samp
+
+    p = float(ttest_1samp(differences, 0.0).pvalue)
+    return f"{p:.2g}" if p >= 1e-4 else "< 0.0001"
+
+
+def _at_end(name: str) -> Value:
+    """Return what gives a number of the last epoch of a run."""
+    return lambda run: run.rows[-1].get(name) if run.rows else None
+
+
 Tables = Mapping[str, Mapping[str, Column]]
 """Columns by their names in the data file, of each table by its heading."""
 TABLES: Tables = {
@@ -176,9 +211,9 @@ TABLES: Tables = {
         "epochs": Column("epochs", lambda group, _: epochs(group)),
         "last": numeric("last epoch, %", last, percent),
         "best": numeric("best epoch, %", best, percent),
-        "train_loss": numeric(
-            "training loss", lambda run: run.rows[-1]["train_loss"] if run.rows else None
-        ),
+        "p": Column("p", paired),
+        "train_loss": numeric("training loss", _at_end("train_loss")),
+        "train_accuracy": numeric("training, %", _at_end("train_accuracy")),
         "chosen_by": Column("chosen by", lambda group, _: chosen_by(group.config)),
     },
     "cost": {
@@ -259,7 +294,7 @@ def unlike(one: Recorded, other: Recorded, split: str) -> list[tuple[str, str]]:
     network = (a.model, a.network.layout) != (b.model, b.network.layout)
     labels = any(
         getattr(a.images, name) != getattr(b.images, name)
-        for name in ("label_noise", "validation")
+        for name in ("label_noise", "validation", "noisy_validation")
     )
     machine = a.device != b.device or bool(
         one.versions and other.versions and one.versions != other.versions

@@ -189,15 +189,25 @@ def placed(task: Task, whole: samfn.TrainState) -> samfn.TrainState:
 def _splits(config: Config, dataset: Dataset) -> tuple[Dataset, Split, Split]:
     """Return the data to train on, the split that chooses epochs, and the test set."""
     test = chosen_by = Split("test", dataset.test_images, dataset.test_labels)
-    if share := config.images.validation:
+    how = config.images
+    if how.noisy_validation:
+        dataset = _mislabelled(config, dataset)
+    if how.validation:
         source = generator(config.seed, "validation")
-        dataset, images, labels = hold_out(dataset, share, source)
+        dataset, images, labels = hold_out(dataset, how.validation, source)
         chosen_by = Split("validation", images, labels)
-    if share := config.images.label_noise:
-        source, count = generator(config.seed, "label noise"), len(dataset.classes)
-        noisy = corrupt_labels(dataset.train_labels, count, share, source)
-        dataset = dataset._replace(train_labels=noisy)
+    if not how.noisy_validation:
+        dataset = _mislabelled(config, dataset)
     return dataset, chosen_by, test
+
+
+def _mislabelled(config: Config, dataset: Dataset) -> Dataset:
+    """Return the data with wrong labels in the training set, if they are asked for."""
+    if not (share := config.images.label_noise):
+        return dataset
+    source, count = generator(config.seed, "label noise"), len(dataset.classes)
+    noisy = corrupt_labels(dataset.train_labels, count, share, source)
+    return dataset._replace(train_labels=noisy)
 
 
 def _require_room(how: augment.Augmentation, dataset: Dataset) -> None:

@@ -85,11 +85,11 @@ def test_the_report_has_accuracy_cost_and_what_differs(tmp_path, pictures, capsy
     found = compared(sgd, sam)
     text = report(tmp_path)
     assert cells(text, "SGD") == [
-        ["1: seed 0", "3", "80.00", "90.00", "0.5", "test"],
+        ["1: seed 0", "3", "80.00", "90.00", "-", "0.5", "-", "test"],
         ["2", "600", "1", "1.00"],
     ]
     assert cells(text, "sam, rho 0.2") == [
-        ["1: seed 0", "3", "85.00", "95.00", "0.5", "test"],
+        ["1: seed 0", "3", "85.00", "95.00", "-", "0.5", "-", "test"],
         ["8", "150", "2", "4.00"],
     ]
     assert cells(text, "rho") == [["0", "0.2"]]
@@ -248,7 +248,7 @@ def test_a_run_that_has_not_begun_has_empty_cells_and_no_curve(tmp_path, capsys)
     assert cells(report(tmp_path), other["name"])[1][-1] == "-"
     seen = capsys.readouterr()
     assert f"{paths[0]} has no epoch recorded" in seen.err
-    assert re.search(r"sam, rho 0.05 +1: seed 0 +0 of 3 +- +- +- +test", seen.out)
+    assert re.search(r"sam, rho 0.05 +1: seed 0 +0 of 3 +- +- +- +- +- +test", seen.out)
     shutil.rmtree(tmp_path / "compare")
     shutil.copy(paths[0] / "metrics.jsonl", paths[1])
     compared(*paths)

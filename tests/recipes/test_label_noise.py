@@ -7,7 +7,7 @@ import pytest
 from recipes import label_noise, plots
 from recipes.settings.resolve import configure
 from recipes.settings.saved import of_run
-from recipes.study.groups import Spread, percent
+from recipes.study.groups import Spread, number, percent
 from tests.recipes.study.test_report import group, rows_of
 
 FLAGS = ["--data", "digits", "--epochs", "2", "--batch-size", "256"]
@@ -65,10 +65,35 @@ def test_last_and_best_epoch_have_rows_of_their_own():
         )
         for share, accuracy in ((0.4, 60.0), (0, 90.0))
     ]
-    assert label_noise.table(groups) == (
+    settings = label_noise.Settings(noise=(0.4, 0.0), methods=("sgd",))
+    assert label_noise.table(label_noise.found_of(settings, groups)) == (
         ["method", "epoch", "0 %", "40 %"],
         [["SGD", "last", "85.00", "55.00"], ["SGD", "best", "90.00", "60.00"]],
     )
+
+
+def test_each_noise_has_the_best_of_several_rhos_by_what_chose_epochs():
+    held = {0.1: (70.0, 50.0), 0.2: (60.0, 80.0)}  # by rho, at 0 and at 40 % noise
+    groups = [
+        group(
+            f"asam, rho {rho}, noise {number(share)}",
+            [*FLAGS, "--rho", str(rho), "--validation", "0.1", "--label-noise", str(share)],
+            [[{"test_accuracy": 100 * rho + share, "validation_accuracy": held[rho][at]}]],
+        )
+        for rho in held
+        for at, share in enumerate((0.0, 0.4))
+    ]
+    settings = label_noise.Settings(noise=(0.0, 0.4), methods=("asam 0.1 0.2",))
+    page = label_noise.page(settings, groups)
+    text, table = page.parts["accuracy"]
+    assert table[1] == [
+        ["asam, rho 0.1 0.2", "last", "10.00", "20.40"],
+        ["asam, rho 0.1 0.2", "best", "10.00", "20.40"],
+        ["asam, rho 0.1 0.2", "ρ", "0.1", "0.2"],
+    ]
+    assert text.endswith("Of several ρ, each noise has the best by the validation set.")
+    groups[3] = group(groups[3].name, FLAGS, [None])  # One that diverged is not the best.
+    assert label_noise.page(settings, groups).parts["accuracy"][1][1][2][3] == "0.1"
 
 
 def test_what_is_drawn_is_what_was_found(studied):
@@ -115,23 +140,37 @@ def test_the_defaults_are_the_noise_of_the_paper_and_sgd_among_three_methods():
     ]
 
 
-def test_the_last_word_of_a_method_is_its_rho():
+def test_the_last_words_of_a_method_are_its_rhos():
     read = label_noise.read
-    assert read("sgd") == ("sam", 0.0)
-    assert read("asam(eta=0.1) 2") == ("asam(eta=0.1)", 2.0)
-    assert read(" every(sam, 5)  1e-1") == ("every(sam, 5)", 0.1)
-    assert label_noise.label("asam(eta=0.1)", 2.0) == "asam(eta=0.1), rho 2"
-    assert label_noise.label(*read("sgd")) == "SGD"
+    assert read("sgd") == ("sam", (0.0,), ())
+    assert read("asam(eta=0.1) 2") == ("asam(eta=0.1)", (2.0,), ())
+    assert read(" every(sam, 5)  1e-1") == ("every(sam, 5)", (0.1,), ())
+    late = read("every(sam, 5) .4  0.8 --sam-last 0.3")
+    assert late == ("every(sam, 5)", (0.4, 0.8), ("--sam-last", "0.3"))
+    assert late.label(0.4) == "every(sam, 5), rho 0.4 --sam-last 0.3"
+    assert late.label(*late.rhos) == "every(sam, 5), rho 0.4 0.8 --sam-last 0.3"
+    assert read("asam(eta=0.1) 2").label(2.0) == "asam(eta=0.1), rho 2"
+    assert read("sgd").label(0.0) == "SGD"
+
+
+def test_flags_of_a_method_are_those_of_its_runs_alone():
+    settings = label_noise.Settings(noise=(0.4,), methods=("sgd", "sam 1 --sam-last 0.5"))
+    arms = label_noise.arms(settings, lambda *more: configure([*FLAGS, *more]))
+    assert [config.perturbation.sam_last for _, config in arms] == [1.0, 0.5]
+    assert [config.images.label_noise for _, config in arms] == [0.4, 0.4]
 
 
 WRONG = [
     (["--noise", "1.1"], "noise 1.1: --label-noise: expected 0 to 1, got 1.1"),
     (["--noise", "nan"], "noise nan: --label-noise: expected 0 to 1, got nan"),
     (["--noise", "0.1", "0.1"], "expected different arms, got SGD, noise 0.1 twice"),
-    (["--methods", "sam"], 'expected sgd, or a method and a rho above 0 as "sam 0.2", got'),
+    (["--methods", "sam"], "above 0 as \"sam 0.2\", or several, got 'sam'"),
     (["--methods", "every(sam, 5)"], "a rho above 0 as"),
     (["--methods", "sam 0"], "a rho above 0 as"),
     (["--methods", "sam inf"], "a rho above 0 as"),
+    (["--methods", "0.1 0.2"], "a rho above 0 as"),
+    (["--methods", "sam 0.1 --sam-last 2"], "--sam-last: expected above 0 to 1, got 2"),
+    (["--methods", "sam 0.1 --title 'x"], "--methods: cannot read"),
     (["--methods", "adam 0.1"], "adam, rho 0.1, noise 0: --method: adam is not known"),
     (["--methods", "sam 0.2", "sam  0.20"], "got sam, rho 0.2, noise 0 twice"),
     (["--seeds", "-1"], "--seeds: expected at least 1, got -1"),

@@ -327,6 +327,14 @@ def test_label_noise_lowers_training_and_never_touches_the_test_set(tmp_path):
     source = generator(clean.seed, "validation")
     held = hold_out(digits, 0.1, source)[2]
     assert torch.equal(task.chosen_by.labels, held)
+    noisy, _ = assemble(clean.replace(noisy_validation=True), digits)
+    assert torch.equal(noisy.chosen_by.images, task.chosen_by.images)
+    assert torch.equal(noisy.test.labels, digits.test_labels)
+    wrong = (noisy.chosen_by.labels != held).float().mean()
+    assert 0.3 < wrong < 0.5
+    order = torch.randperm(1437, generator=generator(clean.seed, "validation"))
+    both = torch.cat([noisy.chosen_by.labels, noisy.train_labels])
+    assert (both != digits.train_labels[order]).sum() == round(0.4 * 1437)
 
 
 @pytest.mark.parametrize("more", [[], ["--rho", "0"]])

@@ -33,6 +33,7 @@ FLAGS = {
     "image_size": None,
     "label_noise": ("0.4", 0.4),
     "validation": ("0.1", 0.1),
+    "noisy_validation": (None, True),
     "views": ("6", 6),
     "crop_scale": ("0.5", 0.5),
     "crop_padding": ("2", 2),
@@ -121,6 +122,7 @@ FLAGS = {
 # What a flag would be refused without, or would change beside its field.
 NEEDS = {
     "device": ["--precision", "float32"],
+    "noisy_validation": ["--label-noise", "0.4", "--validation", "0.1"],
     "ema_start": ["--ema-decay", "0.9"],
     "ema_copy": ["--ema-decay", "0.9"],
     "rho_final": ["--rho-schedule", "linear"],
@@ -166,8 +168,8 @@ def test_every_setting_has_a_role():
         "FREE": "allow_modified_data average_best data_dir device log max_skipped"
         " on_write_error preset save_steps",
         "ROUNDING": "compile",
-        "FIXED": "batch_size data freeze image_size label_noise layout model seed"
-        " validation weights widths",
+        "FIXED": "batch_size data freeze image_size label_noise layout model"
+        " noisy_validation seed validation weights widths",
     }
 
 

@@ -213,3 +213,20 @@ def test_sam_at_the_end_costs_its_share_and_an_epoch_takes_the_mean_time():
     other = group("always", flags, [rows])
     taken = report.TABLES["cost"]["seconds"].value
     assert [taken(each.runs[0]) for each in (late, other)] == [1.25, 1.0]
+
+
+def test_p_is_that_of_differences_between_runs_of_one_seed():
+    def runs(*ends):
+        return [[{"test_accuracy": end}] if end else None for end in ends]
+
+    first = group("a", FLAGS, runs(70.0, 72.0, 74.0, 90.0))
+    # The differences are 1, 2 and 3: t is 2 / (1 / sqrt(3)), with two degrees of freedom.
+    other = group("b", FLAGS, runs(71.0, 74.0, 77.0, None))
+    assert report.paired(other, first) == "0.074"
+    far = group("c", FLAGS, runs(170.0, 172.001, 174.0))
+    assert report.paired(far, first) == "< 0.0001"
+    alone = group("d", FLAGS, runs(71.0))
+    assert report.paired(first, first) == report.paired(alone, first) == "-"
+    page = report.side_by_side([first, other], report.TABLES)
+    columns, rows = page.parts["accuracy"][1]
+    assert [row[columns.index("p")] for row in rows] == ["-", "0.074"]

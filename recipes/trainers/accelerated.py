@@ -26,15 +26,12 @@ def two_passes(
         The loss of the first pass.
     """
     sam = optimizer.optimizer
-    try:
+    with sam.restore_on_error():
         with accelerator.no_sync(model):
             loss = loss_of()
             accelerator.backward(loss)
         sam.first_step(zero_grad=True)
         accelerator.backward(loss_of())
-    except BaseException:
-        sam.restore()
-        raise
     if not accelerator.sync_gradients:
         sam.keep_step(zero_grad=True)
     return loss.detach()

@@ -14,22 +14,16 @@ class SAMTrainer:
     gradient. Dropout differs between the passes. The logged loss is that of the first.
     """
 
-    optimizer: Any
-    accelerator: Any
-
     def training_step(
-        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+        self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """Take both passes of a micro-batch; return the loss of the first."""
         one_pass, sam = super().training_step, self.optimizer.optimizer  # type: ignore[misc]
-        try:
+        with sam.restore_on_error():
             with self.accelerator.no_sync(model):
                 loss: Tensor = one_pass(model, inputs, num_items_in_batch)
             sam.first_step(zero_grad=True)
             one_pass(model, inputs, num_items_in_batch)
-        except BaseException:
-            sam.restore()
-            raise
         if not self.accelerator.sync_gradients:
             sam.keep_step(zero_grad=True)
         return loss

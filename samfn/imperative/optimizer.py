@@ -182,13 +182,31 @@ class SAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Put the weights back if they are perturbed, and give up the step.
 
-        For a loop that leaves between the two steps, as in the `finally` of a `try`. What
+        For a loop that leaves between the two steps; see `restore_on_error`. What
         `keep_step` kept for the step is given up, too.
         """
         self = _itself(self)
         self._put_back()
         self._kept.give_up()
         self._finite = None
+
+    @contextmanager
+    def restore_on_error(self) -> Iterator[None]:
+        """Call `restore` where what is inside of a `with` fails, as for lack of memory.
+
+        For passes that are written once, and run by programs that may go on after errors::
+
+            with optimizer.restore_on_error():
+                loss_fn(model(inputs), targets).backward()
+                optimizer.first_step(zero_grad=True)
+                loss_fn(model(inputs), targets).backward()
+            optimizer.second_step(zero_grad=True)
+        """
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
 
     def _put_back(self) -> None:
         if self._clean is not None:
@@ -413,12 +431,8 @@ class SAM(torch.optim.Optimizer):
 
     def _closed(self, closure: Callable[[], Any]) -> Any:
         """Take the second pass by a closure, and the second step."""
-        try:
-            with torch.enable_grad():
-                loss = closure()
-        except BaseException:
-            self.restore()
-            raise
+        with self.restore_on_error(), torch.enable_grad():
+            loss = closure()
         self.second_step()
         return loss
 

@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
+from tests import ROOT
 from tests.recipes.trainers.in_accelerate import accelerator
-from tests.recipes.trainers.test_table import PAGE
 
+PAGE = (ROOT / "recipes" / "trainers" / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 IDS = ["Lightning", "Lightning, manual", "Hugging Face", "accelerate", "timm", "skorch"]
 

@@ -88,10 +88,10 @@ def test_the_mixin_clips_the_second_gradient_alone():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_loss_may_come_in_a_dict(accumulate):
+def test_the_loss_may_come_in_a_dict_and_of_a_batch_alone(accumulate):
     class Dict(WithMixin):
-        def training_step(self, batch, batch_idx):
-            return {"loss": super().training_step(batch, batch_idx), "other": 1}
+        def training_step(self, batch):
+            return {"loss": super().training_step(batch, None), "other": 1}
 
     weights = []
     for module in (Dict(), WithMixin()):

@@ -268,6 +268,22 @@ def test_a_step_after_one_that_was_given_up_is_as_if_that_had_not_been():
     assert_close(weights(model), weights(reference), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_a_pass_that_fails_gives_up_the_step_and_one_that_does_not_goes_on(error):
+    model, optimizer = made()
+    before = weights(model)
+    keep_one(model, optimizer, data()[0])
+    with optimizer.restore_on_error():
+        backward(model, data()[1])
+        optimizer.first_step(zero_grad=True)
+    assert optimizer.perturbed
+    with pytest.raises(error), optimizer.restore_on_error():
+        raise error
+    assert not optimizer.perturbed
+    assert optimizer.kept == 0
+    assert_close(weights(model), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("set_to_none", [False, True])
 @pytest.mark.parametrize("where", ["before", "between"])
 def test_gradients_may_be_cleared_by_the_optimizer_while_others_are_kept(

@@ -51,8 +51,8 @@ class Images(Group, role=Role.FIXED):
     """Share of the training set held out to choose the best epoch by, 0 to below 1. With 0
     the best epoch is chosen by the test set."""
     noisy_validation: bool = False
-    """Wrong labels among those held out, too, as where nobody knows the right ones;
-    otherwise they stay clean."""
+    """Wrong labels among those held out, too, with label noise, as where nobody knows the
+    right ones; otherwise they stay clean."""
     views: Literal[1, 2, 6] = setting(1, role=Role.RESULT)
     """Views of an image that its evaluation takes the mean outputs of: itself; with its
     mirror image; with both of them shifted by a pixel along the diagonal, too. The model
@@ -62,8 +62,8 @@ class Images(Group, role=Role.FIXED):
 
     def relations(self) -> Iterator[Rule]:
         """Yield what holds of several values together."""
-        holds = bool(self.label_noise and self.validation) or not self.noisy_validation
-        yield "noisy_validation", holds, "--label-noise and --validation above 0 with it"
+        holds = self.validation > 0 or not self.noisy_validation
+        yield "noisy_validation", holds, "--validation above 0 with it"
 
 
 class Dataset(NamedTuple):

@@ -44,6 +44,15 @@ def test_each_method_meets_each_noise(studied):
         assert (config.method, config.rho) == expected
 
 
+def test_labels_that_are_held_out_may_be_wrong_as_often(tmp_path):
+    own = ["--noise", "0", "0.8", "--methods", "sgd", "--seeds", "1"]
+    held = ["--validation", "0.2", "--noisy-validation"]
+    own += ["--output", str(tmp_path), "--", *FLAGS, *held]
+    assert label_noise.main(own) == 0
+    clean, noisy = (found(tmp_path)["SGD", share]["metrics"][-1] for share in (0, 0.8))
+    assert noisy["validation_accuracy"] < 40 < clean["validation_accuracy"]
+
+
 def test_the_table_has_last_and_best_epoch_of_each_method_by_noise(studied):
     runs, text = found(studied[0]), (studied[0] / "label_noise.md").read_text()
     assert "| method | epoch | 0 % | 50 % |\n" in text

@@ -122,7 +122,7 @@ FLAGS = {
 # What a flag would be refused without, or would change beside its field.
 NEEDS = {
     "device": ["--precision", "float32"],
-    "noisy_validation": ["--label-noise", "0.4", "--validation", "0.1"],
+    "noisy_validation": ["--validation", "0.1"],
     "ema_start": ["--ema-decay", "0.9"],
     "ema_copy": ["--ema-decay", "0.9"],
     "rho_final": ["--rho-schedule", "linear"],

@@ -528,6 +528,26 @@ def test_swad_averages_all_steps_from_the_first_to_the_last_epoch_of_the_valley(
     assert callbacks.swad_of(training)["w"].item() == pytest.approx(mean)
 
 
+# khanrc/swad domainbed/swad.py 252190e, run once on these losses by the steps of `valley`:
+# the weight that it averaged, and of which epochs.
+VALLEY = 1.0, 1.2, 1.1, 1.2, 1.3, 1.2, 1.1, 1.2, *[9.0] * 7
+OFFICIAL = {
+    (5.0, 4.5, 4.0, 3.5, 3.0, 2.5, *VALLEY): (19.5, [*range(7, 15)]),
+    # Also the epoch before the first, which is not above the bar, and the first again.
+    (5.0, 4.0, 3.0, 2.0, 1.1, 1.15, *VALLEY): (17.9, [6, 7, *range(7, 15)]),
+}
+
+
+@pytest.mark.parametrize("losses", OFFICIAL)
+def test_swad_is_its_official_code_but_for_what_that_adds_before_the_valley(losses):
+    official, epochs = OFFICIAL[losses]
+    assert sum(2 * epoch - 1.5 for epoch in epochs) / len(epochs) == pytest.approx(official)
+    training = valley(losses)
+    own = sum(2 * epoch - 1.5 for epoch in range(7, 15)) / 8
+    assert callbacks.swad_of(training)["w"].item() == pytest.approx(own)
+    assert training.stop
+
+
 @pytest.mark.parametrize("losses", [(), (3.0, 2.0, 1.0), (2.0, 1.0, 1.1)])
 def test_before_a_valley_swad_gives_the_weights_of_the_state(losses):
     training = valley(losses)

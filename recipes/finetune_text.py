@@ -465,7 +465,7 @@ def summarise(task: Task, run: RunDirectory) -> dict[str, str]:
     rows = run.rows()
     last, best = rows[-1], min(rows, key=lambda row: row["test_loss"])
     each = sum(row["seconds"] for row in rows) / sum(row["steps"] for row in rows)
-    when = {"perturbed": text} if (text := perturbed(task)) else {}
+    when = {"perturbed": said} if (said := perturbed(task)) else {}
     return {
         "last epoch": f"test loss {last['test_loss']:.4f}, token accuracy"
         f" {last['test_accuracy']:.2f} %",

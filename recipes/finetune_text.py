@@ -40,7 +40,7 @@ from recipes.terminal.signals import Signals
 from recipes.train.build import generator, seed
 from recipes.train.callbacks import Interrupts
 from recipes.train.directory import RunDirectory
-from recipes.train.running import writing
+from recipes.train.running import late, writing
 from samfn import schedules
 from samfn.loss import Loss
 from samfn.storage import files
@@ -430,8 +430,16 @@ def name(settings: Settings) -> str:
         "merged": "SAM on the merged weights",
         "noise": "noise on the merged weights",
     }[settings.perturb]
-    late = f", in the last {settings.sam_last:.0%}" if settings.sam_last < 1 else ""
-    return f"{what}, rho {settings.rho:g}{late}"
+    last = f", in the last {settings.sam_last:.0%}" if settings.sam_last < 1 else ""
+    return f"{what}, rho {settings.rho:g}{last}"
+
+
+def perturbed(task: Task) -> str:
+    """Return in which steps the weights are perturbed, if not in all or none; else ""."""
+    settings = task.settings
+    if settings.rho == 0 or settings.sam_last == 1:
+        return ""
+    return late(task.rho, task.steps)
 
 
 def describe(task: Task) -> dict[str, str]:
@@ -446,7 +454,7 @@ def describe(task: Task) -> dict[str, str]:
         f" {len(data.test):,} to test on",
         "model": f"{settings.model}, {counts[False]:,} parameters and adapters of rank"
         f" {settings.rank} with {counts[True]:,}",
-        "method": name(settings),
+        "method": name(settings) + (f": {when}" if (when := perturbed(task)) else ""),
         "training": f"{settings.epochs} epochs of {task.steps_per_epoch} steps, batch"
         f" {settings.batch_size}, AdamW, lr {settings.lr:g}",
     }
@@ -457,10 +465,12 @@ def summarise(task: Task, run: RunDirectory) -> dict[str, str]:
     rows = run.rows()
     last, best = rows[-1], min(rows, key=lambda row: row["test_loss"])
     each = sum(row["seconds"] for row in rows) / sum(row["steps"] for row in rows)
+    when = {"perturbed": said} if (said := perturbed(task)) else {}
     return {
         "last epoch": f"test loss {last['test_loss']:.4f}, token accuracy"
         f" {last['test_accuracy']:.2f} %",
         "lowest loss": f"test loss {best['test_loss']:.4f} in epoch {best['epoch']}",
+        **when,
         "cost": f"{1000 * each:.0f} ms a step, {last['peak_mebibytes']:,.0f} MiB at most",
         "files": str(run.path),
         "adapters": str(run.path / ADAPTER),

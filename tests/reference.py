@@ -1,5 +1,6 @@
 """Slow, obvious oracles, written the usual way, and small things that tests share."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipes.settings.method_expression import MAKERS
+from samfn import Method
 from samfn.loss import evaluator
 from samfn.methods.base import Point
 
@@ -107,6 +110,15 @@ def tokens():
     labels = ids.clone()
     labels[0, 2:], labels[1, :5], labels[3] = -100, -100, -100
     return {"input_ids": ids, "labels": labels, "use_cache": False}
+
+
+def methods_by_default() -> dict[str, Method]:
+    """Return every method that needs no argument, by name; a new one is among them."""
+    found = {}
+    for name, maker in MAKERS.items():
+        with contextlib.suppress(TypeError):  # It needs one.
+            found[name] = maker()
+    return found
 
 
 class Counted:

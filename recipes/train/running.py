@@ -41,7 +41,7 @@ from recipes.train.length import predicted
 from recipes.train.loggers import logged
 from recipes.train.loop import evaluate, fit, prepare, step
 from recipes.train.pretrained import begin
-from samfn import distributed
+from samfn import distributed, schedules
 from samfn.training.loop import Training
 
 # How the optimizers are called in sentences.
@@ -303,12 +303,25 @@ def name(config: Config) -> str:
     return text
 
 
-def perturbed(task: Task) -> str:
+def perturbed(task: Task, taken: int | None = None) -> str:
     """Return in which steps the weights are perturbed, if not in all or none; else ""."""
     if task.config.rho == 0 or task.config.perturbation.sam_last == 1:
         return ""
-    steps = task.config.epochs * task.steps_per_epoch
-    start = next(place for place in range(steps) if task.rho(place) != 0)
+    return late(task.rho, task.config.epochs * task.steps_per_epoch, taken)
+
+
+def late(rho: schedules.Schedule, planned: int, taken: int | None = None) -> str:
+    """Return from which step on the weights are perturbed, in what share of the steps.
+
+    Args:
+        rho: the radius over time; before, the number 0.
+        planned: steps of the whole run.
+        taken: steps of a run that has ended, maybe before; None is all of them.
+    """
+    start = next(place for place in range(planned) if rho(place) != 0)
+    steps = planned if taken is None else taken
+    if start >= steps:
+        return f"in none of {steps:,} steps, as the run ended before step {start + 1:,}"
     share = (steps - start) / steps
     return f"from step {start + 1:,} of {steps:,} on, {share:.0%} of the steps"
 
@@ -402,13 +415,14 @@ def summarise(
         if config.selection.select != "all"
         else {}
     )
-    late = {"perturbed": when} if (when := perturbed(task)) else {}
+    taken = counted[-1]["step"] if counted else None
+    when = {"perturbed": text} if (text := perturbed(task, taken)) else {}
     return {
         "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",
         "best epoch": f"test accuracy{of} {best[test]:.2f} % in epoch"
         f" {best['epoch']}, chosen by the {task.chosen_by.name} set",
         "time": f"{seconds:.1f} s, {rows[-1]['images_per_second']:,.0f} images/s",
-        **late,
+        **when,
         **spared,
         "files": str(directory.path),
         "model": str(directory.weights),

@@ -91,8 +91,9 @@ def per_micro_batch(
             batch gives back `method`.
         statistics: what becomes of the buffers, and of what the method remembers. "in
             turn": they pass through the clean passes one after the other, so that BatchNorm
-            counts each micro-batch. "averaged": each starts from those before the step, and
-            their mean is kept, so that the step counts once, as on several devices.
+            counts each micro-batch, and so do `unified_sam` and `ae_sam`. "averaged": each
+            starts from those before the step, and their mean is kept, so that the step
+            counts once, as on several devices.
 
     Source:
         Foret et al., 2021, arXiv:2010.01412, section 4.1; Andriushchenko and
@@ -275,7 +276,7 @@ def on_loss(method: Method, loss_fn: LossFn) -> Method:
     `perturbed_loss` are sums of both; outputs and buffers are those of L, at w; `grad_norm`
     is of the sum. Focal-SAM has L_a = mean of c_i L_i and L = mean of (1 - c_i) L_i with
     c_i = lambda (1 - share of the class of i)^gamma; ImbSAM has the classes of few examples
-    in L_a, and the others in L.
+    in L_a, which its script multiplies by 2, and the others in L.
 
     Args:
         method: any method.

@@ -29,7 +29,8 @@ def functional_sam(direction: Direction = uphill) -> Method:
     e = rho d / ||d||, d = g;  <- J(w + e)^T dl/doutputs(w), where J = doutputs/dw
 
     SAM also moves dl/doutputs to w + e, and in language models lowers sharpness by that
-    part alone, as by smaller logits. Two gradients a step, and three of the criterion.
+    part alone, as by smaller logits. Two gradients a step, and three of the criterion. rho
+    is in the units of SAM's; what was read of the paper names none.
 
     The loss must be a criterion of outputs, as that of `samfn.supervised(model, criterion)`
     is; penalties on weights, as of `l2_regularized`, are derived at w + e. With dropout

@@ -102,7 +102,8 @@ def light_sam() -> Method:
 
     u <- u + ||g||^2;  e = rho g / sqrt(u);  <- grad L(w + e)
 
-    The first step is SAM's. Two gradients a step. The paper's descent is AdaGrad-Norm too,
+    The first step is SAM's. As later radii are shorter, it wants a larger rho than SAM; no
+    range of it was found. Two gradients a step. The paper's descent is AdaGrad-Norm too,
     lr / sqrt(v) with v the sum of ||grad L(w + e)||^2; that is the base optimizer's choice
     here. Of its three forms this is the first; those by coordinate, AdaGrad and Adam, are
     not here.

@@ -178,8 +178,9 @@ def swad(
     Source:
         Cha et al., 2021, arXiv:2102.08604, algorithm 1; numbers as in
         github.com/khanrc/swad, where an epoch is what lies between two evaluations. Its
-        code also goes back up to three epochs before the first, and loses the first that
-        it averages, as it counts it as none; here the paper's first is the first.
+        code also averages up to two epochs before the first, where they are not above the
+        bar, and then the first twice; of a valley that it finds before `overfit` epochs
+        have passed, it counts some several times. Here each of the paper's counts once.
     """
     checks.require_count("converge", converge)
     checks.require_count("overfit", overfit)

@@ -62,6 +62,13 @@ def test_a_run_leaves_what_every_run_leaves_and_adapters_that_peft_reads(ran):
     assert own.keys() == model.state_dict().keys()
 
 
+def test_a_run_says_from_which_step_on_it_perturbs(tmp_path, capsys):
+    flags = [*FLAGS, "--sam-last", "0.5", "--output", str(tmp_path / "run")]
+    assert main(flags) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("from step 5 of 8 on, 50% of the steps") == 2  # First and last.
+
+
 def test_the_same_command_shows_the_end_of_a_run_and_others_are_refused(ran, capsys):
     before = (ran / "metrics.jsonl").read_text()
     assert main([*FLAGS, "--output", str(ran)]) == 0

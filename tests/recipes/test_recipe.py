@@ -453,8 +453,10 @@ def test_with_an_average_it_is_what_is_chosen_evaluated_and_exported(tmp_path, c
 
 def test_patience_ends_a_run_and_stays_at_its_end(tmp_path, capsys):
     run, flags = tmp_path / "run", ["--epochs", "9", "--lr", "1e-12", "--patience", "2"]
-    assert train(run, *flags) == 0
-    assert "no better test_accuracy for 2 epochs" in capsys.readouterr().out
+    assert train(run, *flags, "--sam-last", "0.1") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no better test_accuracy for 2 epochs" in said
+    assert re.search(r"perturbed in none of [\d,]+ steps, as the run ended before", said)
     before = rows(run)
     assert 3 <= len(before) < 9
     assert main(["--resume", str(run)]) == 0

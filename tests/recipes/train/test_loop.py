@@ -342,6 +342,10 @@ def test_sam_at_the_end_begins_with_the_cooldown():
     assert [t for t in steps if task.lr(t + 1) < 0.4] == late
     said = "sam, rho 0.2 in the last 25%: from step 17 of 22 on, 27% of the steps"
     assert running.describe(task)["method"] == said
+    # What a run that ended early says, and one that ended before SAM began.
+    assert running.perturbed(task, 20) == "from step 17 of 20 on, 20% of the steps"
+    ended = "in none of 16 steps, as the run ended before step 17"
+    assert running.perturbed(task, 16) == ended
 
 
 def test_both_kinds_of_step_are_compiled_before_training(monkeypatch):

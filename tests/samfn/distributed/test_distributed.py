@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import samfn
+from recipes.settings.method_expression import MAKERS
 from samfn import distributed, tree
 from samfn.compiled import operations
 from tests.ranks import Sent, on_ranks
-from tests.reference import NextToken, tokens
+from tests.reference import NextToken, methods_by_default, tokens
 
 ROWS, STEPS = 16, 3
 
@@ -34,25 +35,26 @@ def other(params, buffers, batch):
     return F.linear(features, params["4.weight"], params["4.bias"]).cos().mean()
 
 
+# On several ranks, these choose among each rank's own examples.
+ALONE = {
+    "esam": samfn.esam(beta=1),
+    "sub_batch_ascent": samfn.sub_batch_ascent(samfn.sam(), 0.5),
+    "accumulated": samfn.accumulated(samfn.sam(), 2, statistics="averaged"),
+    "per_micro_batch": samfn.per_micro_batch(samfn.sam(), 2, statistics="averaged"),
+}
+DRAWING = {
+    "esam": samfn.esam(0.5, 1.0),
+    "esam, tensors": samfn.esam(0.5, 1.0, draws="tensors"),
+    "rwp": samfn.rwp(),
+}
 METHODS = {
-    "sam": samfn.sam(),
-    "asam": samfn.asam(),
-    "fisher_sam": samfn.fisher_sam(),
-    "gsam": samfn.gsam(),
-    "wsam": samfn.wsam(),
-    "friendly_sam": samfn.friendly_sam(),
-    "vasso": samfn.vasso(),
-    "functional_sam": samfn.functional_sam(samfn.preconditioned()),
-    "spectral_sam": samfn.spectral_sam(),
-    "ssam": samfn.ssam(),
-    "awp": samfn.awp(),
-    "s2_sam": samfn.s2_sam(),
-    "unified_sam": samfn.unified_sam(),
-    "light_sam": samfn.light_sam(),
-    "sagm": samfn.sagm(),
-    "momentum_sam": samfn.momentum_sam(),
+    **{
+        name: method
+        for name, method in methods_by_default().items()
+        if name not in {**ALONE, **DRAWING}
+    },
+    "preconditioned": samfn.functional_sam(samfn.preconditioned()),
     "looksam": samfn.looksam(2),
-    "multi_step_sam": samfn.multi_step_sam(),
     "ae_sam": samfn.ae_sam(2 * STEPS),
     "every": samfn.every(samfn.sam(), 2),
     "on_parameters": samfn.on_parameters(samfn.sam(), "*.weight"),
@@ -60,13 +62,6 @@ METHODS = {
     "same_randomness": samfn.same_randomness(samfn.sam()),
     "ascent_on": samfn.ascent_on(samfn.sam(), other),
     "on_loss": samfn.on_loss(samfn.sam(), other),
-}
-# On several ranks, these choose among each rank's own examples.
-ALONE = {
-    "esam": samfn.esam(beta=1),
-    "sub_batch_ascent": samfn.sub_batch_ascent(samfn.sam(), 0.5),
-    "accumulated": samfn.accumulated(samfn.sam(), 2, statistics="averaged"),
-    "per_micro_batch": samfn.per_micro_batch(samfn.sam(), 2, statistics="averaged"),
 }
 PLACEMENTS = {2: ["replica", "global"], 4: ["replica", "group:2", "global"]}
 SHARDED = ["sam", "asam", "gsam", "looksam", "wsam", "on_parameters", "loss_scaled"]
@@ -195,13 +190,6 @@ def test_ranks_take_the_step_of_one_process(count, placement, name, batch_norm):
             assert math.isclose(left, right, rel_tol=2e-6, abs_tol=1e-7), field
 
 
-DRAWING = {
-    "esam": samfn.esam(0.5, 1.0),
-    "esam, tensors": samfn.esam(0.5, 1.0, draws="tensors"),
-    "rwp": samfn.rwp(),
-}
-
-
 def train_by_draws(placement=None, count=1):
     """Train with every method that draws; `network` seeds all ranks alike."""
     found = {}
@@ -209,6 +197,10 @@ def train_by_draws(placement=None, count=1):
         here = method if placement else on_one(method, ROWS // count, "global", count)
         found[name] = train(here, placement=placement, batch_norm=False)[0].params
     return found
+
+
+def test_every_method_is_tried_on_ranks():
+    assert MAKERS.keys() <= {*METHODS, *ALONE, *DRAWING}
 
 
 def test_what_is_drawn_is_shared_by_ranks_of_one_seed():

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import samfn
+from recipes.settings.method_expression import MAKERS
 from samfn import distributed, tree
 from samfn.measure import landscape, per_example, sharpness
 from tests import ROOT
 from tests.ranks import Sent, on_ranks
+from tests.reference import methods_by_default
 
 ROWS, PART, STEPS = 16, 2, 10
 METHODS = {
@@ -37,20 +39,9 @@ def other(params, buffers, batch):
 
 
 OTHERS = {
+    **{n: method for n, method in methods_by_default().items() if n not in METHODS},
     "ascent_on": samfn.ascent_on(samfn.sam(), other),
     "on_loss": samfn.on_loss(samfn.sam(), other),
-    "wsam": samfn.wsam(),
-    "vasso": samfn.vasso(),
-    "ssam": samfn.ssam(),
-    "awp": samfn.awp(),
-    "s2_sam": samfn.s2_sam(),
-    "rwp": samfn.rwp(),
-    "unified_sam": samfn.unified_sam(),
-    "le_sam": samfn.le_sam(),
-    "light_sam": samfn.light_sam(),
-    "sagm": samfn.sagm(),
-    "momentum_sam": samfn.momentum_sam(),
-    "multi_step_sam": samfn.multi_step_sam(),
     "ae_sam": samfn.ae_sam(2 * STEPS),
     "every": samfn.every(samfn.sam(), 2),
     "on_parameters": samfn.on_parameters(samfn.sam(), "*.weight"),
@@ -58,8 +49,7 @@ OTHERS = {
     "same_randomness": samfn.same_randomness(samfn.sam()),
     "sub_batch_ascent": samfn.sub_batch_ascent(samfn.sam(), 0.5),
     "esam": samfn.esam(beta=1, gamma=1),
-    "functional_sam": samfn.functional_sam(samfn.preconditioned()),
-    "spectral_sam": samfn.spectral_sam(),
+    "preconditioned": samfn.functional_sam(samfn.preconditioned()),
     "watched": samfn.watched(samfn.sam()),
     "nothing": samfn.every(samfn.sam(), 100),
 }
@@ -159,6 +149,7 @@ def test_a_sharded_state_takes_the_steps_of_one_process(dims, dtypes):
 
 
 def test_every_method_and_combinator_takes_dtensors():
+    assert MAKERS.keys() <= {*METHODS, *OTHERS, "accumulated"}  # The last one is below.
     for found in on_ranks(2, compared, [*OTHERS], (2,), torch.float64, 3):
         assert max(found.values()) <= 1e-13, found
 

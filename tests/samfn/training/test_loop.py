@@ -483,16 +483,21 @@ def test_scores_that_are_not_finite_are_wrong_and_left_out_classes_are_not():
     ]
 
 
-def valley(losses, callback=None, start=None, steps=2):
-    """Go through epochs of `steps` steps, the weight of step n being n, by these losses."""
+def valley(losses, callback=None, start=None, steps=2, overwriting=False):
+    """Go through epochs of `steps` steps, the weight of step n being n, by these losses.
+
+    A step makes a new weight, or overwrites the old one, as compiled steps may.
+    """
     training = start or Training(
         samfn.init({"w": torch.zeros(1)}, {}, optimizer=samfn.sgd())
     )
     callback = callback or callbacks.swad("loss")
     for loss in losses:
         for _ in range(steps):
-            params = {"w": torch.tensor([float(training.step)])}
-            training.count(training.state._replace(params=params))
+            weight = torch.tensor([float(training.step)])
+            if overwriting:
+                weight = training.state.params["w"].copy_(weight)
+            training.count(training.state._replace(params={"w": weight}))
             callback(Step(training, None, None))
         training.row = {"loss": loss}
         training.epoch, training.batch = training.epoch + 1, 0
@@ -518,14 +523,37 @@ VALLEYS = {
 }
 
 
+@pytest.mark.parametrize("overwriting", [False, True])
 @pytest.mark.parametrize("losses", VALLEYS)
-def test_swad_averages_all_steps_from_the_first_to_the_last_epoch_of_the_valley(losses):
+def test_swad_averages_all_steps_from_the_first_to_the_last_epoch_of_the_valley(
+    losses, overwriting
+):
     first, last, ended = VALLEYS[losses]
-    training = valley(losses)
+    training = valley(losses, overwriting=overwriting)
     kept = training.memory["swad"]
     assert (kept["first"], kept["last"], bool(training.stop)) == (first, last, ended)
     mean = sum(range(2 * first - 2, 2 * last)) / (2 * (last - first + 1))
     assert callbacks.swad_of(training)["w"].item() == pytest.approx(mean)
+
+
+# khanrc/swad domainbed/swad.py 252190e, run once on these losses by the steps of `valley`:
+# the weight that it averaged, and of which epochs.
+VALLEY = 1.0, 1.2, 1.1, 1.2, 1.3, 1.2, 1.1, 1.2, *[9.0] * 7
+OFFICIAL = {
+    (5.0, 4.5, 4.0, 3.5, 3.0, 2.5, *VALLEY): (19.5, [*range(7, 15)]),
+    # Also the epoch before the first, which is not above the bar, and the first again.
+    (5.0, 4.0, 3.0, 2.0, 1.1, 1.15, *VALLEY): (17.9, [6, 7, *range(7, 15)]),
+}
+
+
+@pytest.mark.parametrize("losses", OFFICIAL)
+def test_swad_is_its_official_code_but_for_what_that_adds_before_the_valley(losses):
+    official, epochs = OFFICIAL[losses]
+    assert sum(2 * epoch - 1.5 for epoch in epochs) / len(epochs) == pytest.approx(official)
+    training = valley(losses)
+    own = sum(2 * epoch - 1.5 for epoch in range(7, 15)) / 8
+    assert callbacks.swad_of(training)["w"].item() == pytest.approx(own)
+    assert training.stop
 
 
 @pytest.mark.parametrize("losses", [(), (3.0, 2.0, 1.0), (2.0, 1.0, 1.1)])

@@ -437,7 +437,8 @@ def checks(setup: Setup) -> list[Row]:
 def one_rank(setup: Setup) -> list[Row]:
     """Check the step of several devices with one: its collectives change nothing.
 
-    They are in the graph; NCCL on a GPU, gloo on a CPU.
+    They are in the graph; NCCL on a GPU, gloo on a CPU. Beside it the same of samfn.SAM and
+    `fully_shard`, eager both.
     """
     network = build(setup.networks["small"], setup.batch, setup.device)
     optimizer = samfn.sgd(0.9)
@@ -455,29 +456,47 @@ def one_rank(setup: Setup) -> list[Row]:
         if placement:
             method, params = scaling.placed(placement, params)
         how: Any = {"plan": "whole", "backend": setup.backend}
-        step = samfn.compile_update(**common, **how, method=method)
+        update = samfn.compile_update(**common, **how, method=method)
         state = samfn.init(params, buffers, optimizer=optimizer)
-        losses, begun = [], 0.0
-        for _ in range(setup.steps):
-            state, seen = step(state, batch, rho=RHO, lr=0.01)
-            losses.append(float(seen.loss))
-            begun = begun or time.perf_counter()  # After the first one, which compiles.
-        seconds = (time.perf_counter() - begun) / (setup.steps - 1)
+
+        def step() -> Tensor:
+            nonlocal state
+            state, seen = update(state, batch, rho=RHO, lr=0.01)
+            return seen.loss
+
+        losses, seconds = followed(step)
         whole = distributed.gather(state)
         distributed.require_alike(whole)
         return dict(whole.params), losses, seconds
 
+    def in_place(shards: bool = False) -> tuple[dict[str, Tensor], list[float], float]:
+        model, step = scaling.in_place(network, shards=shards, lr=0.01)
+        losses, seconds = followed(step)
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        return distributed.gather(params), losses, seconds
+
+    def followed(step: Callable[[], Tensor]) -> tuple[list[float], float]:
+        losses, begun = [], 0.0
+        for _ in range(setup.steps):
+            losses.append(float(step()))
+            begun = begun or time.perf_counter()  # After the first one, which compiles.
+        return losses, (time.perf_counter() - begun) / (setup.steps - 1)
+
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     start = samfn.split(network.model)[0]
-    expected, losses, seconds = trained()
     names = ("replica", "global", "sharded") if setup is GPU else ("sharded",)
+    ways: Any = {name: (partial(trained, name), trained) for name in names}
+    ways["fully_shard, samfn.SAM"] = partial(in_place, shards=True), in_place
+    alone: Any = {way: way() for _, way in ways.values()}
     rows = []
-    with mock.patch.dict(os.environ, alone | {"MASTER_PORT": port}), distributed.ranks():
-        for name in names:
-            found = trained(name)
+    with mock.patch.dict(os.environ, variables), distributed.ranks():
+        for name, (several, one) in ways.items():
+            expected, losses, seconds = alone[one]
+            found = several()
             worst = max(abs(a - b) for a, b in zip(found[1], losses, strict=True))
             rows.append(
                 {

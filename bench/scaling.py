@@ -8,6 +8,7 @@ their size; memory of replicated and sharded states. From messages and the step 
 process alone it predicts, as `bench/cost_model.py` does, the steps that it has measured.
 """
 
+import copy
 import json
 import os
 import shlex
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -171,6 +173,35 @@ def stepper(
         now, _ = update(now, batch, rho=RHO, lr=LR)
 
     return state, step
+
+
+def in_place(
+    network: Network, *, shards: bool = False, lr: float = LR
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Return a copy of a model, and what takes the next step of samfn.SAM in it.
+
+    Args:
+        network: left as it is.
+        shards: whether `fully_shard` cuts the copy over all ranks.
+        lr: of SGD.
+    """
+    # FSDP2 takes no parameters that are channels last.
+    model = copy.deepcopy(network.model).to(memory_format=torch.contiguous_format)
+    if shards:
+        fully_shard(model, mesh=distributed.mesh_of(network.inputs.device.type))
+    settings: Any = {"rho": RHO, "lr": lr, "momentum": MOMENTUM}
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **settings)
+
+    def step() -> Tensor:
+        losses: list[Tensor] = []
+        for end in (optimizer.first_step, optimizer.second_step):
+            loss: Any = F.cross_entropy(model(network.inputs), network.targets)
+            loss.backward()
+            end(zero_grad=True)
+            losses.append(loss.detach())
+        return losses[0]
+
+    return model, step
 
 
 def steps(options: Options) -> list[Row]:

@@ -1,6 +1,7 @@
 """SAM in a loop that is written with accelerate."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ def two_passes(
     """Take the passes of SAM on a micro-batch, in the place of `accelerator.backward`.
 
     Each micro-batch of each process has a perturbation of its own (m-sharpness), from a
-    first pass that is not averaged over processes. Under `accelerator.accumulate` the
-    gradients of all but the last are kept; clipping and `optimizer.step()` come after, as
-    ever. Call it in every iteration, and neither `step` nor `zero_grad` in between.
+    first pass that is not averaged over processes; under FSDP2 all processes share one.
+    Under `accelerator.accumulate` the gradients of all but the last are kept; clipping and
+    `optimizer.step()` come after, as ever. Call it in every iteration, and neither `step`
+    nor `zero_grad` in between.
 
     Args:
         accelerator: of `model` and `optimizer`, which it has prepared.
@@ -27,7 +29,7 @@ def two_passes(
     """
     sam = optimizer.optimizer
     with sam.restore_on_error():
-        with accelerator.no_sync(model):
+        with nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model):
             loss = loss_of()
             accelerator.backward(loss)
         sam.first_step(zero_grad=True)

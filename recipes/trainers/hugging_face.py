@@ -1,5 +1,6 @@
 """SAM in the Trainer of transformers, and in those that are made of it."""
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,9 +10,10 @@ class SAMTrainer:
     """Lets a Trainer take the two passes of samfn.SAM: a mixin, to be named before it.
 
     Each micro-batch of each process has a perturbation of its own (m-sharpness), from a
-    first pass that is not averaged over processes. `gradient_accumulation_steps`, clipping,
-    schedulers, precision and checkpoints are the Trainer's own, and see the second
-    gradient. Dropout differs between the passes. The logged loss is that of the first.
+    first pass that is not averaged over processes; under FSDP2 all processes share one.
+    `gradient_accumulation_steps`, clipping, schedulers, precision and checkpoints are the
+    Trainer's own, and see the second gradient. Dropout differs between the passes. The
+    logged loss is that of the first.
     """
 
     def training_step(
@@ -19,8 +21,9 @@ class SAMTrainer:
     ) -> Tensor:
         """Take both passes of a micro-batch; return the loss of the first."""
         one_pass, sam = super().training_step, self.optimizer.optimizer  # type: ignore[misc]
+        alone = nullcontext if self.accelerator.is_fsdp2 else self.accelerator.no_sync
         with sam.restore_on_error():
-            with self.accelerator.no_sync(model):
+            with alone(model):
                 loss: Tensor = one_pass(model, inputs, num_items_in_batch)
             sam.first_step(zero_grad=True)
             one_pass(model, inputs, num_items_in_batch)

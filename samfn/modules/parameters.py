@@ -18,8 +18,11 @@ WRAPPERS = {
     "DataParallel",
     "DistributedDataParallel",
     "FullyShardedDataParallel",
-    "FSDPModule",
 }
+IN_PARTS = (
+    "expected a plain module, got {}: pass it as it was before that, with parameters that"
+    " samfn.distributed.shard cuts; samfn.SAM takes the module as it is"
+)
 
 
 def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -208,19 +211,18 @@ def require_plain(model: nn.Module) -> None:
                 " keeps its tensors to itself: pass what it was made from"
             )
         kinds = {kind.__name__ for kind in type(module).__mro__}
+        where = f" at {name}" if name else ""
+        if "FSDPModule" in kinds:
+            raise TypeError(IN_PARTS.format(f"FSDPModule{where}, as of fully_shard"))
         if found := sorted(kinds & WRAPPERS):
-            where = f" at {name}" if name else ""
             raise TypeError(
                 f"expected a plain module, got {found[0]}{where}: pass what it wraps;"
                 " samfn.distributed spreads a step over several devices"
             )
     for name, tensor in model.named_parameters():
         if is_sharded(tensor):
-            raise TypeError(
-                f"expected a plain module, got one whose {name} is a DTensor, as of"
-                " parallelize_module: pass the module before that, and what"
-                " samfn.distributed.shard makes of its parameters"
-            )
+            what = f"one whose {name} is a DTensor, as of parallelize_module"
+            raise TypeError(IN_PARTS.format(what))
 
 
 def _require_memory_apart(params: Params, others: Params) -> None:

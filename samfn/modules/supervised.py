@@ -68,7 +68,6 @@ class _Supervised:
         dtype: torch.dtype | None,
         reshard_after_forward: bool,
     ) -> None:
-        require_plain(model)
         self._model, self._criterion, self._call = model, criterion, call
         self._dtype, self._reshards = dtype, reshard_after_forward
         self.users = criterion, call, model
@@ -161,6 +160,7 @@ class _Supervised:
         return self._lender
 
     def _take_note(self) -> None:
+        require_plain(self._model)
         lender = Lender(self._model, self._criterion)
         self._hooks = lender.hooks()
         self._params, self._buffers = references(self._model)

@@ -32,7 +32,7 @@ def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(t
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert {row["case"] for row in rows} == gpu.cases(gpu.SMOKE).keys()
     assert not [row for row in rows if "failed" in row]
-    assert all(row["passed"] for row in rows if "check" in row)
+    assert all(row["passed"] for row in rows if "passed" in row)
     before = lines.read_text()
     bench("gpu", *options, cwd=tmp_path)
     assert lines.read_text() == before
@@ -68,6 +68,18 @@ def test_methods_are_timed_and_their_memory_measured_beside_sgd(tmp_path):
 def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(tmp_path):
     cold, warm = cost.Compiling().cold_and_warm("mlp-small:4:float32", "one gradient")
     assert 0 < warm < cold
+
+
+@pytest.mark.slow
+def test_one_rank_takes_the_steps_of_none_also_of_weights_that_are_channels_last():
+    """Where convolutions are; the step of DTensors, and samfn.SAM on `fully_shard`."""
+    setup = gpu.SMOKE._replace(networks={"small": "wrn-10-1 8x8"}, steps=3)
+    compiled, sharded = gpu.one_rank(setup)
+    assert compiled["placement"] == "sharded"
+    assert sharded["placement"] == "fully_shard, samfn.SAM"
+    for row in (compiled, sharded):
+        assert row["passed"]
+        assert row["distance over way"] < 1e-3
 
 
 def peak_of_64_mebibytes():

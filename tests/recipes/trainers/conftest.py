@@ -8,8 +8,13 @@ import pytest
 
 FILES = {
     "lightning": ["test_lightning.py", "test_examples.py"],
-    "transformers": ["test_hugging_face.py", "test_examples.py"],
-    "accelerate": ["test_hugging_face.py", "test_accelerated.py", "test_examples.py"],
+    "transformers": ["test_hugging_face.py", "test_fully_sharded.py", "test_examples.py"],
+    "accelerate": [
+        "test_hugging_face.py",
+        "test_accelerated.py",
+        "test_fully_sharded.py",
+        "test_examples.py",
+    ],
     "timm": ["test_timm.py", "test_examples.py"],
     "skorch": ["test_examples.py"],
 }

@@ -45,11 +45,16 @@ def fork(pipe):
     pipe.send(first)
 
 
-def train():
+def as_of_torchrun():
+    """Say in the environment what torchrun would."""
     rank = str(dist.get_rank())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def train():
+    as_of_torchrun()
     return {
         (row, column): outcome(cell)
         for name in TRAINERS

@@ -770,14 +770,24 @@ def test_a_placement_needs_a_process_group():
 def wrapped():
     """On a rank: what samfn says to the wrappers of torch.distributed."""
     model, messages = network(False), []
-    sharded = fully_shard(nn.Linear(3, 3), mesh=init_device_mesh("cpu", (1,)))
     mesh = init_device_mesh("cpu", (1,))
+    sharded = fully_shard(nn.Linear(3, 3), mesh=mesh)
     parallel = parallelize_module(nn.Linear(3, 3), mesh, ColwiseParallel())
+
+    def step_after(change):
+        late = nn.Linear(3, 3)
+        given = {"loss_fn": samfn.supervised(late, criterion), "optimizer": samfn.sgd()}
+        state = samfn.init(*samfn.split(late), optimizer=given["optimizer"])
+        change(late)
+        samfn.sam_update(state, batch_of(0), **given, lr=0.1)
+
     for attempt in (
         lambda: samfn.split(nn.parallel.DistributedDataParallel(model)),
         lambda: samfn.supervised(nn.Sequential(nn.DataParallel(model)), criterion),
         lambda: samfn.split(sharded),
         lambda: samfn.split(parallel),
+        lambda: step_after(functools.partial(fully_shard, mesh=mesh)),
+        lambda: step_after(lambda late: parallelize_module(late, mesh, ColwiseParallel())),
     ):
         try:
             attempt()
@@ -788,14 +798,12 @@ def wrapped():
 
 def test_wrappers_are_refused_with_the_right_way():
     messages = on_ranks(1, wrapped)[0]
-    assert len(messages) == 4
-    for message, name in zip(
-        messages,
-        ("DistributedDataParallel", "DataParallel at 0", "FSDPModule", "a DTensor"),
-        strict=True,
-    ):
+    parts = ("FSDPModule, as of fully_shard", "a DTensor, as of parallelize_module")
+    names = ("DistributedDataParallel", "DataParallel at 0", *parts, *parts)
+    for message, name in zip(messages, names, strict=True):
         assert name in message
         assert "samfn.distributed" in message
+        assert ("samfn.SAM takes the module as it is" in message) == (name in parts)
 
 
 def misplaced():

@@ -113,8 +113,12 @@ class Task(NamedTuple):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Fine-tune; return the exit code."""
-    settings = cli.parsed(Settings, prog=PROGRAM, description=__doc__, args=args)
-    return cli.run(partial(tune, settings))
+    about: dict[str, Any] = {"prog": PROGRAM, "description": __doc__}
+    return cli.run(
+        lambda display, signals: tune(
+            cli.parsed(Settings, args=args, **about), display, signals
+        )
+    )
 
 
 def tune(settings: Settings, display: Display, signals: Signals) -> int:

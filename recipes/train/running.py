@@ -26,7 +26,14 @@ from recipes.terminal.legible import quoted
 from recipes.terminal.signals import Signals
 from recipes.train import recorded, selection
 from recipes.train.batches import augmented
-from recipes.train.build import Read, Task, assemble, placed, read_data
+from recipes.train.build import (
+    Read,
+    Task,
+    assemble,
+    first_perturbed,
+    placed,
+    read_data,
+)
 from recipes.train.callbacks import Interrupts, around
 from recipes.train.checkpoints import (
     Keeper,
@@ -308,7 +315,7 @@ def perturbed(task: Task) -> str:
     if task.config.rho == 0 or task.config.perturbation.sam_last == 1:
         return ""
     steps = task.config.epochs * task.steps_per_epoch
-    start = next(place for place in range(steps) if task.rho(place) != 0)
+    start = first_perturbed(task)
     share = (steps - start) / steps
     return f"from step {start + 1:,} of {steps:,} on, {share:.0%} of the steps"
 

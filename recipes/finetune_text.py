@@ -32,7 +32,16 @@ from recipes.data import text
 from recipes.data.text import Sequences
 from recipes.errors import ConfigError
 from recipes.models import language
-from recipes.roles import ABOVE_0, ABOVE_0_TO_1, FROM_0, Options, at_least, require, setting
+from recipes.roles import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    FROM_0,
+    Options,
+    Range,
+    at_least,
+    require,
+    setting,
+)
 from recipes.terminal import cli
 from recipes.terminal.console import Display
 from recipes.terminal.legible import quoted
@@ -73,7 +82,7 @@ class Settings(Options):
     AdamW."""
     sam_last: float = setting(1.0, ABOVE_0_TO_1)
     """Share of the steps, the last, that perturb the weights."""
-    rank: int = setting(8, at_least(1))
+    rank: int = setting(8, Range(lambda rank: 1 <= rank <= 10_000, "1 to 10000"))
     """Rank of the adapters."""
     epochs: int = setting(6, at_least(1))
     """Times that each sequence is trained on."""

@@ -32,7 +32,16 @@ from recipes.data import text
 from recipes.data.text import Sequences
 from recipes.errors import ConfigError
 from recipes.models import language
-from recipes.roles import ABOVE_0, ABOVE_0_TO_1, FROM_0, Options, at_least, require, setting
+from recipes.roles import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    FROM_0,
+    Options,
+    Range,
+    at_least,
+    require,
+    setting,
+)
 from recipes.terminal import cli
 from recipes.terminal.console import Display
 from recipes.terminal.legible import quoted
@@ -73,7 +82,7 @@ class Settings(Options):
     AdamW."""
     sam_last: float = setting(1.0, ABOVE_0_TO_1)
     """Share of the steps, the last, that perturb the weights."""
-    rank: int = setting(8, at_least(1))
+    rank: int = setting(8, Range(lambda rank: 1 <= rank <= 10_000, "1 to 10000"))
     """Rank of the adapters."""
     epochs: int = setting(6, at_least(1))
     """Times that each sequence is trained on."""
@@ -113,8 +122,12 @@ class Task(NamedTuple):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Fine-tune; return the exit code."""
-    settings = cli.parsed(Settings, prog=PROGRAM, description=__doc__, args=args)
-    return cli.run(partial(tune, settings))
+    about: dict[str, Any] = {"prog": PROGRAM, "description": __doc__}
+    return cli.run(
+        lambda display, signals: tune(
+            cli.parsed(Settings, args=args, **about), display, signals
+        )
+    )
 
 
 def tune(settings: Settings, display: Display, signals: Signals) -> int:
@@ -439,7 +452,8 @@ def perturbed(task: Task) -> str:
     settings = task.settings
     if settings.rho == 0 or settings.sam_last == 1:
         return ""
-    return late(task.rho, task.steps)
+    start = schedules.tail_start(task.steps, task.settings.sam_last)
+    return late(start, task.steps)
 
 
 def describe(task: Task) -> dict[str, str]:

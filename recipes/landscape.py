@@ -46,7 +46,7 @@ from samfn.storage import files
 
 PROGRAM = "python -m recipes.landscape"
 DATA, SURFACES, LINES = "landscape.json", "surfaces.png", "lines.png"
-ODD = Range(lambda n: n % 2 == 1 and n >= 5, "an odd number of at least 5")
+ODD = Range(lambda n: n % 2 == 1 and 5 <= n < 1000, "an odd number from 5 to 999")
 
 
 @dataclass(frozen=True, kw_only=True)

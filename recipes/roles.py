@@ -8,6 +8,7 @@ from enum import Enum
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, cast
 
+import torch
 import tyro
 
 from recipes.errors import ConfigError
@@ -49,6 +50,13 @@ BELOW_1 = Range(lambda value: 0 <= value < 1, "0 to below 1")
 ABOVE_0_TO_1 = Range(lambda value: 0 < value <= 1, "above 0 to 1")
 FROM_0 = Range(lambda value: 0 <= value < float("inf"), "a finite number of at least 0")
 ABOVE_0 = Range(lambda value: 0 < value < float("inf"), "a finite number above 0")
+INT64 = Range(lambda value: abs(value) < 2**63, "a number of at most 64 bits")
+# Below the first, float32 has 0; of three up to the second, it has the product.
+LEAST, MOST = torch.finfo(torch.float32).tiny, 1e12
+FLOAT32 = Range(
+    lambda value: not (0 < abs(value) < LEAST or MOST < abs(value) < float("inf")),
+    f"a size of {LEAST:.1e} to {MOST:.0e}, with which float32 computes",
+)
 
 
 def _docstrings(cls: type) -> Iterator[tuple[str, str]]:
@@ -79,14 +87,22 @@ class Options:
                 cls.__annotations__[name] = Annotated[kind, tyro.conf.arg(help=text)]
 
     def ranges(self) -> Iterator[Rule]:
-        """Yield that each value is in its range; None is where it is the default."""
+        """Yield that each value is in its range; None is where it is the default.
+
+        Beside that, a number is one that tensors hold.
+        """
         for field in dataclasses.fields(cast(Any, self)):
             value, within = getattr(self, field.name), field.metadata.get("within")
+            parts = value if isinstance(value, tuple) else (value,)
+            whole = (part for part in parts if isinstance(part, int))
+            yield field.name, all(map(INT64.holds, whole)), INT64.expected
             if within is not None:
                 optional = field.default is None
                 expected = within.expected + ", or None" * optional
                 holds = (optional and value is None) or within.holds(value)
                 yield field.name, holds, expected
+            real = (part for part in parts if isinstance(part, float))
+            yield field.name, all(map(FLOAT32.holds, real)), FLOAT32.expected
 
     def relations(self) -> Iterator[Rule]:
         """Yield what holds of several values together."""

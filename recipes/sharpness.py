@@ -88,7 +88,7 @@ class Measuring(Inspection):
     probes: int = setting(10, Range(lambda n: n == 0 or n >= 2, "0, or at least 2"))
     """Random perturbations of the average case, and random vectors of the trace; 0 leaves
     both out."""
-    eigenvalues: int = setting(1, at_least(0))
+    eigenvalues: int = setting(1, Range(lambda n: 0 <= n <= 1000, "0 to 1000"))
     """Number of the Hessian's largest eigenvalues; 0 leaves them out."""
     iterations: int = 30
     """Products with the Hessian that the eigenvalues may take."""

@@ -315,7 +315,7 @@ def tail(rho: float | Schedule, steps: int, share: float = 0.3, ramp: int = 0) -
         Zhou et al., 2025, arXiv:2410.10373, by which SAM in the last epochs finds nearly
         the minima of SAM throughout.
     """
-    start = steps - _last(share, steps, "share")
+    start = tail_start(steps, share)
     schedule = rho if callable(rho) else constant(rho)
     if ramp < 0:
         raise ValueError(f"a ramp takes 0 or more steps, got {ramp}")
@@ -326,6 +326,15 @@ def tail(rho: float | Schedule, steps: int, share: float = 0.3, ramp: int = 0) -
         return schedule(step) * min(1.0, (step - start + 1) / max(1, ramp))
 
     return value
+
+
+def tail_start(steps: int, share: float) -> int:
+    """Return t0 of `tail`, the first step that perturbs.
+
+    Raises:
+        ValueError: as `tail`.
+    """
+    return steps - _last(share, steps, "share")
 
 
 def warmup(schedule: Schedule, steps: int) -> Schedule:

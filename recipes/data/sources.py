@@ -97,15 +97,18 @@ def choose_source(
     Raises:
         DataError: `data_dir` was given, and holds nothing that can be read.
     """
-    root = root_of(data_dir)
     match data:
         case "folder":
-            return "folder", f"images in the class folders of {root}"
+            return "folder", f"images in the class folders of {root_of(data_dir)}"
         case "digits":
             return "digits", "scikit-learn's handwritten digits"
         case "cifar10" | "cifar100":
-            return data, f"{data} in {root}"
+            return data, f"{data} in {root_of(data_dir)}"
         case "auto":
+            try:
+                root = root_of(data_dir)
+            except DataError as error:
+                return "digits", f"{error}: training on scikit-learn's handwritten digits"
             return _found(root, data_dir is not None, check)
     raise DataError(f"data must be auto, cifar10, cifar100, folder or digits, got {data!r}")
 
@@ -195,12 +198,24 @@ def load(
 
 
 def user_cache() -> Path:
-    """Return the directory for what can be made or downloaded again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "samfn"
+    """Return the directory for what can be made or downloaded again.
+
+    Raises:
+        DataError: there is no home, as for a user of a container who has no name.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise DataError("no home directory: expected HOME or XDG_CACHE_HOME") from error
+    return Path(base) / "samfn"
 
 
 def root_of(data_dir: Path | None) -> Path:
-    """Return the absolute directory of the data: the user's cache if none is given."""
+    """Return the absolute directory of the data: the user's cache if none is given.
+
+    Raises:
+        DataError: none is given, and there is no home.
+    """
     return (data_dir or user_cache()).resolve()
 
 

@@ -15,7 +15,8 @@ from recipes.models.wide_resnet import WideResNet, parse_name
 from recipes.roles import BELOW_1, Group, Range, Role, Rule, at_least, setting
 
 WIDTHS = Range(
-    lambda widths: len(widths) == 3 and min(widths) >= 1, "three numbers of at least 1"
+    lambda widths: len(widths) == 3 and all(1 <= width <= 10**6 for width in widths),
+    "three numbers from 1 to 1000000",
 )
 # torchvision's, with heads beside the last one that only their first training used: name
 # -> how the names of those heads' tensors begin.

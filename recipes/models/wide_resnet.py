@@ -11,6 +11,8 @@ from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MOST = 10_000  # of depth and width; the deepest that is published has about a thousand
+
 
 class Layout(NamedTuple):
     """A reading of "WRN-depth-width", against the paper's."""
@@ -132,10 +134,10 @@ def parse_name(name: str) -> tuple[int, int]:
 
 
 def _require_size(depth: int, width: int) -> None:
-    if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f"depth must be 10, 16, 22, 28, ..., got {depth}")
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+    if not 10 <= depth <= MOST or (depth - 4) % 6:
+        raise ValueError(f"depth must be 10, 16, 22, 28, ..., below {MOST}, got {depth}")
+    if not 1 <= width <= MOST:
+        raise ValueError(f"width must be 1 to {MOST}, got {width}")
 
 
 def _stage(

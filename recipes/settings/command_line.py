@@ -64,7 +64,7 @@ def parse(
 
 def _named(args: Sequence[str]) -> list[str]:
     """Return the settings that flags name, among arguments that could be read."""
-    flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    flags = [arg.partition("=")[0] for arg in args if arg.startswith("--") and arg != "--"]
     names = [name.removeprefix("--").replace("-", "_") for name in flags]
     return [name if name in SETTINGS else name.removeprefix("no_") for name in names]
 

@@ -253,18 +253,14 @@ def validate(config: Config) -> None:
         ConfigError: names the flag, what was expected and what came.
     """
     require_model(config.model)
-    values = config.flat()
-    require(_rules(config, values), values)
+    require(_rules(config), config.flat())
     try:
         method_expression.parse(config.method, steps=1, norm_layers=())
     except ValueError as error:
         raise ConfigError(f"--method: {error}") from error
 
 
-def _rules(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
-    for name, value in values.items():
-        small = not isinstance(value, int) or abs(value) < 2**63
-        yield name, small, "a number of at most 64 bits"
+def _rules(config: Config) -> Iterator[Rule]:
     for rules in ("ranges", "relations", "unread"):
         for group in config.groups():
             yield from getattr(group, rules)()

@@ -228,8 +228,10 @@ class Ranks(Group, role=Role.RESULT):
     sync_batch_norm: bool = False
     """BatchNorm over the images of all devices; with --placement global the step is that of
     one device then."""
-    timeout: float = setting(300.0, ABOVE_0, role=Role.CALL)
-    """Seconds that a device waits for another before all are ended, more than 0."""
+    timeout: float = setting(
+        300.0, Range(lambda seconds: 0 < seconds <= 1e9, "above 0 to 1e9"), role=Role.CALL
+    )
+    """Seconds that a device waits for another before all are ended, above 0 to 1e9."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ import samfn
 from recipes import errors
 from recipes.data.sources import Dataset, Say, Track
 from recipes.errors import ConfigError, DivergedError
-from recipes.roles import Options, Role
+from recipes.roles import Options, Range, Role, require, setting
 from recipes.settings.config import SETTINGS, Config, changes, plain_values, validate
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, of_run
@@ -62,7 +62,7 @@ Report = Callable[[Sequence[Group]], None]
 class Settings(Options):
     """Settings of every study."""
 
-    seeds: int = 3
+    seeds: int = setting(3, Range(lambda seeds: 1 <= seeds <= 1000, "1 to 1000"))
     """Runs of each arm, with seeds from the recipe's --seed on."""
     output: Path = Path("runs/study")
     """Directory of all runs, tables and pictures. Runs of this study that it holds are not
@@ -91,6 +91,7 @@ def conduct(study: Study, about: str | None, args: Sequence[str] | None) -> int:
 
     def body(display: Display, signals: Signals) -> int:
         settings = cli.parsed(study.settings, prog=program, args=own, description=about)
+        require(settings.ranges(), vars(settings))
         say = cache(display.say)  # Once, not for each arm.
         arms = study.arms(settings, lambda *f: common([*flags, *f], study.varied, say))
         cells = plan(arms, settings.seeds, settings.output)
@@ -155,14 +156,12 @@ def plan(arms: Sequence[Arm], seeds: int, output: Path) -> list[Cell]:
         ConfigError: there is nothing to run, the settings of an arm are out of range, or
             two labels are one to a file system.
     """
-    if seeds < 1:
-        raise ConfigError(f"--seeds: expected at least 1, got {seeds}")
     if not arms:
         raise ConfigError("expected at least one arm, got none")
     known = dict[str, str]()
     for label, config in arms:
         try:
-            validate(config)
+            validate(replace(config, seed=config.seed + seeds - 1))
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}") from error
         if (other := known.setdefault(slug(label), label)) != label:

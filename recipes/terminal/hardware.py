@@ -64,8 +64,10 @@ def slowness(dtype: torch.dtype) -> float:
 
 def lacks_memory(error: Exception) -> bool:
     """Return whether an error says that there is no memory left."""
-    # What is raised on a CPU has no type of its own; the third is oneDNN's.
-    texts = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
+    # What is raised on a CPU has no type of its own; the third is oneDNN's, and the last
+    # tells of bytes that no number counts.
+    texts = ["DefaultCPUAllocator", "bad_alloc", "could not create a primitive"]
+    texts += ["Storage size calculation overflowed"]
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         text in str(error) for text in texts
     )

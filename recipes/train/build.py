@@ -211,12 +211,15 @@ def _mislabelled(config: Config, dataset: Dataset) -> Dataset:
 
 
 def _require_room(how: augment.Augmentation, dataset: Dataset) -> None:
-    """Raise unless images are large enough to be reflected at their edges."""
+    """Raise unless images are large enough to be shifted, or reflected, so far."""
     side = min(dataset.train_images.shape[2:])
-    if how.padding == "reflect" and how.crop_padding >= side:
+    most, why = side, ""
+    if how.padding == "reflect":
+        most, why = side - 1, ", which --padding reflects"
+    if how.crop_padding > most:
         raise ConfigError(
-            f"--crop-padding: expected less than the {side} pixels of the images, which"
-            f" --padding reflects, got {how.crop_padding}"
+            f"--crop-padding: expected at most {most}, images of {side} pixels a side{why},"
+            f" got {how.crop_padding}"
         )
 
 
@@ -439,6 +442,17 @@ def _rho(config: Config, lr: schedules.Schedule, steps: int) -> schedules.Schedu
             lr, lr_max=config.lr, peak=rho, final=how.rho_final
         )
     return schedule if how.sam_last == 1 else schedules.tail(schedule, steps, how.sam_last)
+
+
+def first_perturbed(task: Task) -> int:
+    """Return the first step that perturbs the weights; behind the last one if none does.
+
+    No step is looked at: there may be a great many.
+    """
+    steps = task.config.epochs * task.steps_per_epoch
+    if task.config.rho == 0:
+        return steps
+    return schedules.tail_start(steps, task.config.perturbation.sam_last)
 
 
 def _to(split: Split, device: torch.device) -> Split:

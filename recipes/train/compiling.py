@@ -15,6 +15,7 @@ import torch
 
 import samfn
 from recipes.data.sources import user_cache
+from recipes.errors import DataError
 from recipes.settings.config import Config
 from samfn.compiled.plan import ARITHMETIC, missing_compiler
 from samfn.storage import files
@@ -81,7 +82,7 @@ def keep_compiled(warn: Callable[[str], None]) -> None:
         reason = exposed(path)
         if not reason and not named:
             path.chmod(0o700)
-    except (OSError, RuntimeError) as error:  # the latter where there is no home
+    except (OSError, DataError) as error:
         reason = str(error)
     if reason:
         warn(f"{reason}: what was compiled before is not used, nor this kept")

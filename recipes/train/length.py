@@ -7,7 +7,7 @@ import torch
 import samfn
 from recipes.data import augment
 from recipes.settings import method_expression
-from recipes.train.build import Task
+from recipes.train.build import Task, first_perturbed
 from samfn import distributed
 from samfn.loss import evaluate
 
@@ -26,7 +26,7 @@ def predicted(task: Task, state: samfn.TrainState) -> float:
     """
     config, each = task.config, seconds_an_image(task, state)
     steps = config.epochs * task.steps_per_epoch
-    perturbing = sum(task.rho(place) != 0 for place in range(steps))
+    perturbing = steps - first_perturbed(task)
     more = (method_expression.gradients(config.method) or 2.0) - 1
     trained = (steps + more * perturbing) * config.batch_size
     splits = {split.name: len(split.labels) for split in (task.chosen_by, task.test)}

@@ -14,7 +14,7 @@ import samfn
 from recipes.terminal.console import Display
 from recipes.train import selection
 from recipes.train.batches import augmented, clean, own
-from recipes.train.build import Split, Task, seed
+from recipes.train.build import Split, Task, first_perturbed, seed
 from recipes.train.compiling import keep_compiled
 from samfn import distributed
 from samfn.training import loop
@@ -84,8 +84,8 @@ def prepare(task: Task, training: Training, display: Display) -> None:
     batch = next(augmented(task, training.epoch))
     keep_compiled(display.warn)
     first, end = training.step, config.epochs * task.steps_per_epoch
-    ahead = (place for place in range(first, end) if task.rho(place) != 0)
-    places = {task.rho(place) != 0: place for place in (next(ahead, first), first)}
+    ahead = max(first, first_perturbed(task))
+    places = {task.rho(p) != 0: p for p in (ahead if ahead < end else first, first)}
     for place in places.values():
         with display.waiting("compiling the training step"):
             step(task, training.state, 0, batch, place)

@@ -26,7 +26,14 @@ from recipes.terminal.legible import quoted
 from recipes.terminal.signals import Signals
 from recipes.train import recorded, selection
 from recipes.train.batches import augmented
-from recipes.train.build import Read, Task, assemble, placed, read_data
+from recipes.train.build import (
+    Read,
+    Task,
+    assemble,
+    first_perturbed,
+    placed,
+    read_data,
+)
 from recipes.train.callbacks import Interrupts, around
 from recipes.train.checkpoints import (
     Keeper,
@@ -41,7 +48,7 @@ from recipes.train.length import predicted
 from recipes.train.loggers import logged
 from recipes.train.loop import evaluate, fit, prepare, step
 from recipes.train.pretrained import begin
-from samfn import distributed, schedules
+from samfn import distributed
 from samfn.training.loop import Training
 
 # How the optimizers are called in sentences.
@@ -307,18 +314,18 @@ def perturbed(task: Task, taken: int | None = None) -> str:
     """Return in which steps the weights are perturbed, if not in all or none; else ""."""
     if task.config.rho == 0 or task.config.perturbation.sam_last == 1:
         return ""
-    return late(task.rho, task.config.epochs * task.steps_per_epoch, taken)
+    planned = task.config.epochs * task.steps_per_epoch
+    return late(first_perturbed(task), planned, taken)
 
 
-def late(rho: schedules.Schedule, planned: int, taken: int | None = None) -> str:
+def late(start: int, planned: int, taken: int | None = None) -> str:
     """Return from which step on the weights are perturbed, in what share of the steps.
 
     Args:
-        rho: the radius over time; before, the number 0.
+        start: the first step that perturbs them.
         planned: steps of the whole run.
         taken: steps of a run that has ended, maybe before; None is all of them.
     """
-    start = next(place for place in range(planned) if rho(place) != 0)
     steps = planned if taken is None else taken
     if start >= steps:
         return f"in none of {steps:,} steps, as the run ended before step {start + 1:,}"

@@ -258,6 +258,7 @@ def test_settings_that_are_damaged_are_wrong_input(tmp_path, capsys):
         (["--text", __file__, "--length", "4000"], "at least 20 sequences of 4000"),
         (["--model", "./no-such"], "--model: "),
         (["--rho", "-1"], "--rho: expected a finite number of at least 0, got -1"),
+        (["--rank", str(2**62)], "--rank: expected 1 to 10000, got"),
         (["--batch-size", "17"], "--batch-size: expected at most the 16"),
     ],
 )

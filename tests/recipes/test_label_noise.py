@@ -183,7 +183,7 @@ WRONG = [
     (["--methods", "sam 0.1 --title 'x"], "--methods: cannot read"),
     (["--methods", "adam 0.1"], "adam, rho 0.1, noise 0: --method: adam is not known"),
     (["--methods", "sam 0.2", "sam  0.20"], "got sam, rho 0.2, noise 0 twice"),
-    (["--seeds", "-1"], "--seeds: expected at least 1, got -1"),
+    (["--seeds", "-1"], "--seeds: expected 1 to 1000, got -1"),
     (["--", "--label-noise", "0.1"], "--label-noise: the runs differ in it"),
 ]
 

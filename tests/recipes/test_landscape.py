@@ -299,8 +299,9 @@ def recipe_config(flags):
 
 WRONG = [
     (["absent"], "cannot read absent/config.toml"),
-    (["RUN", "--points", "6"], "--points: expected an odd number of at least 5, got 6"),
-    (["RUN", "--points", "3"], "--points: expected an odd number of at least 5, got 3"),
+    (["RUN", "--points", "6"], "--points: expected an odd number from 5 to 999, got 6"),
+    (["RUN", "--points", "3"], "--points: expected an odd number from 5 to 999, got 3"),
+    (["RUN", "--points", "99999999999"], "--points: expected an odd number from 5 to 999"),
     (["RUN", "--span", "0"], "--span: expected a finite number above 0, got 0.0"),
     (["RUN", "--rho", "inf"], "--rho: expected a finite number above 0, got inf"),
     (["RUN", "--images", "0"], "--images: expected at least 1, got 0"),

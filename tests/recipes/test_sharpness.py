@@ -387,7 +387,8 @@ WRONG = [
     (["RUN", "--steps", "0"], "--steps: expected at least 1, got 0"),
     (["RUN", "--m", "0"], "--m: expected at least 1, got 0"),
     (["RUN", "--probes", "1"], "--probes: expected 0, or at least 2, got 1"),
-    (["RUN", "--eigenvalues", "-1"], "--eigenvalues: expected at least 0, got -1"),
+    (["RUN", "--eigenvalues", "-1"], "--eigenvalues: expected 0 to 1000, got -1"),
+    (["RUN", "--eigenvalues", "99999999"], "--eigenvalues: expected 0 to 1000, got 999"),
     (
         ["RUN", "--eigenvalues", "31"],
         "--iterations: expected at least 1, and --eigenvalues",

@@ -1,6 +1,7 @@
 import http.server
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from recipes.data.folders import SPLITS
 from recipes.errors import ConfigError, DataError
 from recipes.settings.resolve import configure
 from tests.samfn.storage.test_files import holding
+
+
+def homeless():
+    """Stand for `Path.home` where a user has neither HOME nor a name."""
+    raise RuntimeError("Could not determine home directory.")
 
 
 def make_folder(root, sizes=((6, 6),), classes=("cat", "dog"), count=3):
@@ -155,6 +161,18 @@ def test_the_source_follows_from_what_is_there(tmp_path, monkeypatch):
     assert sources.choose_source("auto", None)[0] == "cifar10"
     assert sources.choose_source("auto", make_folder(tmp_path / "own"))[0] == "folder"
     assert sources.choose_source("cifar100", tmp_path)[0] == "cifar100"
+
+
+def test_without_a_home_there_are_digits_and_what_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    source, line = sources.choose_source("auto", None)
+    assert source == "digits"
+    assert line.startswith("no home directory: expected HOME or XDG_CACHE_HOME: training")
+    assert configure(["--data", "digits"]).data == "digits"
+    assert configure(["--data-dir", str(make_folder(tmp_path))]).data == "folder"
+    with pytest.raises(DataError, match="no home directory"):
+        configure(["--data", "cifar10"])
 
 
 def test_a_download_that_fails_leaves_the_digits(tmp_path, monkeypatch):

@@ -75,10 +75,12 @@ def test_dropout_reaches_the_blocks():
     [
         (lambda: WideResNet(12, 1, 10), "depth must be 10, 16, .* got 12"),
         (lambda: WideResNet(4, 1, 10), "depth must be 10, 16, .* got 4"),
-        (lambda: WideResNet(10, 0, 10), "width must be at least 1, got 0"),
+        (lambda: WideResNet(10, 0, 10), "width must be 1 to 10000, got 0"),
         (lambda: WideResNet(10, 1, 10, layout="x"), "one of .* got 'x'"),
         (lambda: parse_name("resnet-18"), "look like wrn-28-10, got 'resnet-18'"),
         (lambda: parse_name("wrn-12-1"), "depth must be 10, 16, .* got 12"),
+        (lambda: parse_name(f"wrn-{6 * 10**12 + 4}-1"), "depth must .* below 10000, got 6"),
+        (lambda: parse_name(f"wrn-10-{2**63}"), "width must be 1 to 10000, got 9"),
         (lambda: parse_name("wrn-28"), "look like wrn-28-10, got 'wrn-28'"),
         (lambda: parse_name("wrn-a-b"), "look like wrn-28-10, got 'wrn-a-b'"),
     ],

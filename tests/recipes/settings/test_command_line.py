@@ -57,6 +57,12 @@ def test_settling_where_images_come_from_reads_none(images, watch):
     assert not [e for e in events if str(images) in e[1]]
 
 
+def test_a_lone_dash_dash_ends_the_flags():
+    assert parse(["--rho", "0.3", "--"]).values == {"rho": 0.3}
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--", "--rho", "0.3"])
+
+
 def test_the_command_line_is_read_once(tmp_path, monkeypatch):
     calls, cli = [], tyro.cli
     monkeypatch.setattr(

@@ -647,7 +647,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("--weights defualt", "--weights: .* got .*/defualt; close to it: default"),
         ("--freeze", "--freeze: expected --weights with it, got True"),
         ("--widths 4 4 4", "--widths: expected --model airbench94, 95 or 96 with it, got"),
-        ("--model airbench94 --widths 4 4", "--widths: expected three numbers of at least"),
+        ("--model airbench94 --widths 4 4", "--widths: expected three numbers from 1 to"),
         ("--model airbench95 --dropout 0.1", "--dropout: expected --model wrn-<depth>"),
         ("--whitening-epochs 3", "--whitening-epochs: expected --model airbench94, 95"),
         ("--norm-bias-lr 0", "--norm-bias-lr: expected a finite number above 0, got 0"),
@@ -664,6 +664,12 @@ def test_a_missing_file_is_named(tmp_path):
         ("--crop-padding 0 --padding reflect", "--padding: expected --crop-padding with"),
         ("--crop-scale 0", "--crop-scale: expected above 0 to 1, got 0.0"),
         ("--device gpu", "--device: 'gpu' cannot be used"),
+        ("--lr 1e308", r"--lr: .* size of 1\.2e-38 to 1e\+12, .* got 1e\+308"),
+        ("--weight-decay 1e13", "--weight-decay: expected a size of .* got 10000000"),
+        ("--mixup-alpha 5e-324", "--mixup-alpha: expected a size of .* got 5e-324"),
+        ("--optimizer adam --betas 1e-99 0", r"--betas: .* got \(1e-99, 0\.0\)"),
+        (f"--model airbench94 --widths {2**63} 1 1", "--widths: .* at most 64 bits, got"),
+        ("--timeout 1e10", "--timeout: expected above 0 to 1e9, got"),
     ],
 )
 def test_values_out_of_range_say_what_was_expected(flags, message):

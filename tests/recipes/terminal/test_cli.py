@@ -42,8 +42,9 @@ def test_help_that_nobody_reads_to_its_end_ends_quietly(command):
     assert ended("-m", command, "--help", out="pipe") == (0, "")
 
 
-def test_help_that_cannot_be_written_is_told():
-    code, said = ended("-m", "recipes.cifar_wrn", "--help", out="full")
+@pytest.mark.parametrize("name", RECIPES)
+def test_help_that_cannot_be_written_is_told(name):
+    code, said = ended("-m", f"recipes.{name}", "--help", out="full")
     assert code == 2
     assert "No space left on device" in said
     assert len(said.splitlines()) == 1

@@ -122,3 +122,13 @@ def test_a_peak_is_found_within_its_time(monkeypatch, rate, seconds):
     assert sizes[-1] == 128 or sum(spent) < 1.2 * seconds
     assert sizes[-1] == 2048 or 8 * sum(spent) > 0.5 * seconds
     assert sizes[-1] <= 2048
+
+
+@pytest.mark.parametrize("size", [2**46, 2**62])
+def test_a_tensor_for_which_there_is_no_memory_is_told_from_a_wrong_one(size):
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(size)
+    assert hardware.lacks_memory(raised.value)
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(-1)
+    assert not hardware.lacks_memory(raised.value)

@@ -261,7 +261,7 @@ def test_without_a_home_there_is_a_directory_all_the_same(monkeypatch):
 
     monkeypatch.setattr(Path, "home", home)
     path, (said,) = kept()
-    assert "Could not determine home directory" in said
+    assert "no home directory: expected HOME or XDG_CACHE_HOME" in said
     assert exposed(path) is None
 
 

@@ -13,13 +13,14 @@ import samfn
 from recipes import errors
 from recipes.data import augment
 from recipes.data.sources import load
+from recipes.errors import ConfigError
 from recipes.settings import method_expression
 from recipes.settings.resolve import configure
 from recipes.terminal.console import Display
 from recipes.terminal.signals import watched
-from recipes.train import loop, running
+from recipes.train import length, loop, running
 from recipes.train.batches import augmented, order
-from recipes.train.build import Split, assemble, generator, seed
+from recipes.train.build import Split, assemble, first_perturbed, generator, seed
 from recipes.train.callbacks import Meter
 from recipes.train.checkpoints import Keeper
 from recipes.train.directory import RunDirectory
@@ -648,3 +649,31 @@ def test_scores_that_are_not_finite_are_wrong_wherever_accuracy_is_counted(score
     way = samfn.measure.landscape.line(params, {}, batches, params, [0.0], loss_fn=loss_fn)
     counted = found["accuracy"], meter.read()[0]["accuracy"], float(way.accuracy)
     assert counted == (50, 50, 50)
+
+
+@pytest.mark.parametrize("flags", ["--rho 0", "--rho 0.1", "--sam-last 0.25"])
+def test_a_run_without_end_begins_at_once(flags, monkeypatch):
+    task, state = task_of("--epochs", str(2**62), "--compile", "no", *flags.split())
+    steps = 2**62 * task.steps_per_epoch
+    start = first_perturbed(task)
+    assert start == {"--rho 0": steps, "--rho 0.1": 0}.get(flags, steps - steps // 4)
+    if 0 < start < steps:
+        assert task.rho(start - 1) == 0 < task.rho(start)
+    monkeypatch.setattr(length, "seconds_an_image", lambda task, state: 1.0)
+    assert length.predicted(task, state) > steps
+    running.describe(task)
+    taken = []
+    monkeypatch.setattr(loop, "step", lambda *args: taken.append(args[-1]))
+    monkeypatch.setattr(loop, "keep_compiled", lambda warn: None)
+    task = task._replace(config=task.config.replace(compile="yes"))
+    loop.prepare(task, Training(state), Display())
+    assert taken == ([start, 0] if 0 < start < steps else [0])
+
+
+@pytest.mark.parametrize(("padding", "most"), [("zeros", 8), ("reflect", 7)])
+def test_images_are_shifted_by_no_more_than_their_side(padding, most):
+    flags = ["--padding", padding, "--crop-padding"]
+    task, _ = task_of(*flags, str(most))
+    assert next(augmented(task, 0))[0].shape[2:] == (8, 8)
+    with pytest.raises(ConfigError, match=f"--crop-padding: .* at most {most}, .* got"):
+        task_of(*flags, str(most + 1))

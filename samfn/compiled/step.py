@@ -18,6 +18,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 
 from samfn import checks
 from samfn.compiled.cuda_graph import CudaGraphed, StaticState, in_place_of
+from samfn.compiled.guards import with_own_guards
 from samfn.compiled.passes import CompiledPasses, compiled
 from samfn.compiled.plan import (
     Parts,
@@ -154,7 +155,6 @@ class CompiledUpdate:
                 result = self._take(kind, state, batch, *dials)
             else:
                 result = self._start(kind, state, batch, *dials)
-                # To count operations, PyTorch hooks all modules.
                 self._standing = self._now_standing()
         self._last = result[0]
         self._step += 1
@@ -262,6 +262,9 @@ class CompiledUpdate:
         device: torch.device,
         kind: Hashable,
     ) -> Step:
+        # To count operations, PyTorch hooked all modules.
+        self._standing = self._now_standing()
+        how = with_own_guards(how, lambda: self._standing)
         if self._passes is None or self._passes.plan != plan:
             self._passes = CompiledPasses(self._loss_fn, how, plan)
         if device.type != "cuda":

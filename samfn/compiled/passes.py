@@ -18,7 +18,9 @@ from samfn.tree import Batch, Params
 
 def compiled(function: Callable[..., Any], how: Mapping[str, Any]) -> Any:
     """Return a function as one graph for each shape of its arguments."""
-    return torch.compile(_with_own_code(function), fullgraph=True, dynamic=False, **how)
+    # A copy of the options, since torch.compile takes some of them out.
+    own = {**how, "options": how.get("options") and dict(how["options"])}
+    return torch.compile(_with_own_code(function), fullgraph=True, dynamic=False, **own)
 
 
 class CompiledPasses:

@@ -23,9 +23,10 @@ from samfn.tree import Batch, any_sharded, is_sharded
 
 Parts = Literal["whole", "gradient", "loss"]
 Plan = Literal["auto", "whole", "gradient", "loss"]
-Step = Callable[
-    [TrainState, Batch, "float | Tensor", "float | Tensor"], tuple[TrainState, Metrics]
-]
+Dial = float | Tensor
+Dials = Dial | tuple[Dial, ...]  # One for all steps of a call, or one for each.
+Step = Callable[..., tuple[TrainState, Metrics]]
+"""(state, batch, rho, lr) -> (new state, metrics)."""
 
 # Above this many operations in one gradient, a CPU spends its time in them: one graph of
 # the whole step is no faster then than one compiled gradient called twice, and takes about

@@ -7,7 +7,7 @@ compiled, and where the results are kept.
 import importlib.util
 import logging
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from samfn import checks
+from samfn.batches import rows_of
 from samfn.compiled.cuda_graph import CudaGraphed, StaticState, in_place_of
+from samfn.compiled.guards import with_own_guards
 from samfn.compiled.passes import CompiledPasses, compiled
 from samfn.compiled.plan import (
+    Dials,
     Parts,
     Plan,
     Step,
@@ -27,6 +30,7 @@ from samfn.compiled.plan import (
     choose,
     missing_compiler,
 )
+from samfn.compiled.several import in_turn, require_dials, require_stacked, with_zeros
 from samfn.descend import Optimizer
 from samfn.loss import Evaluate, LossFn, as_loss, evaluator
 from samfn.methods import sam
@@ -48,6 +52,7 @@ def compile_update(
     cuda_graph: bool | None = None,
     backend: str = "inductor",
     options: Mapping[str, Any] | None = None,
+    steps: int | None = None,
 ) -> "CompiledUpdate":
     """Return the step of `samfn.sam_update`, compiled at its first call.
 
@@ -79,10 +84,16 @@ def compile_update(
         backend: of `torch.compile`. "aot_eager" runs the graphs with PyTorch's own kernels,
             as to find out whether a difference is the compiler's.
         options: of the backend, instead of those chosen here.
+        steps: how many of them a call takes, one after the other. Every tensor of the batch
+            has them as its first dimension, as `torch.stack` makes it; `rho` and `lr` are
+            one value for all of them, or a sequence or 1-d tensor of one for each; the
+            metrics are stacked. What a call costs beside its arithmetic is paid once for
+            all of them, and the time to compile grows with them. None takes one, of a batch
+            as it is.
 
     Raises:
         TypeError, ValueError: when called, as `sam_update`; or the plan is "whole", and the
-            method does not trace.
+            method does not trace; or what is given is not for so many steps.
         torch._dynamo.exc.InvalidBackend: when called; there is no such backend.
 
     Example::
@@ -92,7 +103,7 @@ def compile_update(
             state, metrics = step(state, batch, rho=0.05, lr=0.1)
     """
     how: Any = {"plan": plan, "cuda_graph": cuda_graph}
-    how |= {"backend": backend, "options": options}
+    how |= {"backend": backend, "options": options, "steps": steps}
     return CompiledUpdate(loss_fn, optimizer, method, **how)
 
 
@@ -109,17 +120,20 @@ class CompiledUpdate:
         cuda_graph: bool | None,
         backend: str,
         options: Mapping[str, Any] | None,
+        steps: int | None,
     ) -> None:
+        if steps is not None:
+            checks.require_count("steps", steps)
         self._loss_fn, self._optimizer, self._method = loss_fn, optimizer, method
         self._wanted, self._cuda_graph = plan, cuda_graph
-        self._backend, self._options = backend, options
+        self._backend, self._options, self._steps = backend, options, steps
         self._runs: dict[Hashable, Step] = {}
         self._passes: CompiledPasses | None = None
         self._owned: StaticState | None = None
         self._last: TrainState | None = None
         self._standing: list[object] = []
         self._step = 0
-        self._dials: dict[str, tuple[float, Tensor]] = {}
+        self._dials: dict[str, tuple[Any, Dials]] = {}
         self._warned = False
         self.plan: Parts | Literal["eager"] | None = None
         """What runs; None until the first call."""
@@ -129,11 +143,14 @@ class CompiledUpdate:
         state: TrainState,
         batch: Batch,
         *,
-        rho: float | Tensor = 0.05,
-        lr: float | Tensor,
+        rho: float | Tensor | Iterable[float | Tensor] = 0.05,
+        lr: float | Tensor | Iterable[float | Tensor],
     ) -> tuple[TrainState, Metrics]:
-        """Take one step; `state` is the one that the step before returned, or a new one."""
-        rho, lr = checks.require_dial("rho", rho), checks.require_dial("lr", lr)
+        """Take the step; `state` is the one that the one before returned, or a new one."""
+        rho = require_dials("rho", rho, self._steps)
+        lr = require_dials("lr", lr, self._steps)
+        if self._steps is not None:
+            require_stacked(batch, self._steps)
         # No guard of a graph looks at hooks, nor at what was frozen.
         standing = self._now_standing()
         if state is not self._last or standing != self._standing:
@@ -147,38 +164,39 @@ class CompiledUpdate:
         # The number is read from a new state, and counted from there: a GPU does not wait.
         if method_kind is not None and state is not self._last:
             self._step = int(state.step)
-        kind = method_kind(self._step) if method_kind else None
+        numbers = range(self._step, self._step + (self._steps or 1))
+        kinds = tuple(method_kind(n) if method_kind else None for n in numbers)
+        kind = kinds if self._steps else kinds[0]
         # A caller's grad mode would trigger another compilation.
         with torch.no_grad(), _hooks_as_they_are():
             if kind in self._runs:
                 result = self._take(kind, state, batch, *dials)
             else:
                 result = self._start(kind, state, batch, *dials)
-                # To count operations, PyTorch hooks all modules.
                 self._standing = self._now_standing()
         self._last = result[0]
-        self._step += 1
+        self._step += len(kinds)
         return result
 
     def _now_standing(self) -> list[object]:
         losses = self._loss_fn, *self._method.losses
         return [as_loss(one).standing() for one in losses]
 
-    def _dial(self, name: str, value: float | Tensor, state: TrainState) -> float | Tensor:
-        """Return a 0-d tensor, since a number would be compiled into the graph."""
+    def _dial(self, name: str, value: Dials, state: TrainState) -> Dials:
+        """Return tensors, since numbers would be compiled into the graph; and 0 as rho."""
         weight = next(iter(state.params.values()))
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if isinstance(value, Tensor):
             return value.to(weight.device, dtype)
-        if name == "rho" and value == 0:
-            return 0.0
-        if self._dials.get(name, (None, None))[0] != value:
-            tensor = torch.full((), value, dtype=dtype, device=weight.device)
-            self._dials[name] = value, tensor
+        wanted = value, dtype, weight.device
+        if self._dials.get(name, (None, None))[0] != wanted:
+            tensor = torch.tensor(value, dtype=dtype, device=weight.device)
+            dials = with_zeros(value, tensor) if name == "rho" else tensor
+            self._dials[name] = wanted, dials
         return self._dials[name][1]
 
     def _take(
-        self, kind: Hashable, state: TrainState, batch: Batch, *dials: float | Tensor
+        self, kind: Hashable, state: TrainState, batch: Batch, *dials: Dials
     ) -> tuple[TrainState, Metrics]:
         """Take a step of a kind that was taken before, maybe of another shape."""
         try:
@@ -193,7 +211,7 @@ class CompiledUpdate:
         return result
 
     def _start(
-        self, kind: Hashable, state: TrainState, batch: Batch, *dials: float | Tensor
+        self, kind: Hashable, state: TrainState, batch: Batch, *dials: Dials
     ) -> tuple[TrainState, Metrics]:
         """Take the first step of a kind, with the first plan that can be compiled."""
         device = state.step.device
@@ -226,7 +244,8 @@ class CompiledUpdate:
         if self.plan in ("whole", "gradient", "loss"):
             first: Parts = self.plan
         else:
-            first = choose(self._wanted, self._loss_fn, self._method, state, batch)
+            one = batch if self._steps is None else rows_of(batch, 0)
+            first = choose(self._wanted, self._loss_fn, self._method, state, one)
         last = first if self._wanted != "auto" else "loss"
         order: tuple[Parts, ...] = ("whole", "gradient", "loss")
         for plan in order[order.index(first) : order.index(last) + 1]:
@@ -246,14 +265,19 @@ class CompiledUpdate:
     ) -> Step:
         run = passes or evaluator(self._loss_fn)
         optimizer, method = optimizer or self._optimizer, self._method
-        how: Any = {"kind": kind, "weigh": as_loss(self._loss_fn).weigh}
+        weigh = as_loss(self._loss_fn).weigh
 
         def step(
-            state: TrainState, batch: Batch, rho: float | Tensor, lr: float | Tensor
+            state: TrainState,
+            batch: Batch,
+            rho: float | Tensor,
+            lr: float | Tensor,
+            kind: Hashable = kind,
         ) -> tuple[TrainState, Metrics]:
-            return take_step(state, batch, run, optimizer, method, rho=rho, lr=lr, **how)
+            how: Any = {"rho": rho, "lr": lr, "kind": kind, "weigh": weigh}
+            return take_step(state, batch, run, optimizer, method, **how)
 
-        return step
+        return step if self._steps is None else in_turn(step, kind)
 
     def _compile(
         self,
@@ -262,6 +286,9 @@ class CompiledUpdate:
         device: torch.device,
         kind: Hashable,
     ) -> Step:
+        # To count operations, PyTorch hooked all modules.
+        self._standing = self._now_standing()
+        how = with_own_guards(how, lambda: self._standing)
         if self._passes is None or self._passes.plan != plan:
             self._passes = CompiledPasses(self._loss_fn, how, plan)
         if device.type != "cuda":
@@ -282,7 +309,7 @@ class CompiledUpdate:
 
 
 def _attempt(
-    run: Step, plan: Parts, state: TrainState, batch: Batch, *dials: float | Tensor
+    run: Step, plan: Parts, state: TrainState, batch: Batch, *dials: Dials
 ) -> tuple[tuple[TrainState, Metrics] | None, str]:
     """Return what a step gives that was not compiled before, or None and why not."""
     forbidden = nullcontext() if plan == "loss" else disable_saved_tensors_hooks(RECOMPUTES)

@@ -71,6 +71,7 @@ class _Supervised:
         self._model, self._criterion, self._call = model, criterion, call
         self._dtype, self._reshards = dtype, reshard_after_forward
         self.users = criterion, call, model
+        self._before: tuple[Any, ...] | None = None
         self._take_note()
         # By the modes in which a forward pass was watched.
         self._seen: dict[bool, weighing.Weighing] = {}
@@ -156,8 +157,21 @@ class _Supervised:
     def standing(self) -> Lender:
         """Return the same object as long as modules, tensors and hooks are the same."""
         if not self._lender.stands():  # Or moved, cast, frozen since.
-            self._take_note()
+            # Who counts operations hooks all modules for a while.
+            now, self._before = self._before, self._note
+            if now and now[0].stands():
+                self._note = now
+            else:
+                self._take_note()
         return self._lender
+
+    @property
+    def _note(self) -> tuple[Any, ...]:
+        return self._lender, self._hooks, self._params, self._buffers
+
+    @_note.setter
+    def _note(self, note: tuple[Any, ...]) -> None:
+        self._lender, self._hooks, self._params, self._buffers = note
 
     def _take_note(self) -> None:
         require_plain(self._model)

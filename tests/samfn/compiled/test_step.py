@@ -462,6 +462,19 @@ def test_steps_leave_hooks_of_saved_tensors_allowed(traced):
     assert step.plan == "whole"
 
 
+def test_steps_of_one_loss_function_do_not_compile_each_other_anew(traced):
+    model = tiny()
+    state, step, _ = task(model, plan="gradient")
+    loss_fn = step._loss_fn
+    other = samfn.compile_update(loss_fn=loss_fn, optimizer=OPTIMIZER, plan="gradient")
+    made = []
+    for batch in batches(3):
+        counters.clear()
+        state, _ = other(step(state, batch, lr=0.1)[0], batch, lr=0.1)
+        made.append(graphs())
+    assert made == [2, 0, 0]
+
+
 def replace_layer(model):
     torch.manual_seed(7)
     model[1] = nn.Linear(32, 7).double()

@@ -1,0 +1,106 @@
+"""Several steps in one call: batches that are stacked, and dials of their own."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from samfn import checks
+from samfn.batches import VALUES, keyed, rows_of
+from samfn.compiled.plan import Dial, Dials, Step
+from samfn.step import Metrics, TrainState
+from samfn.tree import Batch
+
+
+def in_turn(
+    step: Callable[..., tuple[TrainState, Metrics]], kinds: Sequence[Hashable]
+) -> Step:
+    """Return the function that takes a step of each kind, each on a batch of its own.
+
+    It returns the last state, and the metrics of all, stacked.
+    """
+
+    def several(
+        state: TrainState, batch: Batch, rho: Dials, lr: Dials
+    ) -> tuple[TrainState, Metrics]:
+        seen = []
+        for number, kind in enumerate(kinds):
+            dials = _nth(rho, number), _nth(lr, number)
+            state, metrics = step(state, rows_of(batch, number), *dials, kind)
+            seen.append(metrics)
+        return state, pytree.tree_map(_stacked, *seen)
+
+    return several
+
+
+def require_stacked(batch: Batch, steps: int) -> None:
+    """Raise unless every tensor of a batch has a first dimension of that many steps.
+
+    Raises:
+        ValueError: says what came.
+    """
+    leaves = [x for x in pytree.tree_leaves(keyed(batch)) if not isinstance(x, VALUES)]
+    found = [tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in leaves]
+    if not found or any(not isinstance(x, tuple) or x[:1] != (steps,) for x in found):
+        raise ValueError(
+            f"steps={steps} takes as many batches stacked, as torch.stack does: expected"
+            f" tensors of shape ({steps}, ...), got {', '.join(map(str, found)) or 'none'}"
+        )
+
+
+def require_dials(name: str, value: Any, steps: int | None) -> Dials:
+    """Return one value of a dial for all steps, or one for each: a tensor, or a tuple.
+
+    Args:
+        name: of the dial.
+        value: what was given.
+        steps: how many; None takes a value of a single step.
+
+    Raises:
+        TypeError: it is neither a number nor a tensor, nor a sequence of them.
+        ValueError: there are more values, or fewer; one of them is refused by
+            `checks.require_dial`.
+    """
+    if isinstance(value, Tensor):
+        each = value.ndim == 1
+    elif each := steps is not None and isinstance(value, Iterable):
+        value = tuple(checks.require_dial(name, one) for one in value)
+        if any(isinstance(one, Tensor) for one in value):
+            value = _in_one(value)
+    if steps is None or not each:
+        return checks.require_dial(name, value)
+    if (found := len(value)) != steps:
+        raise ValueError(
+            f"{name} must be one value, or one for each of {steps} steps, got {found}"
+        )
+    dials: Dials = value
+    return dials
+
+
+def with_zeros(value: float | tuple[float, ...], tensor: Tensor) -> Dials:
+    """Return the tensor of a dial, with the numbers that are 0 in it as these."""
+    if value == 0 or (isinstance(value, tuple) and not any(value)):
+        return 0.0
+    if isinstance(value, tuple) and not all(value):
+        pairs = zip(value, tensor.unbind(), strict=True)
+        return tuple(one if number else 0.0 for number, one in pairs)
+    return tensor
+
+
+def _in_one(values: tuple[Dial, ...]) -> Tensor:
+    device = next(one.device for one in values if isinstance(one, Tensor))
+    return torch.stack([torch.as_tensor(one, device=device) for one in values])
+
+
+def _nth(dials: Dials, number: int) -> Dial:
+    each = isinstance(dials, tuple) or (isinstance(dials, Tensor) and dials.ndim > 0)
+    return dials[number] if each else dials
+
+
+def _stacked(*values: Any) -> Any:
+    """Return tensors stacked, and what else there is in a list; of nothing, nothing."""
+    if values[0] is None:
+        return None
+    return torch.stack(values) if isinstance(values[0], Tensor) else [*values]

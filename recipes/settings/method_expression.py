@@ -38,6 +38,13 @@ FUNCTIONS: dict[str, Any] = {
         "perturb_layerwise",
     )
 }
+# Which of them an argument may be, by its name.
+SELECTORS = ("everything", "named_weight")
+FITTING = {
+    "direction": ("preconditioned",),
+    "adapts": SELECTORS,
+    "metric": tuple(n for n in FUNCTIONS if n not in ("preconditioned", *SELECTORS)),
+}
 
 
 def parse(text: str, *, steps: int, norm_layers: Sequence[str]) -> samfn.Method:
@@ -87,12 +94,14 @@ def gradients(text: str) -> float | None:
 
 def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
     match node:
+        case ast.Constant(value=int() | float() as value) if value >= 2**63:
+            raise ValueError("expected numbers of at most 64 bits in it")
         case ast.Constant(value=int() | float() | str() as value):
             return value
         case ast.UnaryOp(
-            op=ast.USub(), operand=ast.Constant(value=int() | float() as value)
+            op=ast.USub(), operand=ast.Constant(value=int() | float()) as operand
         ):
-            return -value
+            return -_value(operand, known)
         case ast.List(elts=parts) | ast.Tuple(elts=parts):
             return [_value(part, known) for part in parts]
         case ast.Name(id=name) if name in known:
@@ -109,9 +118,13 @@ def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
 def _call(
     name: str, args: list[Any], named: dict[str, Any], known: Mapping[str, Any]
 ) -> samfn.Method:
-    parameters = inspect.signature(MAKERS[name]).parameters
-    if next(iter(parameters), None) == "steps" and not args:
+    signature = inspect.signature(MAKERS[name])
+    if next(iter(signature.parameters), None) == "steps" and not args:
         named = {"steps": known["steps"], **named}
+    for argument, value in signature.bind_partial(*args, **named).arguments.items():
+        fitting = FITTING.get(argument)
+        if fitting and not any(value is FUNCTIONS[choice] for choice in fitting):
+            raise ValueError(f"{name}: expected {argument} to be {' or '.join(fitting)}")
     return MAKERS[name](*args, **named)
 
 

@@ -126,7 +126,10 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         require_bounded(optimizer, method.beside)
     except ValueError as error:
         raise ConfigError(f"--clip-norm: {error}") from error
-    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    try:
+        state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    except ValueError as error:  # It names parameters that the network does not have.
+        raise ConfigError(f"--method: {error}") from error
     dtype = DTYPES[config.arithmetic.precision]
     loss_fn = _loss_fn(descent, model, dtype)
     sharing, mesh = _sharing(config, device)

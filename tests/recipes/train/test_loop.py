@@ -677,3 +677,8 @@ def test_images_are_shifted_by_no_more_than_their_side(padding, most):
     assert next(augmented(task, 0))[0].shape[2:] == (8, 8)
     with pytest.raises(ConfigError, match=f"--crop-padding: .* at most {most}, .* got"):
         task_of(*flags, str(most + 1))
+
+
+def test_a_method_of_parameters_that_are_not_there_is_an_error_of_its_flag():
+    with pytest.raises(ConfigError, match=r"--method: on_parameters: 'fc\.\*' is none of"):
+        task_of("--method", "on_parameters(sam, 'fc.*')")

@@ -79,7 +79,7 @@ def require_dials(name: str, value: Any, steps: int | None) -> Dials:
     return dials
 
 
-def with_zeros(value: float | tuple[float, ...], tensor: Tensor) -> Dials:
+def with_zeros(value: float | tuple[Dial, ...], tensor: Tensor) -> Dials:
     """Return the tensor of a dial, with the numbers that are 0 in it as these."""
     if value == 0 or (isinstance(value, tuple) and not any(value)):
         return 0.0
@@ -95,8 +95,9 @@ def _in_one(values: tuple[Dial, ...]) -> Tensor:
 
 
 def _nth(dials: Dials, number: int) -> Dial:
-    each = isinstance(dials, tuple) or (isinstance(dials, Tensor) and dials.ndim > 0)
-    return dials[number] if each else dials
+    if isinstance(dials, tuple):
+        return dials[number]
+    return dials[number] if isinstance(dials, Tensor) and dials.ndim else dials
 
 
 def _stacked(*values: Any) -> Any:

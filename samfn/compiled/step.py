@@ -259,7 +259,7 @@ class CompiledUpdate:
 
     def _eager(
         self,
-        kind: Hashable,
+        kind: Any,
         passes: Evaluate | None = None,
         optimizer: Optimizer | None = None,
     ) -> Step:

@@ -57,6 +57,9 @@ UNSEEN = (
 )
 
 
+_Note = tuple[Lender, dict[str, list[Any]], dict[str, Tensor], dict[str, Tensor]]
+
+
 class _Supervised:
     """What makes the functions of `supervised`: a model that lends its forward pass."""
 
@@ -71,7 +74,7 @@ class _Supervised:
         self._model, self._criterion, self._call = model, criterion, call
         self._dtype, self._reshards = dtype, reshard_after_forward
         self.users = criterion, call, model
-        self._before: tuple[Any, ...] | None = None
+        self._before: _Note | None = None
         self._take_note()
         # By the modes in which a forward pass was watched.
         self._seen: dict[bool, weighing.Weighing] = {}
@@ -166,11 +169,11 @@ class _Supervised:
         return self._lender
 
     @property
-    def _note(self) -> tuple[Any, ...]:
+    def _note(self) -> _Note:
         return self._lender, self._hooks, self._params, self._buffers
 
     @_note.setter
-    def _note(self, note: tuple[Any, ...]) -> None:
+    def _note(self, note: _Note) -> None:
         self._lender, self._hooks, self._params, self._buffers = note
 
     def _take_note(self) -> None:

@@ -25,7 +25,8 @@ def ranking(
     )
     kinds = (("best epoch", best, GREY, "D", "none"), ("last epoch", last, BLUE, "o", BLUE))
     for name, values, colour, marker, fill in kinds:
-        means = [sum(values[label]) / len(values[label]) for label in labels]
+        # Of equal values it is exactly theirs, which a quotient of the sum may not be.
+        means = [statistics.mean(values[label]) for label in labels]
         ends = [
             [mean - min(values[label]) for label, mean in zip(labels, means, strict=True)],
             [max(values[label]) - mean for label, mean in zip(labels, means, strict=True)],

@@ -253,9 +253,13 @@ def side_by_side(
         for heading, columns in tables.items()
     }
     if differ := differing([group.runs[0] for group in groups]):
-        rows = [[key, *map(plain, values)] for key, values in differ.items()]
-        heads = ["setting", *(group.name for group in groups)]
-        parts["settings"] = explained["settings"], (heads, rows)
+        rows = [
+            ["setting", *(group.name for group in groups)],
+            *([key, *map(plain, values)] for key, values in differ.items()),
+        ]
+        if len(groups) > len(plots.COLOURS):  # Columns would be too many.
+            rows = [[*row] for row in zip(*rows, strict=True)]
+        parts["settings"] = explained["settings"], (rows[0], rows[1:])
     remarks = remarks_of(groups, notes)
     tasks = sorted({f"{group.config.data}, {group.config.model}" for group in groups})
     picture = partial(draw, groups, title or "; ".join(tasks), times="cost" in tables)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from recipes import arms
+from recipes import arms, plots
 from recipes.study.groups import Spread, percent
 from recipes.train.directory import RunDirectory
 
@@ -75,3 +75,10 @@ def test_a_default_of_its_own_has_the_help_of_all_studies_as_one_paragraph(
         arms.main(["--help"])
     text = "Runs of this study that it holds are not run again. (default: runs/arms)"
     assert text in capsys.readouterr().out
+
+
+def test_runs_that_ended_alike_are_drawn_though_their_sum_is_rounded(tmp_path):
+    alike = {"a": [97.63774618976615] * 3, "b": [98.0, 99.0]}
+    assert sum(alike["a"]) / 3 < 97.63774618976615
+    plots.ranking(alike, alike, tmp_path / "x.png", "")
+    assert (tmp_path / "x.png").exists()

@@ -230,3 +230,17 @@ def test_p_is_that_of_differences_between_runs_of_one_seed():
     page = report.side_by_side([first, other], report.TABLES)
     columns, rows = page.parts["accuracy"][1]
     assert [row[columns.index("p")] for row in rows] == ["-", "0.074"]
+
+
+@pytest.mark.parametrize("count", [len(plots.COLOURS), len(plots.COLOURS) + 1])
+def test_settings_of_many_rows_stand_in_rows_of_their_own(count):
+    rhos = [f"0.{number + 1}" for number in range(count)]
+    rows = [{"test_accuracy": 90.0}]
+    groups = [group(f"at {rho}", [*FLAGS, "--rho", rho], [rows]) for rho in rhos]
+    columns, table = report.side_by_side(groups, report.TABLES).parts["settings"][1]
+    if count > len(plots.COLOURS):
+        assert columns == ["setting", "rho"]
+        assert table == [[f"at {rho}", rho] for rho in rhos]
+    else:
+        assert columns == ["setting", *(f"at {rho}" for rho in rhos)]
+        assert table == [["rho", *rhos]]

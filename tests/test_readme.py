@@ -333,15 +333,30 @@ def test_what_checkpoints_cost_is_that_of_the_report():
     assert [float(said[1]), float(said[2])] == costs
 
 
+LAST = "sam, last 30 %"
+
+
 def test_the_comparisons_of_methods_are_of_all_that_are_one():
-    found = reports("methods_digits") | reports("methods_cifar10")
-    assert len(found) == 2
-    later = re.search(r"Not compared yet: ([^.]*)\.", PAGES["samfn/methods/README.md"])
-    missing = set(re.findall(r"`(\w+)`", later[1])) if later else set()
-    for text in found.values():
-        arms = {line[0].partition("(")[0] for line in map(cells, text.splitlines()) if line}
+    page = PAGES["samfn/methods/README.md"]
+    later = re.search(r"Not compared on\s+CIFAR-10: ([^.]*)\.", page)
+    missing = set(re.findall(r"`(\w+)`", later[1]))
+    for name, expected in (("methods_digits", set()), ("methods_cifar10", missing)):
+        (text,) = reports(name).values()
+        rows = [line for line in map(cells, text.splitlines()) if line]
+        arms = {line[0].partition("(")[0] for line in rows}
         same = {"accumulated", "same_randomness", "loss_scaled"}  # SAM's own step.
-        assert MAKERS.keys() - same - arms == missing
+        assert MAKERS.keys() - same - arms == expected
+        if not expected:  # What the page says of it.
+            runs = [line for line in rows if len(line) > 5 and "±" in line[3]]
+            ends = {line[0]: float(line[3].split()[0]) for line in runs}
+            others = sorted(v for k, v in ends.items() if k not in ("SGD", "sam", LAST))
+            found = [ends["SGD"], ends["sam"], ends[LAST], others[0], others[-1]]
+            said = re.search(
+                r"SGD ends at ([\d.]+) %, SAM at ([\d.]+), .*? at ([\d.]+), .*? at ([\d.]+)"
+                r" to ([\d.]+)",
+                " ".join(page.split()),
+            )
+            assert [*map(float, said.groups())] == [round(number, 1) for number in found]
 
 
 def test_what_the_table_of_features_claims_is_tested():

@@ -23,8 +23,8 @@ from samfn.tree import Batch, any_sharded, is_sharded
 
 Parts = Literal["whole", "gradient", "loss"]
 Plan = Literal["auto", "whole", "gradient", "loss"]
-Dial = float | Tensor
-Dials = Dial | tuple[Dial, ...]  # One for all steps of a call, or one for each.
+Dials = float | Tensor | tuple[float | Tensor, ...]
+"""Of a dial: one value for all steps of a call, or one for each."""
 Step = Callable[..., tuple[TrainState, Metrics]]
 """(state, batch, rho, lr) -> (new state, metrics)."""
 

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from samfn import checks
 from samfn.batches import VALUES, keyed, rows_of
-from samfn.compiled.plan import Dial, Dials, Step
+from samfn.compiled.plan import Dials, Step
 from samfn.step import Metrics, TrainState
 from samfn.tree import Batch
 
@@ -79,7 +79,7 @@ def require_dials(name: str, value: Any, steps: int | None) -> Dials:
     return dials
 
 
-def with_zeros(value: float | tuple[Dial, ...], tensor: Tensor) -> Dials:
+def with_zeros(value: float | tuple[float | Tensor, ...], tensor: Tensor) -> Dials:
     """Return the tensor of a dial, with the numbers that are 0 in it as these."""
     if value == 0 or (isinstance(value, tuple) and not any(value)):
         return 0.0
@@ -89,12 +89,12 @@ def with_zeros(value: float | tuple[Dial, ...], tensor: Tensor) -> Dials:
     return tensor
 
 
-def _in_one(values: tuple[Dial, ...]) -> Tensor:
+def _in_one(values: tuple[float | Tensor, ...]) -> Tensor:
     device = next(one.device for one in values if isinstance(one, Tensor))
     return torch.stack([torch.as_tensor(one, device=device) for one in values])
 
 
-def _nth(dials: Dials, number: int) -> Dial:
+def _nth(dials: Dials, number: int) -> float | Tensor:
     if isinstance(dials, tuple):
         return dials[number]
     return dials[number] if isinstance(dials, Tensor) and dials.ndim else dials

@@ -68,7 +68,9 @@ EXPRESSIONS = {
 METHODS = [
     text for name in method_expression.MAKERS for text in EXPRESSIONS.get(name, (name,))
 ]
-BASELINE = "SGD"
+# What it cannot name: the methods of another loss, and another optimizer without a method.
+OF_A_LOSS = {"ascent_on(sam)": samfn.ascent_on, "on_loss(sam)": samfn.on_loss}
+BASELINE, MUON = "SGD", "muon"
 LONGEST = 60  # steps after which a method has come round
 
 
@@ -184,19 +186,28 @@ class Stepper:
     def __init__(
         self, network: Network, precision: str, method: str, *, watch: bool = False
     ) -> None:
-        text = "sam" if method == BASELINE else method
+        plain = method in (BASELINE, MUON)
+        text = "sam" if plain or method in OF_A_LOSS else method
         names = samfn.norm_parameters(network.model)
         made = method_expression.parse(text, steps=1000, norm_layers=names)
+        if around := OF_A_LOSS.get(method):
+            smooth = partial(F.cross_entropy, label_smoothing=0.1)
+            other = samfn.supervised(network.model, smooth, dtype=DTYPES[precision])
+            made = around(made, other)
         if watch:
             made = samfn.watched(made)
         criterion = partial(F.cross_entropy, reduction="none")
         loss_fn = samfn.supervised(network.model, criterion, dtype=DTYPES[precision])
         optimizer = samfn.sgd(MOMENTUM, weight_decay=WEIGHT_DECAY)
+        if method == MUON:
+            params, _ = samfn.split(network.model)
+            vectors = [name for name, weight in params.items() if weight.ndim < 2]
+            optimizer = samfn.grouped(samfn.muon(), (vectors, optimizer))
         common: dict[str, Any] = {"optimizer": optimizer, "method": made}
         self._state = samfn.init(*samfn.split(network.model), **common)
         self._update = samfn.compile_update(loss_fn=loss_fn, **common)
         self._batch = network.inputs, network.targets
-        self._rho = 0.0 if method == BASELINE else RHO
+        self._rho = 0.0 if plain else RHO
         meter = LayerMeter(len(self._state.params), network.inputs.device)
         self._watcher = meter if watch else None
         self.period = period(made)
@@ -285,7 +296,7 @@ class Methods(Apart):
         """Time the methods."""
         network, precision = load(case)
         made = {}
-        for name in (BASELINE, *(self.method or METHODS)):
+        for name in (BASELINE, *(self.method or (*METHODS, *OF_A_LOSS, MUON))):
             made[name] = Stepper(network, precision, name)
             measure.timed(made[name].step, 2)  # Compiles.
         turns: dict[str, Callable[[], Any]] = {}

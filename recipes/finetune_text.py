@@ -452,8 +452,7 @@ def perturbed(task: Task) -> str:
     settings = task.settings
     if settings.rho == 0 or settings.sam_last == 1:
         return ""
-    start = schedules.tail_start(task.steps, task.settings.sam_last)
-    return late(start, task.steps)
+    return late(schedules.tail_start(task.steps, settings.sam_last), task.steps)
 
 
 def describe(task: Task) -> dict[str, str]:

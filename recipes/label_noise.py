@@ -145,7 +145,7 @@ def page(settings: Settings, groups: Sequence[Group]) -> Page:
     found = found_of(settings, groups)
     if any(len(method.rhos) > 1 for method in found):
         text += f" Of several ρ, each noise has the best by {judge(groups[0].config)}."
-    parts = {"accuracy": (text.replace(",.", "."), table(found))}
+    parts = {"accuracy": (text, table(found))}
     return Page(title, groups, parts, partial(draw, found, title))
 
 

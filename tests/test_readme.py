@@ -357,6 +357,7 @@ def test_the_comparisons_of_methods_are_of_all_that_are_one():
                 " ".join(page.split()),
             )
             assert [*map(float, said.groups())] == [round(number, 1) for number in found]
+            assert all(float(line[5]) < 0.02 for line in runs[1:])
 
 
 def test_what_the_table_of_features_claims_is_tested():

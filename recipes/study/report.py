@@ -112,8 +112,8 @@ def _usual(name: str) -> Value:
 EXPLAINED = {
     "accuracy": "Test accuracy, mean ± standard deviation of the runs of a row; the best"
     " epoch is chosen by the set that the last column names. p is that of a t-test of the"
-    " last epoch against the first row, paired by seeds, two-sided. Training is what the"
-    " last epoch had on its images as they were, with augmentation and wrong labels.",
+    " last epoch against the first row, paired by seeds, two-sided. Loss and accuracy of"
+    " training are those of the last epoch, with its augmentation and wrong labels.",
     "cost": "Median over the epochs of a run, or mean where SAM begins late, of training"
     " without evaluation.",
     "settings": "Those that differ, but for the seed.",
@@ -142,8 +142,7 @@ def judge(config: Config) -> str:
     """Return the set that chooses epochs, and the best of several runs."""
     if chosen_by(config) == "test":
         return "the test set itself, which flatters"
-    wrong = ", with wrong labels," * config.images.noisy_validation
-    return f"the validation set{wrong}"
+    return "the validation set" + " with wrong labels" * config.images.noisy_validation
 
 
 def about(groups: Sequence[Group]) -> str:
@@ -179,7 +178,10 @@ def ratio(group: Group, first: Group) -> str:
 
 
 def paired(group: Group, first: Group) -> str:
-    """Return p of the difference of last epochs from the first row, over common seeds."""
+    """Return p of the difference of last epochs from the first row, over common seeds.
+
+    There is none of fewer than two seeds, nor where all differ by the same.
+    """
     one, base = (
         {
             run.config.seed: value

@@ -3,10 +3,13 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
 
+import samfn
 from bench import candidates, cost, gpu, measure, scaling
 from bench.candidates import Samfn
 from bench.networks import build
@@ -62,6 +65,21 @@ def test_methods_are_timed_and_their_memory_measured_beside_sgd(tmp_path):
     assert [plain["method"], plain["of SGD"]] == ["SGD", 1]
     assert [method["method"], method["of SGD"] > 1] == ["looksam(k=2)", True]
     assert {"ms", "of SGD", "peak MiB"} <= plain.keys() & method.keys()
+
+
+def test_what_the_recipe_cannot_name_is_a_step_of_its_own(monkeypatch):
+    def eagerly(**given):
+        return partial(samfn.sam_update, **given)
+
+    monkeypatch.setattr(samfn, "compile_update", eagerly)
+    names = ("SGD", "muon", "sam", "ascent_on(sam)", "on_loss(sam)")
+    ends = []
+    for name in names:
+        stepper = cost.Stepper(build("mlp-small", 4), "float32", name)
+        stepper.step()
+        ends.append(torch.cat([w.flatten() for w in stepper._state.params.values()]))
+    for one, other in combinations(ends, 2):
+        assert not torch.equal(one, other)
 
 
 @pytest.mark.slow

@@ -244,3 +244,12 @@ def test_settings_of_many_rows_stand_in_rows_of_their_own(count):
     else:
         assert columns == ["setting", *(f"at {rho}" for rho in rhos)]
         assert table == [["rho", *rhos]]
+
+
+def test_who_judges_is_told_with_what_is_wrong_about_it():
+    config = configure(FLAGS)
+    assert report.judge(config) == "the test set itself, which flatters"
+    held = config.replace(validation=0.1)
+    assert report.judge(held) == "the validation set"
+    noisy = held.replace(noisy_validation=True)
+    assert report.judge(noisy) == "the validation set with wrong labels"

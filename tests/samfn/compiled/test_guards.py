@@ -1,6 +1,7 @@
 """A step is compiled anew for all that its graph takes for granted."""
 
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.testing import assert_close
 
 import samfn
+from samfn.compiled import guards
 from samfn.compiled.guards import with_own_guards
 
 FACTOR = 1.0
@@ -205,3 +207,41 @@ def test_guards_of_samfn_itself_are_left_out_and_those_of_users_are_not():
     assert any("alpha" in name for name in names[True])
     assert any("state.params" in name for name in names[True])
     assert not any("FACTOR" in name or "alpha" in name for name in names[False])
+    # Nobody compares the notes of a loss function that is not asked.
+    others = with_own_guards({}, list)["options"]["guard_filter_fn"]
+    names.clear()
+    options["guard_filter_fn"] = others
+    case.step = samfn.compile_update(**case.given, plan="whole", **how)
+    case.makes_a_graph()
+    assert any("take_step" in name for name in names[False])
+    assert any("_lender.places" in name for name in names[True])
+
+
+def test_functions_of_pytorch_that_samfn_names_keep_their_guards():
+    class Guard(NamedTuple):
+        name: str
+        value: object = torch.sqrt
+        guard_type: str = "ID_MATCH"
+        is_global: bool = True
+
+    keep = with_own_guards({}, list)["options"]["guard_filter_fn"]
+    own = "G['__import_samfn_dot_tree']"
+    found = keep(
+        [Guard(f"{own}.norm"), Guard(f"{own}.torch.sqrt"), Guard("G['take_step']")]
+    )
+    assert found == [False, True, False]
+
+
+@pytest.mark.slow
+def test_a_compiled_step_leaves_out_its_own_guards(monkeypatch):
+    seen = []
+
+    def watching(guard):
+        seen.append(of_code(guard))
+        return seen[-1]
+
+    of_code = guards._is_of_code
+    monkeypatch.setattr(guards, "_is_of_code", watching)
+    Case("whole").makes_a_graph()
+    assert True in seen
+    assert False in seen

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import samfn
 from samfn.compiled import guards
+from samfn.compiled import step as step_module
 from samfn.compiled.guards import with_own_guards
 
 FACTOR = 1.0
@@ -214,7 +215,7 @@ def test_guards_of_samfn_itself_are_left_out_and_those_of_users_are_not():
     case.step = samfn.compile_update(**case.given, plan="whole", **how)
     case.makes_a_graph()
     assert any("take_step" in name for name in names[False])
-    assert any("_lender.places" in name for name in names[True])
+    assert not any("_lender.places" in name for name in names[False])
 
 
 def test_functions_of_pytorch_that_samfn_names_keep_their_guards():
@@ -245,3 +246,18 @@ def test_a_compiled_step_leaves_out_its_own_guards(monkeypatch):
     Case("whole").makes_a_graph()
     assert True in seen
     assert False in seen
+
+
+@pytest.mark.filterwarnings("ignore:samfn goes on uncompiled")
+def test_a_dial_that_was_kept_is_made_anew_for_weights_of_another_dtype(monkeypatch):
+    monkeypatch.setattr(step_module, "missing_compiler", lambda *given: "found none")
+
+    def loss_fn(params, buffers, batch):
+        return (params["w"] * batch).sum()
+
+    step = samfn.compile_update(loss_fn=loss_fn, optimizer=samfn.sgd())
+    for dtype in (torch.float32, torch.float64):
+        start = {"w": torch.zeros(2, dtype=dtype)}
+        state = samfn.init(start, {}, optimizer=samfn.sgd())
+        state, _ = step(state, torch.ones(2, dtype=dtype), lr=0.1)
+        assert_close(state.params["w"], torch.full((2,), -0.1, dtype=dtype), rtol=0, atol=0)

@@ -332,7 +332,9 @@ def gathered(again):
 
 def test_a_layer_is_whole_while_it_is_in_use_or_is_kept_if_that_is_wished():
     for peak, counts in on_ranks(2, gathered, True):
-        assert peak <= 2
+        # One that is in use and the next; each of gloo's two threads keeps its last
+        # result until it takes up another.
+        assert peak <= 2 + 2
         # The first layer's weight is not read in the backward pass.
         assert counts["all_gather_into_tensor"] == 2 * (10 + 9)
         assert counts["reduce_scatter_tensor"] == 2 * 10

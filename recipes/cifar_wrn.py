@@ -2,7 +2,7 @@
 
     python -m recipes.cifar_wrn --rho 0.05                  # whatever this machine has
     python -m recipes.cifar_wrn --rho 0                     # the same with plain SGD
-    python -m recipes.cifar_wrn --data digits --label-noise 0.4 --rho 0.2
+    python -m recipes.cifar_wrn --preset digits-noise --rho 0.2
     python -m recipes.cifar_wrn --data-dir my-images        # train/<class>/*, test/...
     python -m recipes.cifar_wrn --preset foret2021          # WRN-28-10, on a GPU
     torchrun --nproc-per-node 8 -m recipes.cifar_wrn --preset foret2021

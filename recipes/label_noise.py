@@ -1,6 +1,6 @@
 """Train with wrong labels, with several methods and seeds: who learns them by heart?
 
-    python -m recipes.label_noise -- --data digits
+    python -m recipes.label_noise -- --preset digits-noise
     python -m recipes.label_noise --noise 0 0.4 --methods sgd "sam 0.1 0.2" "asam 2"
 
 Flags of recipes.cifar_wrn, for all runs, follow the lone --. The same command goes on where

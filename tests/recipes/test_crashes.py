@@ -305,11 +305,11 @@ def test_a_checkpoint_knows_the_settings_it_was_made_with(tmp_path, capsys):
     run = tmp_path / "run"
     assert train(run, "--save-steps", "5") == 0
     older, config = RunDirectory(run).checkpoints().paths()[0], run / "config.toml"
-    config.write_text(config.read_text().replace("lr = 0.1", "lr = 0.2"))
+    config.write_text(config.read_text().replace("lr = 0.2", "lr = 0.3"))
     for path in (run, older):
         assert main(["--resume", str(path)]) == 2
         said = " ".join(capsys.readouterr().err.split())
-        assert "lr was 0.1, is now 0.2; --resume-override" in said
+        assert "lr was 0.2, is now 0.3; --resume-override" in said
     assert not list(run.rglob("*.superseded"))
     assert main(["--resume", str(run), "--resume-override"]) == 0
 

@@ -190,7 +190,7 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tmp_path, c
     train(run)
     before = tensors(run)
     assert main(["--resume", str(run), "--lr", "0.3", "--rho", "1"]) == 2
-    assert "lr was 0.1, is now 0.3; rho was 0.05, is now 1.0" in capsys.readouterr().err
+    assert "lr was 0.2, is now 0.3; rho was 0.05, is now 1.0" in capsys.readouterr().err
     assert equal(before, tensors(run))
 
 
@@ -233,7 +233,7 @@ def test_one_command_begins_a_run_goes_on_with_it_and_shows_its_end(
     assert train(parts, *flags) == 0
     out = capsys.readouterr().out
     assert "resuming after 1 epochs and 4 steps" in out
-    assert "batch 128, AdamW, lr 0.1 cosine" in " ".join(out.split())
+    assert "batch 128, AdamW, lr 0.2 cosine" in " ".join(out.split())
     assert "try plain AdamW" in out
     assert equal(tensors(whole), tensors(parts))
     before = (parts / "metrics.jsonl").read_bytes()
@@ -296,9 +296,9 @@ def test_an_epoch_that_was_recorded_but_not_saved_is_recorded_once(tmp_path, mon
 
 
 OPTIONS = {
-    "--policy autoaugment --schedule polynomial": {"lr": 0.1 * (1 / 44) ** 0.9},
-    "--policy trivialaugment --schedule one-cycle": {"lr": 0.1 / 25 / 1e4},
-    "--mixup-alpha 0.2 --schedule step --milestones 1": {"lr": 0.02},
+    "--policy autoaugment --schedule polynomial": {"lr": 0.2 * (1 / 44) ** 0.9},
+    "--policy trivialaugment --schedule one-cycle": {"lr": 0.2 / 25 / 1e4},
+    "--mixup-alpha 0.2 --schedule step --milestones 1": {"lr": 0.04},
     "--cutmix-alpha 1 --rho-schedule linear --rho-final 0.006": {"rho": 0.007},
     "--mixup-alpha 0.2 --cutmix-alpha 1 --method esam --label-smoothing 0.1"
     " --schedule step --rho-schedule proportional": {"rho": 0.05 * 0.2**3},

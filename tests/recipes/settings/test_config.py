@@ -385,6 +385,7 @@ def test_a_file_of_an_older_version_is_read():
     expected = Config.of(
         PRESETS["digits"]
         | {"preset": "none", "precision": "float32", "device": "cpu", "schedule": "step"}
+        | {"epochs": 80, "lr": 0.1}  # The preset's then.
         | {"milestones": (10, 20), "ema_decay": 0.9, "log": ("tensorboard",)}
     )
     found = read_toml(ROOT / "tests" / "corpus" / "config_2026-11-26.toml")
@@ -441,7 +442,7 @@ def test_a_run_is_resumed_with_its_own_settings(run):
     [
         (
             "--lr 0.3 --rho 0.5",
-            "other settings: lr was 0.1, is now 0.3; rho was 0.05, is now 0.5; --resume-o",
+            "other settings: lr was 0.2, is now 0.3; rho was 0.05, is now 0.5; --resume-o",
         ),
         (
             "--mixup-alpha 1 --policy autoaugment --rho-schedule linear",
@@ -503,7 +504,7 @@ def test_a_command_that_resumes_by_itself_can_be_given_again(again):
 
 def test_a_command_that_resumes_by_itself_keeps_the_rules_of_resuming(again):
     command, run, _ = again
-    with pytest.raises(ConfigError, match=r"other settings: lr was 0\.1, is now 0\.3"):
+    with pytest.raises(ConfigError, match=r"other settings: lr was 0\.2, is now 0\.3"):
         configure([*command, "--lr", "0.3"])
     assert configure([*command, "--lr", "0.3", "--resume-override"]).lr == 0.3
     with pytest.raises(ConfigError, match="go on so: seed was 0, is now 5"):
@@ -618,7 +619,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("--cutmix-alpha inf", "--cutmix-alpha: expected a finite number of at least 0"),
         ("--rho-final -1 --rho-schedule linear", "--rho-final: expected a finite number"),
         ("--rho-final 0.1", "--rho-final: expected --rho-schedule linear or proportional"),
-        ("--lr-final 0.2", "--lr-final: expected 0 to --lr, got 0.2"),
+        ("--lr-final 0.3", "--lr-final: expected 0 to --lr, got 0.3"),
         ("--lr-final nan", "--lr-final: expected 0 to --lr, got nan"),
         (
             "--lr-final 0.01 --schedule step",

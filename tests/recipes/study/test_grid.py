@@ -216,7 +216,7 @@ def test_a_signal_between_runs_ends_a_study_too(whole, capsys):
 
 def test_a_run_of_other_settings_is_refused_before_anything_is_run(whole, runs):
     other = [("new", CONFIG), *((k, replace(v, lr=0.3)) for k, v in ARMS)]
-    named = r"sgd-seed0 holds a run of other settings: lr was 0\.1, is now 0\.3; move"
+    named = r"sgd-seed0 holds a run of other settings: lr was 0\.2, is now 0\.3; move"
     with pytest.raises(ConfigError, match=named):
         conduct(other, whole[0])
     assert runs == []

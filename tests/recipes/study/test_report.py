@@ -123,7 +123,7 @@ def test_what_diverged_is_in_no_mean_and_told():
     assert lines[1][:5] == [
         "b",
         "2: seeds 0, 1; 1 diverged",
-        "0 to 1 of 80",
+        "0 to 1 of 16",
         "90.00",
         "90.00",
     ]

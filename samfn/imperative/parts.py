@@ -108,5 +108,7 @@ def require_agreement(found: Tensor, parameters: Iterable[Any]) -> None:
             raise RuntimeError(
                 f"GradScaler found a gradient of inf or NaN on {some} of {count} ranks:"
                 " it asks the ranks that hold parts of the first parameter of a device, so"
-                " let the first be one that is cut along all dimensions of the mesh"
+                " let the first be one that is cut along all dimensions of the mesh, or let"
+                " torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler unscale_ the"
+                " gradients, which asks all"
             )

@@ -26,9 +26,9 @@ from tests.ranks import on_ranks
 DIGITS = ("--data", "digits", "--batch-size", "128", "--seed", "3")
 
 
-def start(output, *flags, restarts=0):
-    """Start the recipe on two ranks."""
-    own = ("--nproc-per-node=2", f"--max-restarts={restarts}", "-m")
+def start(output, *flags, restarts=0, ranks=2):
+    """Start the recipe on several ranks."""
+    own = (f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "-m")
     # torchrun takes --monitor for one of its own that begins so, but for the --.
     return torchrun(
         *own, "--", "recipes.cifar_wrn", *DIGITS, "--output", str(output), *flags
@@ -265,6 +265,17 @@ def test_a_state_in_parts_is_trained_written_whole_and_goes_on_anywhere(tmp_path
     assert cifar_wrn.main(["--resume", str(alone), *other]) == 0
     for name, leaf in model(alone).items():  # after two steps of many roundings
         torch.testing.assert_close(leaf, before[name], rtol=1e-2, atol=1e-3)
+
+
+def test_copies_of_parts_take_the_steps_of_one_process(tmp_path):
+    output, alone = tmp_path / "copies", tmp_path / "alone"
+    said = run(output, *PARTS, "--placement", "hsdp:2", ranks=4)
+    assert "placement hsdp:2: a perturbation for each m = 1400 of 1400 images" in said
+    method = 'accumulated(sam, 350, statistics="averaged")'
+    how = *DIGITS, *PARTS, "--method", method, "--output", str(alone)
+    assert cifar_wrn.main([*how]) == 0
+    for name, leaf in model(alone).items():
+        torch.testing.assert_close(leaf, model(output)[name], rtol=1e-2, atol=1e-3)
 
 
 def sums_that_go_on():

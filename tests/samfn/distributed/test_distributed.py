@@ -64,7 +64,10 @@ METHODS = {
     "on_loss": samfn.on_loss(samfn.sam(), other),
 }
 PLACEMENTS = {2: ["replica", "global"], 4: ["replica", "group:2", "global"]}
-SHARDED = ["sam", "asam", "gsam", "looksam", "wsam", "on_parameters", "loss_scaled"]
+SHARDED = [
+    *("sam", "asam", "gsam", "looksam", "friendly_sam", "fisher_sam", "wsam"),
+    *("on_parameters", "loss_scaled"),
+]
 
 
 criterion = nn.CrossEntropyLoss(reduction="none")

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -69,10 +70,12 @@ SGD = samfn.sgd(0.9, weight_decay=1e-2)
 criterion = nn.CrossEntropyLoss(reduction="none")
 
 
-def network(dtype=torch.float32):
+def network(dtype=torch.float32, normed=False):
     torch.manual_seed(0)
     # More rows than ranks, fewer, and a number that they do not divide.
-    layers = nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3), nn.Tanh(), nn.Linear(3, 5)
+    layers = [nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3), nn.Tanh(), nn.Linear(3, 5)]
+    if normed:
+        layers.insert(1, nn.BatchNorm1d(9))
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -99,25 +102,32 @@ def difference(found, expected):
 
 def both(model, method, batch, *, optimizer=SGD, steps=STEPS, mesh=None, alone=None, **how):
     """Train on one process and on all ranks; return states, whole, and last metrics."""
-    loss_fn = samfn.supervised(model, criterion, **how)
     start = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
-    given = {"loss_fn": loss_fn, "optimizer": optimizer, "rho": 0.05, "lr": 0.1}
+    given = {"optimizer": optimizer, "rho": 0.05, "lr": 0.1}
     found = []
-    for state, own, used in (
-        (start, in_turn(batch), alone or method),
-        (distributed.shard(start, mesh), distributed.share(batch), method),
+    for state, own, used, net in (
+        (start, in_turn(batch), alone or method, model),
+        (
+            distributed.shard(start, mesh),
+            distributed.share(batch),
+            method,
+            distributed.synchronised(model),  # Where there is no BatchNorm, a copy.
+        ),
     ):
+        loss_fn = samfn.supervised(net, criterion, **how)
         torch.manual_seed(0)
         for _ in range(steps):
-            state, metrics = samfn.sam_update(state, own, method=used, **given)
+            state, metrics = samfn.sam_update(
+                state, own, loss_fn=loss_fn, method=used, **given
+            )
         found.append((distributed.gather(state), metrics))
     return found
 
 
-def compared(names, dims, dtype, steps=STEPS):
+def compared(names, dims, dtype, steps=STEPS, normed=False):
     """On a rank: how far steps of methods are from those of one process."""
     mesh, found = init_device_mesh("cpu", dims), {}
-    model, batch = network(dtype), examples(dtype)
+    model, batch = network(dtype, normed), examples(dtype)
     for name in names:
         method = {**METHODS, **OTHERS}[name] or samfn.per_micro_batch(samfn.sam(), PART)
         alone = None
@@ -126,6 +136,9 @@ def compared(names, dims, dtype, steps=STEPS):
         how = {"mesh": mesh, "alone": alone, "steps": steps}
         (one, seen), (all_, told) = both(model, method, batch, **how)
         found[name] = difference(all_.params, one.params)
+        if normed:
+            statistics = {n: b for n, b in one.buffers.items() if b.is_floating_point()}
+            found[name, "statistics"] = difference(all_.buffers, statistics)
         for field in ("loss", "grad_norm", "perturbation_norm", "descent_norm"):
             torch.testing.assert_close(getattr(told, field), getattr(seen, field))
         if told.layers is not None:
@@ -139,13 +152,35 @@ BARS = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 @pytest.mark.parametrize(
     ("dims", "dtypes"),
-    [((2,), [*BARS]), ((4,), [torch.float64]), ((2, 2), [torch.float32])],
+    [((2,), BARS), ((1, 2), [torch.float64]), ((4,), BARS), ((2, 2), BARS)],
 )
 def test_a_sharded_state_takes_the_steps_of_one_process(dims, dtypes):
     for dtype in dtypes:
         ranks = torch.Size(dims).numel()
         for found in on_ranks(ranks, compared, [*METHODS], dims, dtype):
-            assert max(found.values()) <= BARS[dtype], found
+            for name, apart in found.items():
+                # On one process, another order of the rows alone moves looksam by 1.1e-6.
+                rounding = (name, dtype) == ("looksam", torch.float32)
+                assert apart <= (2e-6 if rounding else BARS[dtype]), (name, dtype)
+
+
+def test_ranks_that_normalise_together_take_the_steps_of_one_process():
+    how = [*METHODS], (2, 2), torch.float64, STEPS, True
+    for found in on_ranks(4, compared, *how):
+        assert max(found.values()) <= BARS[torch.float64], found
+
+
+def with_the_norm_of_each_part():
+    """On a rank: how far a step is from that of one process if no norms are added up."""
+    with mock.patch.object(tree, "_completed", lambda sums, leaves: torch.stack(sums)):
+        model, batch = network(torch.float64), examples(torch.float64)
+        (one, _), (all_, _) = both(model, samfn.sam(), batch, steps=1)
+    return difference(all_.params, one.params)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_with_the_norm_of_each_part_they_would_take_others(count):
+    assert min(on_ranks(count, with_the_norm_of_each_part)) > 1e-4
 
 
 def test_every_method_and_combinator_takes_dtensors():
@@ -209,12 +244,6 @@ def peculiar():
             how = {"steps": 3, "reshard_after_forward": again}
             (one, _), (all_, _) = both(model, samfn.sam(), batch, **how)
             found[kind, again] = difference(all_.params, one.params)
-    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)).double()
-    normed = distributed.synchronised(model)
-    (one, _), *_ = both(model, samfn.sam(), examples(torch.float64))
-    _, (all_, _) = both(normed, samfn.sam(), examples(torch.float64))
-    for field in ("params", "buffers"):
-        found[field] = difference(getattr(all_, field), getattr(one, field))
     return found
 
 

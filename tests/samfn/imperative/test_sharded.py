@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -23,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import samfn
-from samfn import tree
+from samfn import distributed, tree
 from tests.ranks import on_ranks
 
 ROWS, STEPS = 16, 10
@@ -336,12 +337,19 @@ def resume(way):
     assert same(parts_of(fresh), parts_of(optimizer))
 
 
+SCALERS = [
+    (torch.amp.GradScaler, False),
+    (torch.amp.GradScaler, True),
+    (ShardedGradScaler, True),
+]
+
+
 def skip_together(way):
     """All ranks leave out a step that is not finite on the last alone."""
-    for scaled in (False, True):
+    for kind, scaled in SCALERS:
         for spoiled in (0, 1):
             model, optimizer, own = made(way, torch.float32, skip_nonfinite=True)
-            scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+            scaler = kind("cpu", enabled=scaled)
             before, scale = [p.clone() for p in parts_of(optimizer)], scaler.get_scale()
             batch = own(batch_of(0, torch.float32))
             for number in (0, 1):
@@ -354,7 +362,7 @@ def skip_together(way):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            assert optimizer.skipped == 1, (scaled, spoiled)
+            assert optimizer.skipped == 1, (kind, scaled, spoiled)
             assert same(parts_of(optimizer), before)
             assert scaler.get_scale() == (scale / 2 if scaled else 1.0)
 
@@ -362,9 +370,9 @@ def skip_together(way):
 def scaled_steps():
     """A GradScaler takes the unscaled step."""
     found = []
-    for scaled in (False, True):
+    for kind, scaled in SCALERS:
         model, optimizer, own = made("fsdp")
-        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        scaler = kind("cpu", enabled=scaled)
         for step in range(3):
             batch = own(batch_of(step, torch.float64))
             for number in (0, 1):
@@ -376,27 +384,40 @@ def scaled_steps():
             scaler.update()
             optimizer.zero_grad()
         found.append(full(model))
-    assert difference(*found) < 1e-13
+    for scaled in found[1:]:
+        assert difference(scaled, found[0]) < 1e-13
 
 
 def disagree():
-    """A GradScaler that asks the ranks of the first gradient alone is found out."""
+    """A GradScaler that asks the ranks of the first gradient alone is found out.
+
+    PyTorch's sharded one asks all, where it unscales by itself.
+    """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     whole = distribute_tensor(torch.ones(3), mesh)
     cut = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
     params = [nn.Parameter(whole), nn.Parameter(cut)]
     optimizer = samfn.SAM(params, torch.optim.SGD, lr=0.1)
-    scaler = torch.amp.GradScaler("cpu")
-    for number in (0, 1):
-        loss = sum(p.square().sum() for p in params)
-        scaler.scale(loss).backward()
-        if number == 0:
-            optimizer.first_step(zero_grad=True)
-    if dist.get_rank() == 0:
-        local(params[1].grad).fill_(torch.inf)
-    with pytest.raises(RuntimeError, match=r"inf or NaN on 1 of \d ranks"):
-        scaler.step(optimizer)
-    assert not optimizer.perturbed
+    told = pytest.raises(RuntimeError, match=r"inf or NaN on 1 of \d ranks")
+    for kind, expected in (
+        (torch.amp.GradScaler, told),
+        (ShardedGradScaler, contextlib.nullcontext()),
+    ):
+        scaler = kind("cpu")
+        for number in (0, 1):
+            loss = sum(p.square().sum() for p in params)
+            scaler.scale(loss).backward()
+            if number == 0:
+                optimizer.first_step(zero_grad=True)
+        if dist.get_rank() == 0:
+            local(params[1].grad).fill_(torch.inf)
+        if kind is ShardedGradScaler:
+            scaler.unscale_(optimizer)
+        with expected:
+            scaler.step(optimizer)
+        assert not optimizer.perturbed
+        optimizer.zero_grad()
+    assert optimizer.skipped == 1
 
 
 def count_passes():
@@ -578,6 +599,55 @@ def accumulate_on_replicas():
             optimizer.zero_grad()
         found[name] = full(inner)
     return found
+
+
+def normalise(way, together):
+    """Return the model after steps with BatchNorm, by each rank's batch or by all."""
+    model = normalising()
+    if together:
+        model = distributed.synchronised(model)
+    count, place = WAYS[way](model)
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=0.3, **SETTINGS)
+    for step in range(STEPS):
+        batch = [part.chunk(count)[place] for part in batch_of(step, torch.float64)]
+        step_of(model, optimizer, batch)
+    return full(model)
+
+
+def normalising():
+    torch.manual_seed(1)
+    layers = {"up": nn.Linear(6, 8), "norm": nn.BatchNorm1d(8), "down": nn.Linear(8, 3)}
+    return nn.Sequential(OrderedDict(layers)).double()
+
+
+def normalised_in_turn(count):
+    """Return the same of one process that goes through the ranks' batches in turn."""
+    model = normalising()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, rho=0.3, **SETTINGS)
+    for step in range(STEPS):
+        parts = [part.chunk(count) for part in batch_of(step, torch.float64)]
+        for end in (optimizer.first_step, optimizer.second_step):
+            for part in zip(*parts, strict=True):
+                backward(model, part, 1 / count)
+            end(zero_grad=True)
+    return full(model)
+
+
+def normalise_all():
+    """On a rank: in parts, and in copies of parts."""
+    return {(w, t): normalise(w, t) for w in ("fsdp", "hsdp") for t in (True, False)}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_batch_norm_is_of_each_rank_or_of_all(count):
+    in_turn, whole = normalised_in_turn(count), normalised_in_turn(1)
+    params = [name for name, _ in normalising().named_parameters()]
+    for found in on_ranks(count, normalise_all):
+        for (way, together), ours in found.items():
+            wanted = whole if together else tree.only(in_turn, params)
+            wanted = {n: w for n, w in wanted.items() if w.is_floating_point()}
+            assert difference(ours, wanted) < 1e-13, (way, together)
+    assert difference(whole, tree.only(in_turn, params)) > 1e-3
 
 
 def check_all():

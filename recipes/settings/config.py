@@ -77,9 +77,10 @@ class Config(Group, role=Role.RESULT):
     preset: str = setting("auto", role=Role.FREE)
     """Named settings to start from: digits, digits-noise, small, small-wrn, airbench94,
     airbench95, airbench96, davda54, davda54-adaptive, sairam, foret2021,
-    foret2021-cifar100, finetune, or none. auto takes finetune for networks of torchvision, digits for the digits, for
-    airbench's networks those of their name, else davda54 on a GPU, and on a CPU small for
-    CIFAR, small-wrn for your own images or where a WRN is named."""
+    foret2021-cifar100, finetune, or none. auto takes finetune for networks of torchvision,
+    digits for the digits, for airbench's networks those of their name, else davda54 on a
+    GPU, and on a CPU small for CIFAR, small-wrn for your own images or where a WRN is
+    named."""
     config: Path | None = setting(None, role=Role.CALL)
     """TOML file of settings. It overrides the preset, the command line overrides it."""
     output: Path | None = setting(None, role=Role.ONE_RUN)

@@ -82,7 +82,11 @@ def test_a_method_costs_its_mean_step_over_the_one_of_sgd_before_it(
     found = {
         "SGD": [1.0, 2.0, 3.0],
         "SGD before looksam(k=2)": [1.0, 2.0, 4.0],
-        "looksam(k=2)": [3.0, 6.0, 16.0],  # Two steps: one with two gradients, one with one.
+        "looksam(k=2)": [
+            3.0,
+            6.0,
+            16.0,
+        ],  # Two steps: one with two gradients, one with one.
     }
     timed = []
 

@@ -274,8 +274,9 @@ def test_copies_of_parts_take_the_steps_of_one_process(tmp_path):
     method = 'accumulated(sam, 350, statistics="averaged")'
     how = *DIGITS, *PARTS, "--method", method, "--output", str(alone)
     assert cifar_wrn.main([*how]) == 0
-    for name, leaf in model(alone).items():
-        torch.testing.assert_close(leaf, model(output)[name], rtol=1e-2, atol=1e-3)
+    for name, leaf in model(alone).items():  # Without SAM some would be 0.3 off.
+        apart, length = (model(output)[name] - leaf).double().norm(), leaf.double().norm()
+        assert apart <= 1e-4 * length, name
 
 
 def sums_that_go_on():

@@ -460,7 +460,7 @@ def _add_pass(total: Pass | None, part: Pass, weight: float | Tensor) -> Pass:
         loss=_add(total and total.loss, part.loss, weight),
         outputs=[*(total.outputs if total else ()), (part.outputs, weight)],
         buffers=part.buffers,
-        grads=_add_tree(total and total.grads, part.grads, weight),
+        grads=add_weighted(total and total.grads, part.grads, weight),
         losses=_cat(total and total.losses, part.losses),
     )
 
@@ -468,11 +468,11 @@ def _add_pass(total: Pass | None, part: Pass, weight: float | Tensor) -> Pass:
 def _add_descent(total: Descent | None, part: Descent, weight: float | Tensor) -> Descent:
     norm = total and total.perturbation_norm
     return Descent(
-        grads=_add_tree(total and total.grads, part.grads, weight),
+        grads=add_weighted(total and total.grads, part.grads, weight),
         clean=_add_pass(total and total.clean, part.clean, weight),
         perturbed_loss=_add(total and total.perturbed_loss, part.perturbed_loss, weight),
         perturbation_norm=_add(norm, part.perturbation_norm, weight),
-        beside=part.beside and _add_tree(total and total.beside, part.beside, weight),
+        beside=part.beside and add_weighted(total and total.beside, part.beside, weight),
     )
 
 
@@ -492,9 +492,10 @@ def _add(total: Tensor | None, part: Tensor, weight: float | Tensor) -> Tensor:
     return part if total is None else total + part
 
 
-def _add_tree(
+def add_weighted(
     total: dict[str, Tensor] | None, part: dict[str, Tensor], weight: float | Tensor
 ) -> dict[str, Tensor]:
+    """Return a sum with a part times its weight; one of weight 0 may be NaN."""
     if not part:
         return {}
     part = {name: _counting(leaf, weight) for name, leaf in part.items()}

@@ -1,5 +1,6 @@
 """What each layer does in a step: norms of gradient, perturbation and update."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,13 +10,16 @@ from torch import Tensor
 from samfn import tree
 from samfn.loss import Evaluate, Pass
 from samfn.methods.base import Descended, Method, MethodState, Point, combinator
+from samfn.methods.combinators import add_weighted
 from samfn.tree import Batch, Params
 
 
 class Layers(NamedTuple):
     """What each parameter did in a step, shapes (parameters,), in the state's order.
 
-    With micro-batches, the first pass is that of the first one, and the last of the last.
+    Of micro-batches at one point, as those of `accumulated`, it is their mean. With
+    `per_micro_batch`, which has a point for each, the first pass is that of the first one,
+    and the last of the last.
     """
 
     gradient: Tensor
@@ -44,29 +48,56 @@ def watched(method: Method) -> Method:
     """
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
-        passes: list[tuple[Params, Pass]] = []
+        ends: list[_Noted] = []  # The first and the last pass; those between are let go.
 
         def noted(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
-            passes.append((params, evaluate(params, buffers, batch, **how)))
-            return passes[-1][1]
+            seen = evaluate(params, buffers, batch, **how)
+            new = _Noted(params, seen.grads, partial(point.weigh, batch))
+            if ends and new.is_further_part_of(ends[-1]):
+                ends[-1] = _mean(ends[-1], new)
+            else:
+                ends[1:] = [new]
+            return seen
 
         seen, memory = method.descent(noted, point, memory)
-        return seen._replace(watched=partial(layers, point.params, passes)), memory
+        return seen._replace(watched=partial(layers, point.params, ends)), memory
 
     return method._replace(descent=descent, outermost="watched")
 
 
-def layers(params: Params, passes: list[tuple[Params, Pass]], new_params: Params) -> Layers:
+class _Noted(NamedTuple):
+    """A gradient at a point."""
+
+    params: Params
+    grads: dict[str, Tensor]
+    weigh: Callable[[], int | Tensor]
+    """What the loss was a mean over."""
+
+    def is_further_part_of(self, other: "_Noted") -> bool:
+        """Return whether both are of micro-batches at one point, derived by the same."""
+        return self.params is other.params and self.grads.keys() == other.grads.keys()
+
+
+def _mean(one: _Noted, other: _Noted) -> _Noted:
+    """Return what two micro-batches have been at one point."""
+    weights = one.weigh(), other.weigh()
+    total, grads = weights[0] + weights[1], None
+    for part, weight in zip((one.grads, other.grads), weights, strict=True):
+        grads = add_weighted(grads, part, weight / total)
+    return _Noted(one.params, grads or {}, lambda: total)
+
+
+def layers(params: Params, ends: list[_Noted], new_params: Params) -> Layers:
     """Measure a step, on the device.
 
     Args:
         params: before the step.
-        passes: (parameters, Pass) of each evaluation, in their order. A parameter that a
-            pass was not derived by has gradient 0 there.
+        ends: of its passes, the first and the last. A parameter that a pass was not derived
+            by has gradient 0 there.
         new_params: after the step.
     """
-    first, last = (_whole(params, seen.grads) for _, seen in (passes[0], passes[-1]))
-    shift = tree.subtract(tree.only(passes[-1][0], params.keys()), params)
+    first, last = (_whole(params, end.grads) for end in (ends[0], ends[-1]))
+    shift = tree.subtract(tree.only(ends[-1].params, params.keys()), params)
     lengths = tree.norms(first), tree.norms(last)
     product = tree.dots(first, last)
     return Layers(

@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import samfn
+from bench.measure import Live
 from tests.reference import small_network
 
 
@@ -76,6 +77,35 @@ def test_watching_changes_nothing():
         assert watched.layers.gradient.shape == (len(state.params),)
         for name, w in one.params.items():
             assert torch.equal(w, other.params[name])
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_micro_batches_at_one_point_are_watched_as_the_whole_batch(size):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double()
+    state, (inputs, _), how = problem(model)
+    criterion = nn.CrossEntropyLoss(ignore_index=0)
+    # A micro-batch of two in which nothing counts, and one of four in which half does.
+    batch = inputs, torch.tensor([1, 2, 0, 0, 1, 0])
+    how |= {"loss_fn": samfn.supervised(model, criterion), "rho": 0.1, "lr": 0.1}
+    whole, parts = (
+        samfn.sam_update(state, batch, method=samfn.watched(method), **how)[1].layers
+        for method in (samfn.sam(), samfn.accumulated(samfn.sam(), size))
+    )
+    torch.testing.assert_close(parts, whole)
+
+
+def test_watching_keeps_the_gradients_of_no_micro_batch():
+    model, optimizer = nn.Linear(200, 100), samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer)
+    batch = torch.randn(24, 200), torch.randn(24, 100)
+    how = {"loss_fn": samfn.supervised(model, F.mse_loss), "optimizer": optimizer, "lr": 1}
+    peaks = []
+    for size in (12, 1):
+        method = samfn.watched(samfn.accumulated(samfn.sam(), size))
+        with Live() as live:
+            samfn.sam_update(state, batch, method=method, **how)
+        peaks.append(live.peak)
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_without_a_perturbation_both_gradients_are_one():

@@ -152,7 +152,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(tmp_path):
         ("--seed 3", 1),
         ("--seed 3 --save-steps 7", 1),
         ("--max-skipped 3", 1),
-        ("--seed 3 --lr 0.2", 2),
+        ("--seed 3 --lr 0.3", 2),
         ("--label-noise 0.1", 2),
         ("--epochs 4", 2),
         ("--ema-decay 0.9", 2),
@@ -167,8 +167,8 @@ def test_only_what_decides_nothing_may_differ_in_a_row(tmp_path, flags, rows):
 
 NAMES = [
     (["--rho 0", "--rho 0.1"], ["SGD", "sam, rho 0.1"]),
-    (["--rho 0", "--rho 0 --lr 0.2"], ["SGD, lr 0.1", "SGD, lr 0.2"]),
-    (["--lr 0.2", "--epochs 4", "--batch-size 32"], ["a", "b", "c"]),
+    (["--rho 0", "--rho 0 --lr 0.3"], ["SGD, lr 0.2", "SGD, lr 0.3"]),
+    (["--lr 0.3", "--epochs 4", "--batch-size 32"], ["a", "b", "c"]),
 ]
 
 

@@ -275,7 +275,7 @@ def test_lists_of_numbers_are_lines_and_texts_are_kept(tmp_path):
 NAMES = [
     (["--rho 0", "--rho 0.1"], ["SGD", "sam, rho 0.1"]),
     (["--rho 0 --seed 1", "--rho 0"], ["SGD, seed 1", "SGD, seed 0"]),
-    (["--rho 0 --lr 0.2", "--rho 0"], ["a", "b"]),
+    (["--rho 0 --lr 0.3", "--rho 0"], ["a", "b"]),
 ]
 
 

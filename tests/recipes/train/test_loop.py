@@ -68,7 +68,7 @@ def differ(left, right):
         "--decay-in-loss",
         "--no-decay-norm",
         "--clip-norm 0.01",
-        "--lr 0.2",
+        "--lr 0.3",
         "--schedule polynomial",
         "--schedule one-cycle",
         "--schedule warm-restarts --restart-epochs 1",

@@ -114,7 +114,7 @@ HELD = [
         "does not say precision",
     ),
     ("config.toml", lambda text: re.sub("epochs = 3", f"epochs = {HUGE}", text), 2, "64"),
-    ("config.toml", lambda text: re.sub("lr = 0.1", f"lr = {HUGE}", text), 2, "64 bits"),
+    ("config.toml", lambda text: re.sub("lr = 0.2", f"lr = {HUGE}", text), 2, "64 bits"),
     ("config.toml", lambda text: re.sub("seed = 0", f"seed = {HUGE}", text), 2, "64 bits"),
     (
         "config.toml",

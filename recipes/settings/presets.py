@@ -16,16 +16,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "crop_padding": 1,
         "flip": False,
     },
-    # Long enough for SGD to learn wrong labels by heart.
-    "digits-noise": {
-        "data": "digits",
-        "model": "wrn-10-1",
-        "epochs": 80,
-        "batch_size": 64,
-        "crop_padding": 1,
-        "flip": False,
-        "label_noise": 0.4,
-    },
     # A WRN on CIFAR on a CPU: far from published accuracy, but minutes and not days.
     "small-wrn": {"model": "wrn-10-1", "epochs": 5},
     # davda54/sam, example/train.py. His smoothing gives s / (K - 1) to each wrong class;
@@ -67,6 +57,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_epochs": 1.0,
         "compile": "no",  # It takes minutes, and many images to pay for it.
     },
+}
+# Long enough for SGD to learn wrong labels by heart.
+PRESETS["digits-noise"] = PRESETS["digits"] | {
+    "epochs": 80,
+    "lr": 0.1,
+    "label_noise": 0.4,
 }
 # github.com/KellerJordan/cifar10-airbench, legacy/: arXiv:2404.00498. Its learning rate is
 # of summed losses, and times 1 + 1 / (1 - momentum): for the mean over a batch of 1024 it

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from samfn.tree import Params, is_sharded
+from samfn.tree import Params, any_sharded, is_sharded
 
 
 def require_dial(name: str, value: float | Tensor) -> float | Tensor:
@@ -174,7 +174,7 @@ def require_trainable(params: Params, buffers: Params) -> None:
             tensors are on several devices.
     """
     require_tensors("params", params, sharded=True)
-    require_tensors("buffers", buffers)
+    require_tensors("buffers", buffers, sharded=any_sharded(params.values()))
     if not params:
         raise ValueError("params must hold at least one tensor, got none")
     sharded = is_sharded(next(iter(params.values())))

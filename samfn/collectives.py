@@ -23,6 +23,11 @@ def changed(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in new.items() if value is not old.get(key)}
 
 
+def kept(new: Params, seen: Params, given: Params) -> dict[str, Tensor]:
+    """Return new tensors, and what was given for those that are as they were seen."""
+    return {n: given[n] if leaf is seen.get(n) else leaf for n, leaf in new.items()}
+
+
 def mean(
     values: Mapping[str, Any], rows: int | Tensor, group: str, params: Params
 ) -> tuple[dict[str, Any], Tensor]:
@@ -190,6 +195,21 @@ def cut_as(full: Tensor, like: Tensor) -> Tensor:
     return found
 
 
+def placed_alike(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor as a plain one or a DTensor, whichever `like` is.
+
+    What is put together or cut first is the value, so that all ranks have to call it.
+    """
+    if not is_sharded(like):
+        return whole(value)
+    now, then = map(_placement, (value, like))
+    return value if now == then else cut_as(whole(value), like)
+
+
+def _placement(leaf: Any) -> Any:
+    return (leaf.device_mesh, leaf.placements) if is_sharded(leaf) else None
+
+
 def whole(leaf: Tensor) -> Tensor:
     """Return a tensor as a plain one; of a DTensor, the ranks' parts together.
 
@@ -198,6 +218,11 @@ def whole(leaf: Tensor) -> Tensor:
     """
     apply: Any = _Whole.apply
     return apply(leaf) if is_sharded(leaf) else leaf
+
+
+def wholes(leaves: Params) -> dict[str, Tensor]:
+    """Return tensors as plain ones, as `whole` does."""
+    return {name: whole(leaf) for name, leaf in leaves.items()}
 
 
 def summed(full: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from samfn import checks, tree
 from samfn.batches import length_of
-from samfn.collectives import all_ranks, changed, mean, summed, total, whole
+from samfn.collectives import all_ranks, changed, kept, mean, summed, total, wholes
 from samfn.nested import mapped
 from samfn.tree import Batch, Params
 
@@ -251,7 +251,8 @@ def _on_all_ranks(
     scale: Tensor | None,
 ) -> Evaluated:
     """Evaluate at DTensors: means over the ranks, and gradients placed as parameters."""
-    group = all_ranks(params)
+    cut = {name: b for name, b in buffers.items() if tree.is_sharded(b)}
+    group = all_ranks({**params, **cut})
 
     def shared(loss: Tensor, aux: Aux) -> tuple[Tensor, Aux, float | Tensor]:
         rows = loss_fn.weigh(batch)  # After a pass, which may have told.
@@ -267,8 +268,9 @@ def _on_all_ranks(
         loss, aux, _ = _evaluated(loss_fn, params, buffers, batch, names, scale)
         return *shared(loss, aux)[:2], {}
     with torch.no_grad():
-        full = {name: whole(w) for name, w in params.items()}
-    loss, aux, grads = _evaluated(loss_fn, full, buffers, batch, names, scale)
+        full, beside = wholes(params), wholes(buffers)
+    loss, aux, grads = _evaluated(loss_fn, full, beside, batch, names, scale)
+    aux = aux._replace(buffers=kept(aux.buffers, beside, buffers))
     loss, aux, share = shared(loss, aux)
     grads = {
         name: summed(share_of(grad, share), params[name]) for name, grad in grads.items()

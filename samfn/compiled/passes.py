@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samfn.collectives import whole
+from samfn.collectives import kept, wholes
 from samfn.compiled.plan import Parts
 from samfn.descend import Optimizer
-from samfn.loss import Loss, LossFn, Pass, as_loss, evaluate
+from samfn.loss import Loss, LossFn, Pass, as_loss, evaluate, loss_and_aux
 from samfn.tree import Batch, Params
 
 
@@ -75,12 +75,16 @@ class CompiledPasses:
 
             run = compiled(forward, self._how)
 
-            def differentiating(params: Params, *given: Any) -> AbstractContextManager[Any]:
-                full = {name: whole(w) for name, w in params.items()}
-                return nullcontext(run(full, *given))
+            def gathered(params: Params, buffers: Params, batch: Batch) -> Any:
+                beside = wholes(buffers)
+                loss, aux = loss_and_aux(run(wholes(params), beside, batch), beside)
+                return loss, aux._replace(buffers=kept(aux.buffers, beside, buffers))
+
+            def differentiating(*given: Any) -> AbstractContextManager[Any]:
+                return nullcontext(gathered(*given))
 
             self._made[id(chosen)] = replace(
-                loss_fn, function=run, differentiating=differentiating
+                loss_fn, function=gathered, differentiating=differentiating
             )
         found: Loss = self._made[id(chosen)]
         return found

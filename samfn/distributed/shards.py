@@ -42,7 +42,8 @@ def shard(values: Any, mesh: Any = None) -> Any:
 
     Each parameter is cut along its first dimension, as `fully_shard` does it; a scalar
     stays whole on every rank. Of a state, the memory of optimizer and method is cut as the
-    parameters are; buffers and counters stay.
+    parameters are; buffers and counters stay. Frozen weights, which are among the buffers,
+    may be cut by another call, as parameters by name.
 
     Steps and measures take the result as they take plain tensors, each rank with a batch of
     its own. Losses and gradients are means over the examples of all ranks, and so are the

@@ -15,7 +15,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from samfn import checks, tree
-from samfn.collectives import over_parts, summed, whole
+from samfn.collectives import over_parts, summed, wholes
 from samfn.loss import (
     GradientError,
     Loss,
@@ -159,9 +159,8 @@ def hessian_product(
     with twice_differentiable():
         if loss_fn.differentiating:
             return _product_by_autograd(loss_fn, params, buffers, batch, direction)
-        full = {name: whole(w) for name, w in params.items()}
-        way = {name: whole(v) for name, v in direction.items()}
-        product = _product_by_func(loss_fn.function, full, buffers, batch, way)
+        full, beside, way = map(wholes, (params, buffers, direction))
+        product = _product_by_func(loss_fn.function, full, beside, batch, way)
     if not tree.any_sharded(params.values()):
         return product
     share = _share(loss_fn, params, batch)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from samfn.tree import Params
+from samfn.tree import Params, local
 
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
@@ -33,6 +33,7 @@ def is_watchable(tensor: Tensor) -> bool:
 
 def sharing(tensors: Params) -> Iterator[tuple[str, str]]:
     """Yield the names of each two tensors that have an entry of memory in common."""
+    tensors = {name: local(tensor) for name, tensor in tensors.items()}
     owners: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         if (memory := address(tensor)) is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from samfn import checks
+from samfn.collectives import placed_alike, whole
 from samfn.modules.memory import sharing
 from samfn.tree import Params, is_sharded
 
@@ -23,6 +24,7 @@ IN_PARTS = (
     "expected a plain module, got {}: pass it as it was before that, with parameters that"
     " samfn.distributed.shard cuts; samfn.SAM takes the module as it is"
 )
+OF_DTENSOR = "torch.distributed.tensor"  # where its hooks are from
 
 
 def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -32,6 +34,9 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         - params: every parameter that requires grad, detached, by its qualified name. A
           weight that is tied to another appears once.
         - buffers: the registered buffers and the frozen parameters.
+
+        Parameters that are DTensors stay so, and none is whole on a rank: a state in parts,
+        as `samfn.distributed.shard` makes of others. Registered buffers are made whole.
 
     Raises:
         TypeError: `model` is wrapped for several devices, where gradients would
@@ -46,7 +51,7 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         group[name] = parameter.detach().clone()
     if not params:
         raise ValueError("the model has no parameter that requires grad")
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    buffers = {name: whole(b.detach()).clone() for name, b in model.named_buffers()}
     _require_memory_apart(*references(model))
     return params, frozen | buffers
 
@@ -54,6 +59,9 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @torch.no_grad()
 def load(model: nn.Module, params: Params, buffers: Params) -> None:
     """Copy parameters and buffers back into a model, in place.
+
+    DTensors are put together where the model's own are plain, one after the other, and
+    plain ones cut where the model's own are DTensors; all ranks have to call it then.
 
     Raises:
         ValueError: names, shapes or dtypes are not those of `split(model)`; the model is
@@ -64,12 +72,14 @@ def load(model: nn.Module, params: Params, buffers: Params) -> None:
     require_layout(own_buffers, buffers, "buffers")
     for own, new in ((own_params, params), (own_buffers, buffers)):
         for name, tensor in own.items():
-            tensor.copy_(new[name])
+            tensor.copy_(placed_alike(new[name], tensor))
     torch.clear_autocast_cache()  # Within one autocast, it holds casts of the old ones.
 
 
 def state_dict(model: nn.Module, params: Params, buffers: Params) -> dict[str, Tensor]:
     """Return what `model.load_state_dict` takes, made of parameters and buffers.
+
+    As in `load`, tensors are plain or DTensors as the model's own are.
 
     Raises:
         ValueError: names, shapes or dtypes are not those of `split(model)`.
@@ -78,18 +88,42 @@ def state_dict(model: nn.Module, params: Params, buffers: Params) -> dict[str, T
     require_layout(own_params, params, "params")
     require_layout(own_buffers, buffers, "buffers")
     given, tied = {**params, **buffers}, _tied(model)
-    return {name: given[tied.get(name, name)] for name in model.state_dict()}
+    return {
+        name: placed_alike(given[tied.get(name, name)], own)
+        for name, own in model.state_dict().items()
+    }
 
 
 def trained(model: nn.Module, params: Params, buffers: Params) -> nn.Module:
     """Return a copy of a model, in evaluation mode, with these parameters and buffers.
 
+    All of its tensors are plain ones, as `load` makes them.
+
     Raises:
         ValueError: names, shapes or dtypes are not those of `split(model)`.
     """
     copied = copy.deepcopy(model)
+    _make_whole(copied)
     load(copied, params, buffers)
     return copied.eval()
+
+
+def _make_whole(model: nn.Module) -> None:
+    """Give a model plain tensors, of any values, in place of its DTensors."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, own in held.items():
+                if own is not None and is_sharded(own):
+                    kept = made.setdefault(id(own), _plain_like(own))
+                    held[name] = kept  # type: ignore[assignment]
+
+
+def _plain_like(own: Tensor) -> Tensor:
+    new = torch.empty(own.shape, dtype=own.dtype, device=own.device)
+    if isinstance(own, nn.Parameter):
+        return nn.Parameter(new, requires_grad=own.requires_grad)
+    return new
 
 
 def reestimated(
@@ -219,10 +253,10 @@ def require_plain(model: nn.Module) -> None:
                 f"expected a plain module, got {found[0]}{where}: pass what it wraps;"
                 " samfn.distributed spreads a step over several devices"
             )
-    for name, tensor in model.named_parameters():
-        if is_sharded(tensor):
-            what = f"one whose {name} is a DTensor, as of parallelize_module"
-            raise TypeError(IN_PARTS.format(what))
+        hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+        if any(getattr(hook, "__module__", "").startswith(OF_DTENSOR) for hook in hooks):
+            changed = f"one that parallelize_module has changed{where}"
+            raise TypeError(IN_PARTS.format(changed))
 
 
 def _require_memory_apart(params: Params, others: Params) -> None:

@@ -25,7 +25,7 @@ from samfn.modules.lending import (
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
 from samfn.nested import inside, remembered
-from samfn.tree import Batch, Params, is_sharded
+from samfn.tree import Batch, Params, is_sharded, local
 
 RECOMPUTES = (
     "this model computes parts of its forward pass again during the backward pass (gradient"
@@ -135,10 +135,13 @@ class _Supervised:
             return  # `function` compares the names, and a graph knows no addresses.
         self.standing()
         self._require_own(params, buffers)
+        written = {name: buffers[name] for name in self._lender.buffers}
+        checks.require_tensors("buffers that a forward pass may write to", written)
         for own, given in ((self._params, params), (self._buffers, buffers)):
-            for name, tensor in given.items():
+            for name, leaf in given.items():
+                tensor = local(leaf)
                 strided = tensor.layout is torch.strided and tensor.numel()
-                if strided and tensor.data_ptr() == own[name].data_ptr():
+                if strided and tensor.data_ptr() == local(own[name]).data_ptr():
                     raise ValueError(
                         f"{name} shares its memory with the model; expected copies, as"
                         " samfn.split(model) makes"
@@ -214,7 +217,7 @@ class _Supervised:
         apart = self._apart(objects) if objects and not compiling else nullcontext()
         given = {**params, **buffers, **lent, **fresh}
         parts = {}
-        if is_sharded(next(iter(lent.values()), None)):
+        if not compiling and is_sharded(next(iter(params.values()), None)):
             parts = {name: w for name, w in lent.items() if is_sharded(w)}
         gathering = self._gathering(parts, leaves)
         with self._lender.holding(given), apart, gathering as again:

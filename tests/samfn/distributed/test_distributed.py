@@ -801,7 +801,7 @@ def wrapped():
 
 def test_wrappers_are_refused_with_the_right_way():
     messages = on_ranks(1, wrapped)[0]
-    parts = ("FSDPModule, as of fully_shard", "a DTensor, as of parallelize_module")
+    parts = ("FSDPModule, as of fully_shard", "one that parallelize_module has changed")
     names = ("DistributedDataParallel", "DataParallel at 0", *parts, *parts)
     for message, name in zip(messages, names, strict=True):
         assert name in message

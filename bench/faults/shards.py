@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -182,48 +183,58 @@ def _steps(log: Path) -> int:
     return 0
 
 
-def save_and_die(directory: str, victim: int, kill: Callable[[], None]) -> None:
+def save_and_die(
+    directory: str, victim: int, background: bool, kill: Callable[[], None]
+) -> None:
     """Save steps 1 to 3, and be killed while 4 is saved, if this is the victim."""
-    checkpoints = samfn.Checkpoints(directory)
+    checkpoints = samfn.Checkpoints(directory, background=background)
     for step in (1, 2, 3):
         checkpoints.save(state(step), score=-step)  # The first is the best, and stays.
+    checkpoints.wait()
     if distributed.rank() == victim:
         kill()
     checkpoints.save(state(4), score=-4.0)
+    checkpoints.wait()
 
 
 def in_a_save(trials: int, root: Path) -> Outcome:
-    """F43: kill one rank, or all, before each call of the system, and after some bytes."""
+    """F43: kill one rank, or all, before each call of the system, and after some bytes.
+
+    As the ranks wait for the save, and as it goes on in the background.
+    """
     chance, failures = random.Random(0), list[str]()
-    points: list[tuple[int, Any]] = []
-    for victim in range(RANKS):
-        count = root / f"count{victim}"
+    points: list[tuple[int, bool, Any]] = []
+    for victim, background in product(range(RANKS), (False, True)):
+        name, at = f"{victim}-{background}", (victim, background)
+        count = root / f"count{name}"
         count.write_text("")
-        _, step, problems = _killed(root / f"twin{victim}", victim, AtEvent(0, str(count)))
+        never = AtEvent(0, str(count))
+        _, step, problems = _killed(root / f"twin{name}", *at, never)
         assert (step, problems) == (4, []), problems
         events = len(count.read_text().splitlines())
-        points += [(victim, AtEvent(i + 1, str(count))) for i in range(events)]
-        points += [(victim, AtByte(chance.randrange(1, 2**19))) for _ in range(events // 4)]
+        points += [(*at, AtEvent(i + 1, str(count))) for i in range(events)]
+        points += [(*at, AtByte(chance.randrange(1, 2**19))) for _ in range(events // 4)]
     chance.shuffle(points)
     landed = newer = 0
     for trial in range(trials):
-        victim, kill = points[trial % len(points)]
+        *at, kill = point = points[trial % len(points)]
         directory = root / f"trial{trial}"
-        code, step, problems = _killed(directory, victim, kill, alone=bool(trial % 2))
+        code, step, problems = _killed(directory, *point, alone=bool(trial % 2))
         landed += code in KILLED
         newer += step == 4
-        failures += [f"{victim}, {vars(kill)}: {problem}" for problem in problems]
+        failures += [f"{at}, {vars(kill)}: {problem}" for problem in problems]
         shutil.rmtree(directory)
     notes = f"{len(points)} points; the new state was there after {newer}, else the old"
     return Outcome(trials, landed, tuple(failures), notes)
 
 
 def _killed(
-    directory: Path, victim: int, kill: Any, alone: bool = True
+    directory: Path, victim: int, background: bool, kill: Any, alone: bool = True
 ) -> tuple[int, int, list[str]]:
     """Kill a rank in a save, and the others with it or not; return what came of it."""
     log = directory.with_suffix(".log")
-    ranks = start_ranks(log, partial(save_and_die, str(directory), victim, kill))
+    target = partial(save_and_die, str(directory), victim, background, kill)
+    ranks = start_ranks(log, target)
     ranks[victim].join(LIMIT)
     died = ranks[victim].exitcode in KILLED
     if died and not alone:

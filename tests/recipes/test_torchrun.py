@@ -151,7 +151,8 @@ def test_the_commands_of_the_readme_run(command, tmp_path):
 
 def test_the_example_of_the_readme_runs_on_two_ranks(tmp_path):
     example = re.search(r"```python\n([^`]*distributed\.ranks.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "example.py").write_text(example)
+    stepped = "assert (int(state.step), int(state.skipped)) == (3, 0), state\n"
+    (tmp_path / "example.py").write_text(example + stepped)
     finish(torchrun("--nproc-per-node=2", "example.py", cwd=tmp_path))
 
 

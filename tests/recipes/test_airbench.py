@@ -6,7 +6,9 @@ import time
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+import samfn
 from recipes import compare, landscape, sharpness
 from recipes.cifar_wrn import main
 from recipes.data import augment
@@ -14,6 +16,7 @@ from recipes.models import airbench
 from recipes.settings.resolve import configure
 from recipes.terminal.console import Display
 from recipes.train import length, running
+from recipes.train.batches import augmented
 from recipes.train.build import assemble, generator, read_data
 from recipes.train.pretrained import begin
 from samfn.loss import evaluate
@@ -60,6 +63,66 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, train
     kept = tensors(whole)
     slow = kept["metadata/memory.lookahead/params/head.linear.weight"]
     assert torch.equal(kept["params/head.linear.weight"], slow)  # the end is theirs
+
+
+def test_a_run_is_the_loop_that_is_published(tmp_path, images, train):
+    """Written with PyTorch's own SGD: decoupled rates of summed losses, and Lookahead."""
+    flags = ["--rho", "0", "--precision", "float32", "--lr", "1"]
+    assert train(tmp_path / "run", *flags) == 0
+    config = configure(["--data-dir", str(images), *FLAGS.split(), *flags])
+    task, fresh = assemble(config, read_data(config, lambda i, *_: i, print))
+    samfn.load(task.model, *begin(task, fresh, Display())[:2])
+    model, size, total = task.model.train(), config.batch_size, 2 * STEPS
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    # 1 + 1 / (1 - m) is how far Nesterov's steps go for a gradient that stays; of a sum.
+    rate = config.lr / size
+    decay = config.descent.weight_decay * size
+    faster = {"lr": 64 * rate, "weight_decay": decay / 64}
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [p for n, p in named.items() if "norm" in n], **faster},
+            {"params": [p for n, p in named.items() if "norm" not in n]},
+        ],
+        lr=rate,
+        weight_decay=decay,
+        momentum=0.85,
+        nesterov=True,
+    )
+    peak = int(0.23 * total)
+
+    def triangle(step):
+        if step < peak:
+            return 0.2 + 0.8 * step / peak
+        return 1 - 0.93 * (step - peak) / (total - peak)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle)
+    slow = {n: t.clone() for n, t in model.state_dict().items() if t.is_floating_point()}
+    taken = 0
+    for epoch in range(2):
+        model.whiten.bias.requires_grad_(epoch < 1)
+        for inputs, labels in augmented(task, epoch):
+            loss = nn.functional.cross_entropy(
+                model(inputs), labels, label_smoothing=0.2, reduction="sum"
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            taken += 1
+            stay = 0.95**3 * (taken / total) ** 3
+            for name, fast in model.state_dict().items():
+                if name in slow and taken % 3 == 0:
+                    fast.copy_(slow[name].lerp_(fast, 1 - stay))
+                elif name in slow and taken == total:
+                    fast.copy_(slow[name])
+    found = tensors(tmp_path / "run")
+    kept = {
+        n.split("/", 1)[-1]: t for n, t in found.items() if n[:6] in ("params", "buffer")
+    }
+    for name, wanted in model.state_dict().items():
+        torch.testing.assert_close(kept[name], wanted, rtol=1e-4, atol=1e-5)
+    moved = [(kept[n] - w).abs().max() for n, w in fresh.params.items()]
+    assert min(moved) > 1e-3
 
 
 def test_the_filter_is_fitted_once_and_stays(tmp_path, images, train):

@@ -278,7 +278,12 @@ ROWS = (
         0,
     ),
     Row("F42", "sharded: SIGKILL of one or all ranks", shards.at_any_moment, 50),
-    Row("F43", "sharded: SIGKILL at each call and byte of a save", shards.in_a_save, 400),
+    Row(
+        "F43",
+        "sharded: SIGKILL at each call and byte of a save, also in the background",
+        shards.in_a_save,
+        400,
+    ),
     Row("F44", "sharded: one rank's disk full from a random byte on", shards.full_at, 50),
     Row("F45", "sharded: a file damaged in twenty ways", shards.rotten, 10_000),
     Row(

@@ -346,7 +346,8 @@ def _is_of_the_compiler(error: Exception) -> bool:
 
 def _reason(error: BaseException) -> str:
     """Return in one line why something was not compiled."""
-    lines = [line.strip() for line in str(error.__cause__ or error).split("\n")]
+    said, *_ = str(error.__cause__ or error).partition("from user code:")
+    lines = [line.strip() for line in said.split("\n")]
     told = [line for line in lines if line and not line.endswith("raised:")]
     return told[0] if told else type(error).__name__
 

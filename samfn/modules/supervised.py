@@ -276,10 +276,10 @@ class _Supervised:
         device = next(iter(self._params.values())).device.type
         with self._precision(device):
             outputs, loss = self._outputs_and_loss(batch)
-        aux = Aux(outputs, {**buffers, **self._lender.left()})
-        if loss.ndim == 1:
-            return loss.mean(), aux._replace(losses=loss)
-        return loss, aux
+        after = {**buffers, **self._lender.left()}
+        if loss.ndim == 1:  # PyTorch 2.11 compiles no _replace of what it returns.
+            return loss.mean(), Aux(outputs, after, loss)
+        return loss, Aux(outputs, after)
 
     def _outputs_and_loss(self, batch: Batch) -> tuple[Any, Tensor]:
         if self._call:

@@ -328,6 +328,21 @@ def test_what_the_compiler_cannot_do_is_said_and_done_without_it(monkeypatch, tm
     assert_close(got, eager(state, batch, rho=torch.tensor(0.1), lr=0.1))
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "\n\nfrom user code:\n  File ...",
+            "AssertionError",
+        ),  # of Dynamo, which says no more
+        ("no such feature\n\nfrom user code:\n", "no such feature"),
+        ("backend raised:\nCppCompileError: c++", "CppCompileError: c++"),
+    ],
+)
+def test_the_reason_is_what_is_wrong_and_not_where(said, reason):
+    assert step_module._reason(AssertionError(said)) == reason
+
+
 def test_a_backend_that_does_not_exist_is_an_error():
     state, step, _ = task(tiny(), plan="gradient", backend="indoctor")
     with pytest.raises(Exception, match="indoctor"):

@@ -25,9 +25,9 @@ STEPS = 2
 PLACES = {"2.weight": Shard(1), "4.bias": Replicate(), "1.weight": Replicate()}
 
 
-def network(frozen=("0.weight", "0.bias", "4.bias")):
+def network(frozen=("0.weight", "0.bias", "4.bias"), norm=nn.BatchNorm1d):
     torch.manual_seed(0)
-    layers = [nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 9), nn.Tanh()]
+    layers = [nn.Linear(6, 9), norm(9), nn.Linear(9, 9), nn.Tanh()]
     model = nn.Sequential(*layers, nn.Linear(9, 5)).double()
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
@@ -93,22 +93,28 @@ def other(params, buffers, batch):
 
 def beside_frozen(dims):
     """On a rank: steps with frozen weights that are whole, and such that are in parts."""
-    mesh, model, batch = init_device_mesh("cpu", dims), network(), examples(torch.float64)
-    params, buffers = samfn.split(model)
-    frozen = {n: buffers[n] for n, _ in model.named_parameters() if n in buffers}
-    assert len(frozen) == 3
-    some = {**buffers, **distributed.shard(frozen, mesh)}
-    parts, own, found = distributed.shard(params, mesh), distributed.share(batch), {}
+    mesh, batch, found = init_device_mesh("cpu", dims), examples(torch.float64), {}
+    own = distributed.share(batch)
+
+    def states(model):
+        params, buffers = samfn.split(model)
+        frozen = {n: buffers[n] for n, _ in model.named_parameters() if n in buffers}
+        assert len(frozen) == 3
+        some = {**buffers, **distributed.shard(frozen, mesh)}
+        return params, buffers, distributed.shard(params, mesh), some
+
     ways = {"eager": {}, "a function": {"loss_fn": other}}
-    if len(dims) == 1:
-        ways |= {plan: {"step": compiled(plan)} for plan in ("whole", "loss")}
     for name, how in ways.items():
-        wanted, _ = trained(model, params, buffers, batch, loss_fn=how.get("loss_fn"))
+        params, buffers, parts, some = states(model := network())
+        wanted, _ = trained(model, params, buffers, batch, **how)
         for kind, beside in {"whole": buffers, "in parts": some}.items():
-            if "step" in how and kind == "whole":
-                continue  # Graphs take long, and find the same.
             state, _ = trained(model, parts, beside, own, **how)
             found[name, kind] = apart(state, wanted)
+    for plan in ("whole", "loss") if len(dims) == 1 else ():  # Graphs take long.
+        *whole, parts, some = states(plain := network(norm=nn.LayerNorm))
+        state, _ = trained(plain, parts, some, own, compiled(plan))
+        found[plan] = apart(state, trained(plain, *whole, batch)[0])
+    params, buffers, parts, some = states(model := network())
     for loss_fn in (other, samfn.supervised(model.eval(), criterion)):
         product = measure.hessian_product(loss_fn, params, buffers, batch, params)
         way = loss_fn, parts, some, own, parts

@@ -217,12 +217,12 @@ def in_a_save(trials: int, root: Path) -> Outcome:
     chance.shuffle(points)
     landed = newer = 0
     for trial in range(trials):
-        *at, kill = point = points[trial % len(points)]
+        *who, kill = point = points[trial % len(points)]
         directory = root / f"trial{trial}"
         code, step, problems = _killed(directory, *point, alone=bool(trial % 2))
         landed += code in KILLED
         newer += step == 4
-        failures += [f"{at}, {vars(kill)}: {problem}" for problem in problems]
+        failures += [f"{who}, {vars(kill)}: {problem}" for problem in problems]
         shutil.rmtree(directory)
     notes = f"{len(points)} points; the new state was there after {newer}, else the old"
     return Outcome(trials, landed, tuple(failures), notes)

@@ -237,7 +237,7 @@ def _evaluated(
     # torch.func refuses a function that changes what it captured, such as a module's own
     # buffers, and it compiles. Eagerly it wraps every operation, which takes as long as
     # the operations of a small network; a function that is known to be pure is spared it.
-    if loss_fn.differentiating and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and loss_fn.differentiating:
         return _by_autograd(loss_fn.differentiating, *given, names, scale)
     return _by_func(loss_fn.function, *given, names, scale)
 
@@ -261,7 +261,7 @@ def _on_all_ranks(
         aux = aux._replace(buffers={**aux.buffers, **found["buffers"]})
         return found["loss"], aux, rows / examples
 
-    if loss_fn.differentiating and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and loss_fn.differentiating:
         if names:
             given = loss_fn.differentiating, params, buffers, batch
             return _by_autograd(*given, names, scale, shared)

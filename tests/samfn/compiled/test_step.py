@@ -2,6 +2,7 @@
 
 import re
 from collections import UserDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from samfn.compiled.plan import choose
 from tests.reference import batches, small_network
 
 OPTIMIZER = samfn.sgd(0.9, nesterov=True, weight_decay=5e-4)
+
+OLD = torch.__version__ < "2.12"
 
 # Takes a sixth of the time. What graphs there are, and when, does not depend on it.
 CAPTURED = {"backend": "aot_eager"}
@@ -258,8 +261,7 @@ def copies(memory_format):
     code = generated(step, state, batch)
     assert "extern_kernels.convolution" in code[0]
     # torch 2.11 also names what computes a gradient after the convolution that takes it.
-    old = torch.__version__ < "2.12"
-    pattern = r"convolution(?!_backward)" if old else "convolution"
+    pattern = r"convolution(?!_backward)" if OLD else "convolution"
     return [
         name
         for name in re.findall(r"(cpp_fused_\w*) =", code[0])
@@ -449,7 +451,9 @@ def test_a_shape_that_no_graph_holds_leaves_hooks_of_saved_tensors_allowed():
     two, three = [(torch.randn(n, 4), torch.arange(n)) for n in (2, 3)]
     state, _ = step(state, two, rho=0.1, lr=0.1)
     assert step.plan == "gradient"
-    with pytest.warns(RuntimeWarning, match="takes a step uncompiled"):
+    # PyTorch 2.11 does compile it.
+    uncompiled = pytest.warns(RuntimeWarning, match="takes a step uncompiled")
+    with nullcontext() if OLD else uncompiled:
         found = step(state, three, rho=0.1, lr=0.1)
     with saved_tensors_hooks(lambda x: x, lambda x: x):
         expected = eager(state, three, rho=0.1, lr=0.1)
@@ -587,7 +591,8 @@ def test_what_counts_passes_counts_each_once_from_the_first_step_on(breaks, trac
     for _ in range(2):
         state, _ = step(state, (torch.randn(2, 4), torch.tensor([0, 1])), lr=0.1)
         counted.append((model.passes, criterion.number, len(criterion.kept)))
-    assert step.plan == ("eager" if breaks else "whole")
+    # PyTorch 2.11 has no graph of a count that forward keeps.
+    assert step.plan == ("eager" if breaks or OLD else "whole")
     assert counted == [(2, 2, 2), (4, 4, 4)]
 
 

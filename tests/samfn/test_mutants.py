@@ -127,8 +127,8 @@ MUTANTS = {
     ),
     "buffers that are assigned are lost": (
         "modules/supervised.py",
-        "aux = Aux(outputs, {**buffers, **self._lender.left()})",
-        "aux = Aux(outputs, {**buffers})",
+        "after = {**buffers, **self._lender.left()}",
+        "after = {**buffers}",
         "bench/test_zoo::test_a_step_is_that_of_a_plain_loop_or_refused_with_its_reason"
         "[assigned buffer]",
     ),

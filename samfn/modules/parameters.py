@@ -30,13 +30,13 @@ OF_DTENSOR = "torch.distributed.tensor"  # where its hooks are from
 def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copy out of a model what trains and what does not.
 
+    Parameters that are DTensors stay so, and none is whole on a rank: a state in parts, as
+    `samfn.distributed.shard` makes of others. Registered buffers are made whole.
+
     Returns:
         - params: every parameter that requires grad, detached, by its qualified name. A
           weight that is tied to another appears once.
         - buffers: the registered buffers and the frozen parameters.
-
-        Parameters that are DTensors stay so, and none is whole on a rank: a state in parts,
-        as `samfn.distributed.shard` makes of others. Registered buffers are made whole.
 
     Raises:
         TypeError: `model` is wrapped for several devices, where gradients would

@@ -198,12 +198,11 @@ def cut_as(full: Tensor, like: Tensor) -> Tensor:
 def placed_alike(value: Tensor, like: Tensor) -> Tensor:
     """Return a tensor as a plain one or a DTensor, whichever `like` is.
 
-    What is put together or cut first is the value, so that all ranks have to call it.
+    A DTensor that is placed in another way is put together first, by all ranks.
     """
-    if not is_sharded(like):
-        return whole(value)
-    now, then = map(_placement, (value, like))
-    return value if now == then else cut_as(whole(value), like)
+    if _placement(value) == _placement(like):
+        return value
+    return cut_as(whole(value), like)
 
 
 def _placement(leaf: Any) -> Any:

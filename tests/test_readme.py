@@ -270,7 +270,7 @@ def test_accuracies_are_those_of_the_reports():
             for which in ("last", "best")
         )
         lines = text[text.index("| last epoch") :].split("\n\n")[0].splitlines()[2:4]
-        assert len(lines) == 2
+        assert len(lines) == 2  # SGD and SAM; other ways are on the report alone.
         for row in map(cells, lines):
             assert f"| {row[last]} | {row[best]} |" in README, f"{path}: {row}"
 

@@ -52,7 +52,7 @@ def place(model, mesh, buffers=True):
 
 
 def trained(model, parameters, buffers, batch, step=samfn.sam_update, loss_fn=None):
-    """Return the state, whole, after some steps, and how it was before."""
+    """Return the state after some steps, whole, and as each rank has it."""
     if loss_fn is None:
         parts = is_sharded(next(iter(parameters.values())))
         together = distributed.synchronised(model) if parts else model

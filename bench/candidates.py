@@ -1,5 +1,6 @@
 """Ways to take the same step: samfn's own, its rejected designs, and the peers."""
 
+import functools
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -12,14 +13,14 @@ from torch.nn import functional as F
 import samfn
 from bench import measure
 from bench.networks import Network
-from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, peers
+from bench.peers import LR, MOMENTUM, RHO, SEVERAL, WEIGHT_DECAY, peers
 from samfn.compiled.cuda_graph import in_place_of
 from samfn.compiled.plan import LEAN
 from samfn.loss import Aux, LossFn
 from samfn.step import take_step
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16}
-# How far two trainings of three steps may be apart, relative to the way that they went. In
+# How far two trainings of three calls may be apart, relative to the way that they went. In
 # float64 they agree to 1e-10 (tests/samfn/compiled/test_step.py). In float32 rounding takes
 # a wide residual network 0.02 away, as does another memory layout; plain SGD is 0.27 away.
 TOLERANCE = {"float32": 0.05, "bf16": 0.2}
@@ -36,7 +37,9 @@ class Samfn:
         make: Callable[..., Any] | None,
         *,
         flat: bool = False,
+        steps: int = 1,
     ) -> None:
+        self.steps = steps
         params, buffers = samfn.split(network.model)
         loss_fn: LossFn = samfn.supervised(network.model, F.cross_entropy, dtype=dtype)
         self._shapes = {name: w.shape for name, w in params.items()}
@@ -47,10 +50,13 @@ class Samfn:
         self._state = samfn.init(params, buffers, optimizer=optimizer)
         self._update: Any = make(**common) if make else None
         self._eager, self._rho = common, rho
-        self._batch = network.inputs, network.targets
+        batch = network.inputs, network.targets
+        self._batch = (
+            batch if steps == 1 else tuple(torch.stack([x] * steps) for x in batch)
+        )
 
     def step(self) -> None:
-        """Take a step."""
+        """Take the steps of a call."""
         dials: Any = {"rho": self._rho, "lr": LR}
         if self._update is None:
             result = samfn.sam_update(self._state, self._batch, **self._eager, **dials)
@@ -88,10 +94,10 @@ class Candidate(NamedTuple):
 
     name: str
     runner: Any
-    """Has `step()` and `weights()`."""
+    """Has `step()`, the number of `steps` in a call of it, and `weights()`."""
     first_call_seconds: float
     apart: float
-    """From eager samfn after three steps, relative to the way that it went."""
+    """From eager samfn after three calls, relative to the way that it went."""
     bytes: int
     """Reserved on the GPU for it at its peak; 0 on a CPU."""
 
@@ -143,6 +149,10 @@ def samfn_runners(
         return lambda: Samfn(network, dtype, rho, make, flat=flat)
 
     made = {f"{kind} eager": of(None), f"{kind} compiled": of(compiled())}
+    for steps in SEVERAL.get(network.name, ()):
+        made[f"{kind} compiled, {steps} steps a call"] = partial(
+            Samfn, network, dtype, rho, compiled(steps=steps), steps=steps
+        )
     if designs:
         made |= {
             f"{kind} whole": of(compiled(plan="whole")),
@@ -166,7 +176,7 @@ def candidates(
     only: Collection[str] | None = None,
     tolerance: float | None = None,
 ) -> list[Candidate]:
-    """Make every candidate, and check that they agree with eager samfn in three steps.
+    """Make every candidate, and check that they agree with eager samfn in three calls.
 
     Args:
         network: what they train.
@@ -188,15 +198,14 @@ def candidates(
         if only is not None:
             made = {name: make for name, make in made.items() if name in only}
         start = samfn.split(network.model)[0]
-        expected: Any = None
+        expected = functools.cache(partial(_trained, next(iter(made.values()))))
         for name, make in made.items():
             before = measure.start_of_peak()
             runner, seconds = started(make)
             runner.step()
             runner.step()
             taken = measure.reserved_at_peak() - before
-            expected = expected or runner.weights()
-            apart = measure.distance(start, runner.weights(), expected)
+            apart = measure.distance(start, runner.weights(), expected(3 * runner.steps))
             # Untuned peers compute in float32 whatever the others do.
             allowed = TOLERANCE["bf16" if "untuned" in name else precision]
             assert apart < (tolerance or allowed), (
@@ -204,6 +213,15 @@ def candidates(
             )
             found.append(Candidate(name, runner, seconds, apart, taken))
     return found
+
+
+def _trained(make: Callable[[], Any], steps: int) -> dict[str, Tensor]:
+    """Return the weights after so many steps of what takes one in a call."""
+    runner = make()
+    for _ in range(steps):
+        runner.step()
+    weights: dict[str, Tensor] = runner.weights()
+    return weights
 
 
 def started(make: Callable[[], Any]) -> tuple[Any, float]:

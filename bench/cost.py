@@ -20,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,7 +43,7 @@ from bench.candidates import (
     started,
 )
 from bench.networks import Network, build
-from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, Overwriting, peers
+from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, Overwriting, installed, peers
 from recipes.roles import Options
 from recipes.settings import method_expression
 from recipes.terminal import cli
@@ -71,6 +72,8 @@ METHODS = [
 # What it cannot name: the methods of another loss, and another optimizer without a method.
 OF_A_LOSS = {"ascent_on(sam)": samfn.ascent_on, "on_loss(sam)": samfn.on_loss}
 BASELINE, MUON = "SGD", "muon"
+OURS, JAX = "samfn compiled", "optax.contrib.sam jitted"
+PACKAGES = ("pytorch_optimizer", "optax", "jax")
 LONGEST = 60  # steps after which a method has come round
 
 
@@ -92,6 +95,10 @@ class Cost(Options, ABC):
     def rows(self, case: str) -> list[Row]:
         """Return a row for each candidate."""
 
+    def summary(self, found: Mapping[str, list[Row]]) -> str:
+        """Return a part of the report on the rows of all cases, or nothing."""
+        return ""
+
 
 def main(options: Cost) -> None:
     """Measure all cases, and report."""
@@ -100,16 +107,20 @@ def main(options: Cost) -> None:
         (case,) = options.case
         print(json.dumps(options.here(case, options.only)))
         return
-    parts = [inspect.cleandoc(type(options).__doc__ or "")]
+    found, parts = {}, []
     for case in options.case or default_cases(options.cases):
-        rows = options.rows(case)
+        rows = found[case] = options.rows(case)
         for row in rows:
             measure.emit({"case": case} | measure.environment() | row, options.output)
         parts.append(f"## {case}\n\n{measure.table(rows, tuple(rows[0]))}")
         print(f"\n{parts[-1]}\n", flush=True)
+    about = [inspect.cleandoc(type(options).__doc__ or "")]
+    if summary := options.summary(found):
+        about.append(summary)
+        print(summary, flush=True)
     if options.report is not None:
         title = f"What a step costs: {type(options).__name__.lower()}"
-        text = measure.page(title, parts, "bench.cost")
+        text = measure.page(title, about + parts, "bench.cost")
         options.report.write_text(text, encoding="utf-8")
 
 
@@ -137,6 +148,11 @@ class Steps(Cost):
     """Time of a step, beside every peer.
 
     All candidates are made in one process, checked to train alike, and timed in turns.
+    "ms" is the median over the rounds with its 20 % and 80 % quantiles, of one step, also
+    where a call takes several; "of peak" the share of a large matrix product's rate in the
+    same precision; "of samfn" the median of the ratios, round by round, to the compiled SAM
+    step; "apart" the distance from eager samfn after three calls, relative to the way;
+    "first s" the first call, with its compilation and whatever a cache held.
     """
 
     seconds: float = 20.0
@@ -161,8 +177,8 @@ class Steps(Cost):
         peak = measure.peak_flops(DTYPES[precision] or torch.float32, "cpu", self.seconds)
         found = candidates(network, precision, designs=self.designs)
         steps = {c.name: c.runner.step for c in found}
-        times = measure.interleaved(steps, seconds=self.seconds)
-        ours = measure.quantiles(times["samfn compiled"])["median"]
+        calls = measure.interleaved(steps, seconds=self.seconds)
+        times = {c.name: [t / c.runner.steps for t in calls[c.name]] for c in found}
         return [
             {
                 "candidate": c.name,
@@ -170,14 +186,58 @@ class Steps(Cost):
                 "images/s": len(network.targets) / median,
                 # A backward pass is two forward ones.
                 "of peak": (3 if "SGD" in c.name else 6) * flops / median / peak,
-                "of samfn": median / ours,
-                "kernels": measure.kernels(c.runner.step),
+                "of samfn": measure.ratios(times[c.name], times[OURS])["median"],
+                "kernels": measure.kernels(c.runner.step) / c.runner.steps,
                 "apart": c.apart,
                 "first s": c.first_call_seconds,
             }
             for c in found
             for median in [measure.quantiles(times[c.name])["median"]]
         ]
+
+    def summary(self, found: Mapping[str, list[Row]]) -> str:
+        """Return a table of how many times as fast as its peers the compiled step is."""
+        if self.designs:
+            return ""
+        rows = [short(case, rows) for case, rows in found.items()]
+        there = [f"{name} {version(name)}" for name in PACKAGES if installed(name)]
+        return (
+            "## In short\n\nHow many times as fast as each peer the compiled SAM step is,"
+            "\nof one step a call, and of the most that a call takes of both; its time over"
+            "\nthat of the compiled SGD step; and the time of the eager step over that of"
+            f"\npytorch_optimizer's.\n\n{measure.table(rows, tuple(rows[0]))}\n\n"
+            f"Peers: {', '.join(there) or 'no package'}."
+        )
+
+
+def short(case: str, rows: Sequence[Row]) -> Row:
+    """Return the row of the summary on a case."""
+    network, batch, precision = case.split(":")
+    times = {row["candidate"]: row["of samfn"] for row in rows}
+    jax = {name: time for name, time in times.items() if "optax.contrib.sam" in name}
+    several = [name.partition(", ")[2] for name in jax if ", " in name]
+    together = [
+        jax[f"{JAX}, {steps}"] / times[f"{OURS}, {steps}"] for steps in several[-1:]
+    ]
+    torch_peers = [
+        time
+        for name, time in times.items()
+        if "samfn" not in name and "SGD" not in name and name not in jax
+    ]
+    packaged = [time for name, time in times.items() if "pytorch_optimizer" in name]
+    return {
+        "network": network,
+        "batch": batch,
+        "precision": precision,
+        "compiled ms": next(row["ms"] for row in rows if row["candidate"] == OURS),
+        "pytorch_optimizer": min(packaged, default=math.nan),
+        "fastest PyTorch peer": min(torch_peers),
+        "optax under JAX": jax.get(JAX, "–"),
+        "both, several steps a call": next(iter(together), "–"),
+        "SAM / SGD": 1 / times["samfn SGD compiled"],
+        "eager samfn / pytorch_optimizer": times["samfn eager"]
+        / times.get("pytorch_optimizer eager", math.nan),
+    }
 
 
 class Stepper:
@@ -360,7 +420,8 @@ class Compiling(Apart):
     """Time of compilation, in fresh processes: with an empty cache, and a full one.
 
     It is the first call of a step less a later one: tracing, compiling and, with a full
-    cache, loading. "one gradient" is what a single pass would cost.
+    cache, loading. Headers that PyTorch precompiles once for a machine are there. "one
+    gradient" is what a single pass would cost.
     """
 
     cases: ClassVar[tuple[str, ...]] = (

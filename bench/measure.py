@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.terminal.hardware import hardware
+from recipes.terminal.hardware import emulated, hardware
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -212,9 +212,13 @@ def distance(start: Mapping[str, Tensor], a: Any, b: Any) -> float:
 
 def environment() -> dict[str, str]:
     """Return what a report says of hardware and versions."""
+    device = hardware("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        bf16 = "emulated" if emulated(torch.bfloat16) else "native"
+        device += f" ({torch.backends.cpu.get_cpu_capability()}, {bf16} bf16)"
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": hardware("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": device,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

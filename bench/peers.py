@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from torch.nn import functional as F
 from bench.networks import Network
 
 LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.01, 0.9, 5e-4, 0.05
+# Networks of which a call takes several steps, too, and how many.
+SEVERAL = {"mlp": (4, 8)}
 SETTINGS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 
 
 class Peer:
     """A model trained with the optimizer that `step` calls, as most loops are written."""
+
+    steps = 1  # that a call takes
 
     def __init__(
         self, network: Network, dtype: torch.dtype | None, *, compiled: bool, tuned: bool
@@ -65,6 +70,12 @@ class Overwriting(Peer):
         """Move back."""
         torch._foreach_copy_(self.moved, self.kept)
 
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Move back, and on."""
+        self.restore()
+        self.sgd.step()
+
     def step(self) -> None:
         """Take a step of SAM."""
         self.backward()
@@ -73,8 +84,7 @@ class Overwriting(Peer):
         hold_statistics(self.model)
         self.backward()
         release_statistics(self.model)
-        self.restore()
-        self.sgd.step()
+        self.descend()
         self.sgd.zero_grad()
 
 
@@ -98,6 +108,15 @@ class OverwritingByTensor(Overwriting):
             weight.copy_(old)
 
 
+class OverwritingInGraphs(Overwriting):
+    """The same, of a compiled model, with what comes after each gradient compiled too."""
+
+    def __init__(self, network: Network, dtype: torch.dtype | None) -> None:
+        super().__init__(network, dtype, compiled=True, tuned=True)
+        self.ascend = torch.compile(super().ascend)  # type: ignore[method-assign]
+        self.descend = torch.compile(super().descend)  # type: ignore[method-assign]
+
+
 class PytorchOptimizer(Peer):
     """SAM of the package pytorch_optimizer, as its documentation shows it."""
 
@@ -118,61 +137,6 @@ class PytorchOptimizer(Peer):
         self.sam.second_step(zero_grad=True)
 
 
-class Optax:
-    """optax.contrib.sam on the MLP, jitted whole, as JAX users write it."""
-
-    def __init__(self, network: Network, *, sam: bool) -> None:
-        import jax
-        import optax
-        from jax import numpy as jnp
-
-        linear = [m for m in network.model.modules() if isinstance(m, nn.Linear)]
-        self._params = [
-            (jnp.array(m.weight.detach().numpy()), jnp.array(m.bias.detach().numpy()))
-            for m in linear
-        ]
-        x = jnp.array(network.inputs.numpy())
-        y = jnp.array(network.targets.numpy())
-
-        def loss(params: Any) -> Any:
-            hidden = x
-            for weight, bias in params[:-1]:
-                hidden = jax.nn.relu(hidden @ weight.T + bias)
-            weight, bias = params[-1]
-            logits = hidden @ weight.T + bias
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-        # v <- m v + g + d w; w <- w - lr v
-        base = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LR, MOMENTUM))
-        if sam:
-            adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
-            optimizer = optax.contrib.sam(base, adversary, opaque_mode=True)
-        else:
-            optimizer = base
-        self._state = optimizer.init(self._params)
-
-        def update(params: Any, state: Any) -> Any:
-            grads = jax.grad(loss)(params)
-            extra = {"grad_fn": lambda p, _: jax.grad(loss)(p)} if sam else {}
-            changes, state = optimizer.update(grads, state, params, **extra)
-            return optax.apply_updates(params, changes), state
-
-        self._update = jax.jit(update, donate_argnums=(0, 1))
-        self._names = [name for name, _ in network.model.named_parameters()]
-
-    def step(self) -> None:
-        """Take a step, and wait for it."""
-        self._params, self._state = self._update(self._params, self._state)
-        self._params[-1][1].block_until_ready()
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return the parameters, by PyTorch's names."""
-        import numpy as np
-
-        flat = [torch.from_numpy(np.array(leaf)) for pair in self._params for leaf in pair]
-        return dict(zip(self._names, flat, strict=True))
-
-
 def hold_statistics(model: nn.Module) -> None:
     """Make BatchNorm keep its statistics in the next pass: the momentum trick."""
     for module in model.modules():
@@ -188,7 +152,8 @@ def release_statistics(model: nn.Module) -> None:
             module.momentum = module.backup_momentum  # type: ignore[assignment]
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Return whether a package is there."""
     return importlib.util.find_spec(name) is not None
 
 
@@ -210,8 +175,9 @@ def peers(
                 network, None, tuned=False, compiled=False
             ),
             "overwriting compiled model": lambda: Overwriting(network, dtype, **compiled),
+            "overwriting all compiled": lambda: OverwritingInGraphs(network, dtype),
         }
-        if _installed("pytorch_optimizer"):
+        if installed("pytorch_optimizer"):
             made |= {
                 "pytorch_optimizer eager": lambda: PytorchOptimizer(
                     network, dtype, **eager
@@ -220,7 +186,13 @@ def peers(
                     network, dtype, **compiled
                 ),
             }
-    if network.name == "mlp" and dtype is None and _installed("optax"):
+    if dtype is None and network.inputs.device.type == "cpu" and installed("optax"):
+        from bench.peers_of_jax import Optax
+
         name = "optax.contrib.sam jitted" if sam else "SGD optax jitted"
-        made[name] = lambda: Optax(network, sam=sam)
+        made[name] = partial(Optax, network, sam=sam)
+        for steps in SEVERAL.get(network.name, ()):
+            made[f"{name}, {steps} steps a call"] = partial(
+                Optax, network, sam=sam, steps=steps
+            )
     return made

@@ -29,6 +29,7 @@ OPERATIONS_PER_SECOND = 1.3e11
 SHARE_OF_ARITHMETIC = 1 / 6
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+HEADERS = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"  # whoever sets it has them in /tmp
 USUAL = "torchinductor_"  # and the user's name: what PyTorch sets it to, below /tmp
 TEMPORARY = "samfn-compiled-"  # and what nobody can guess: the cache of one process
 
@@ -69,7 +70,7 @@ def keep_compiled(warn: Callable[[str], None]) -> None:
     The cache holds code, and pickles, which are run. So a directory that others could have
     put something into is refused, and everything compiled anew, in one that goes with this
     process, or, where that is killed, with the next. Left alone, PyTorch takes one below
-    /tmp under a name that everyone can guess.
+    /tmp under a name that everyone can guess, and for precompiled headers always does.
 
     Args:
         warn: is told in one line what was refused, and why.
@@ -88,6 +89,19 @@ def keep_compiled(warn: Callable[[str], None]) -> None:
         warn(f"{reason}: what was compiled before is not used, nor this kept")
         path = _temporary()
     os.environ[VARIABLE] = str(path)
+    if HEADERS not in os.environ:
+        _keep_headers(path)
+
+
+def _keep_headers(path: Path) -> None:
+    """Let PyTorch keep precompiled headers there, too: it asks no variable where."""
+    from torch._inductor import codecache, config
+
+    if hasattr(codecache, "_HEADER_DIR") and hasattr(codecache, "_HEADER_LOCK_DIR"):
+        codecache._HEADER_DIR = str(path / "headers")
+        codecache._HEADER_LOCK_DIR = str(path / "headers" / "locks")
+    else:  # another version of PyTorch
+        config.cpp_cache_precompile_headers = False
 
 
 def _temporary() -> Path:

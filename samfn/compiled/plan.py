@@ -33,21 +33,19 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 # twice as long to compile. Measured in bench/results/; between 1e9 and 3e10 both will do.
 ARITHMETIC = 1e10
 
-HEADERS = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
-
 # On a CPU. Dynamo's guards have checked what these asserts would check again, and waking a
-# second thread takes as long as a loop over ten thousand numbers. Precompiled headers would
-# stay below /tmp, under a name that everyone can guess, whatever the cache's directory: who
-# asks for them by PyTorch's own variable has another TMPDIR.
-LEAN = {
+# second thread takes as long as a loop over ten thousand numbers.
+LEAN: dict[str, Any] = {
     "size_asserts": False,
     "alignment_asserts": False,
     "cpp.min_chunk_size": 16384,
-    "cpp_cache_precompile_headers": os.environ.get(HEADERS) == "1",
 }
+if shutil.which("openssl") is None:  # by which PyTorch tells precompiled headers apart
+    LEAN["cpp_cache_precompile_headers"] = False
 
 # Calls the kernels from C++. On a GPU, a CUDA graph does away with the calls altogether.
-FROM_CPP = {"cpp_wrapper": True}
+# The calls are compiled apart from the kernels: with less optimisation, in half the time.
+FROM_CPP = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
 
 
 def missing_compiler(device: torch.device, backend: str = "inductor") -> str | None:

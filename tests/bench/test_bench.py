@@ -12,8 +12,8 @@ import torch
 import samfn
 from bench import candidates, cost, gpu, measure, scaling
 from bench.candidates import Samfn
-from bench.networks import build
-from bench.peers import peers
+from bench.networks import Network, Transformer, build
+from bench.peers import SEVERAL, peers
 from tests import ROOT, commands
 from tests.ranks import on_ranks
 
@@ -54,6 +54,7 @@ def test_steps_are_timed_beside_their_peers(tmp_path):
     assert all(row["ms"] > 0 and row["apart"] < 0.05 for row in rows)
     assert printed.count('"case": "mlp-small:8:bf16"') == len(rows)
     assert "| samfn compiled " in printed
+    assert "## In short" in printed
 
 
 @pytest.mark.slow
@@ -232,6 +233,84 @@ def test_a_failed_case_is_recorded_and_the_others_run(tmp_path, monkeypatch):
     assert bad["failed"] == "RuntimeError: no such kernel"
     assert good["TFLOP/s"] > 0
     assert "no such kernel" in gpu.report(gpu.read(path), gpu.SMOKE)
+
+
+def small_transformer():
+    model = Transformer(layers=1, width=8, length=5, vocabulary=7)
+    tokens = torch.randint(7, (2, 5))
+    return Network("transformer", model, tokens, torch.randint(7, (10,)))
+
+
+@pytest.mark.parametrize(
+    ("make", "sam", "steps"),
+    [
+        (lambda: build("mlp-small", 4), True, 1),
+        (lambda: build("mlp-small", 4), False, 2),
+        (small_transformer, True, 2),
+        (lambda: build("wrn-10-1 8x8", 4), True, 2),
+    ],
+    ids=["mlp", "mlp by SGD", "transformer", "wrn"],
+)
+def test_what_jax_compiles_trains_alike(make, sam, steps):
+    peers_of_jax = pytest.importorskip("bench.peers_of_jax")
+    torch.manual_seed(0)
+    network = make()
+    eager = Samfn(network, None, 0.05 if sam else 0.0, None)
+    start = eager.weights()
+    for _ in range(4):
+        eager.step()
+    other = peers_of_jax.Optax(network, sam=sam, steps=steps)
+    for _ in range(4 // steps):
+        other.step()
+    assert measure.distance(start, other.weights(), eager.weights()) < 1e-5
+    for name, value in other._stats.items():
+        expected = eager._state.buffers[name]
+        torch.testing.assert_close(torch.tensor(value.tolist()), expected)
+
+
+@pytest.mark.slow
+def test_a_call_of_several_steps_is_held_against_as_many(monkeypatch):
+    monkeypatch.setitem(SEVERAL, "mlp-small", (3,))
+    network = build("mlp-small", 4)
+    name = "samfn compiled, 3 steps a call"
+    one, several = candidates.candidates(network, "float32", only=("samfn eager", name))
+    assert [c.runner.steps for c in (one, several)] == [1, 3]
+    assert several.name == name
+    assert several.apart < 1e-5
+
+
+def test_the_summary_says_how_many_times_as_fast_as_each_peer_a_step_is():
+    times = {
+        "samfn eager": 3.0,
+        "samfn compiled": 1.0,
+        "samfn compiled, 4 steps a call": 0.9,
+        "samfn compiled, 8 steps a call": 0.5,
+        "overwriting eager": 2.5,
+        "pytorch_optimizer eager": 4.0,
+        "pytorch_optimizer compiled model": 3.5,
+        "optax.contrib.sam jitted": 0.8,
+        "optax.contrib.sam jitted, 4 steps a call": 0.7,
+        "optax.contrib.sam jitted, 8 steps a call": 0.6,
+        "samfn SGD compiled": 0.4,
+        "SGD eager": 0.3,
+        "SGD optax jitted": 0.2,
+    }
+    rows = [{"candidate": n, "ms": 2 * t, "of samfn": t} for n, t in times.items()]
+    assert cost.short("mlp:16:float32", rows) == {
+        "network": "mlp",
+        "batch": "16",
+        "precision": "float32",
+        "compiled ms": 2,
+        "pytorch_optimizer": 3.5,
+        "fastest PyTorch peer": 2.5,
+        "optax under JAX": 0.8,
+        "both, several steps a call": pytest.approx(1.2),
+        "SAM / SGD": 2.5,
+        "eager samfn / pytorch_optimizer": 0.75,
+    }
+    without = [row for row in rows if "optax" not in row["candidate"]]
+    short = cost.short("mlp:16:bf16", without)
+    assert short["optax under JAX"] == short["both, several steps a call"] == "–"
 
 
 def test_a_flat_buffer_trains_alike():

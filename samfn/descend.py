@@ -136,7 +136,8 @@ def from_torch(
             for key, start in memory.items()
         }
         if counts:
-            opt_state[STEPS] = torch.zeros((), device=_any(params).device)
+            dtype, device = tree.wide_default(), _any(params).device
+            opt_state[STEPS] = torch.zeros((), dtype=dtype, device=device)
         return opt_state
 
     def update(
@@ -240,7 +241,7 @@ def nadam(
     return from_torch(
         torch.optim.NAdam,
         nadam_kernel,
-        _adam_memory() | {"mu_products": lambda w: torch.ones((), device=w.device)},
+        _adam_memory() | {"mu_products": _one_for},
         betas=betas,
         eps=eps,
         weight_decay=weight_decay,
@@ -548,6 +549,10 @@ def _require_matrices(params: Params) -> None:
 def _adam_memory(amsgrad: bool = False) -> dict[str, Callable[[Tensor], Tensor]]:
     keys = ["exp_avgs", "exp_avg_sqs"] + ["max_exp_avg_sqs"] * amsgrad
     return dict.fromkeys(keys, torch.zeros_like)
+
+
+def _one_for(weight: Tensor) -> Tensor:
+    return torch.ones((), dtype=tree.wide_default(), device=weight.device)
 
 
 def _any(params: Params) -> Tensor:

@@ -172,6 +172,14 @@ def zeros_like(tree: Params) -> dict[str, Tensor]:
     return {name: torch.zeros_like(leaf) for name, leaf in tree.items()}
 
 
+def wide_default() -> torch.dtype:
+    """Return PyTorch's default dtype, but float32 where that is narrower.
+
+    As torch.optim counts steps: bfloat16 would stop at 256.
+    """
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def clone(tree: Params) -> dict[str, Tensor]:
     """Return a copy of numbers, not booleans, that shares no memory with `tree`."""
     # Exact; _foreach_clone is newer than torch 2.11.

@@ -371,7 +371,7 @@ def loss_scaled(
     def init(params: Params, moved: Params) -> MethodState:
         device = next(iter(params.values())).device
         own = {
-            SCALE: torch.tensor(float(initial), device=device),
+            SCALE: torch.tensor(float(initial), dtype=torch.float32, device=device),
             GOOD: torch.zeros((), dtype=torch.int64, device=device),
         }
         return {**method.init(params, moved), **own}

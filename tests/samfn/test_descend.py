@@ -487,3 +487,38 @@ def test_muon_refuses_vectors_and_says_whose_they_are():
         samfn.muon(adjust_lr_fn="none")
     with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
         samfn.muon(momentum=1.0)
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
+def narrow_default(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "theirs"),
+    [(samfn.adam(), torch.optim.Adam), (samfn.nadam(), torch.optim.NAdam)],
+)
+def test_steps_are_counted_beyond_what_a_narrow_default_dtype_holds(
+    narrow_default, optimizer, theirs
+):
+    params = {"w": torch.ones(2, dtype=torch.float32)}
+    own = nn.Parameter(params["w"].clone())
+    reference, opt_state = theirs([own], lr=0.01), optimizer.init(params)
+    for _ in range(260):
+        own.grad = own.detach() - 3
+        reference.step()
+        grads = {"w": params["w"] - 3}
+        given = {"optimizer": optimizer, "lr": 0.01}
+        params, opt_state = samfn.descend(params, grads, opt_state, **given)
+    assert opt_state["state_steps"] == 260
+    assert torch.equal(params["w"], own)
+
+
+def test_methods_remember_in_float32_whatever_the_default_dtype_is(narrow_default):
+    params = {"w": torch.ones(2, dtype=torch.float32)}
+    for method in (samfn.loss_scaled(samfn.sam()), samfn.ae_sam(5), samfn.unified_sam()):
+        found = [leaf.dtype for leaf in method.init(params, params).values()]
+        assert {*found} <= {torch.float32, torch.int64}

@@ -44,7 +44,8 @@ class Optimizer(NamedTuple):
     check: Callable[[OptState, Params], None] = lambda opt_state, params: None
     """(opt_state, params) -> None; raises ValueError where they do not go together."""
     clips: bool = False
-    """Whether it bounds its gradients, which what goes past it would escape."""
+    """Whether it bounds its gradients, or leaves some parameters where they are: what goes
+    past it would escape that."""
 
 
 def descend(
@@ -108,13 +109,18 @@ def from_torch(
         options: keywords of the class, without `lr`, which every step brings.
 
     Raises:
-        ValueError: the class refuses the options, or they maximise.
+        ValueError: the class refuses the options, or they maximise, or dampen.
     """
     defaults = dict(optimizer_class([torch.zeros(1)], **options).defaults)
     if defaults.get("maximize"):
         raise ValueError(
             "maximize must be False: a step perturbs to where the loss is higher, so let"
             " the loss function return the negative of what is to be maximised"
+        )
+    if defaults.get("dampening"):
+        raise ValueError(
+            "dampening must be 0: torch.optim.SGD leaves it out in the first step, which a"
+            " momentum that begins with 0 does not"
         )
     defaults["beta1"], defaults["beta2"] = defaults.pop("betas", (None, None))
     accepted = dict(inspect.signature(kernel).parameters)
@@ -433,6 +439,7 @@ def frozen_after(optimizer: Optimizer, steps: int, names: Collection[str]) -> Op
             no such parameter.
     """
     checks.require_count("steps", steps)
+    names = tuple(names)  # Gone through in each step.
 
     def init(params: Params) -> OptState:
         checks.require_names_of(params, names, what="frozen_after")
@@ -452,7 +459,7 @@ def frozen_after(optimizer: Optimizer, steps: int, names: Collection[str]) -> Op
         _require_keys(opt_state, {"taken", "own"})
         optimizer.check(opt_state["own"], params)
 
-    return optimizer._replace(init=init, update=update, check=check)
+    return Optimizer(init, update, check, clips=True)
 
 
 def grouped(
@@ -479,8 +486,11 @@ def grouped(
         ValueError: an exception names no parameter, or a name stands twice. When a state is
             made or checked: there is no such parameter, or all are exceptions.
     """
-    _require_apart([names for names, _ in exceptions])
-    named = [frozenset(names) for names, _ in exceptions]
+    lists: list[Collection[str]] = [
+        names if isinstance(names, str) else tuple(names) for names, _ in exceptions
+    ]
+    _require_apart(lists)
+    named = [frozenset(names) for names in lists]
     apart = frozenset().union(*named)
     optimizers = [optimizer, *(other for _, other in exceptions)]
     groups = {f"group_{number}": one for number, one in enumerate(optimizers)}

@@ -522,3 +522,37 @@ def test_methods_remember_in_float32_whatever_the_default_dtype_is(narrow_defaul
     for method in (samfn.loss_scaled(samfn.sam()), samfn.ae_sam(5), samfn.unified_sam()):
         found = [leaf.dtype for leaf in method.init(params, params).values()]
         assert {*found} <= {torch.float32, torch.int64}
+
+
+def test_names_may_be_given_by_an_iterator():
+    def names():
+        return (name for name in ["b"])
+
+    plain, decayed = samfn.sgd(0.0), samfn.sgd(0.0, weight_decay=0.5)
+    for made, expected in (
+        (samfn.frozen_after(plain, 1, names()), samfn.frozen_after(plain, 1, ["b"])),
+        (samfn.grouped(plain, (names(), decayed)), samfn.grouped(plain, (["b"], decayed))),
+    ):
+        found = []
+        for optimizer in (made, expected):
+            params, memory = start(), optimizer.init(start())
+            for _ in range(3):
+                given = {"optimizer": optimizer, "lr": 0.1}
+                params, memory = samfn.descend(params, params, memory, **given)
+            found.append(params)
+        assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_nothing_goes_past_the_optimizer_to_what_it_leaves_alone():
+    params, method = start(), samfn.wsam()
+    optimizer = samfn.frozen_after(samfn.sgd(), 1, ["b"])
+    state = samfn.init(params, {}, optimizer=optimizer, method=method)
+    given = {"optimizer": optimizer, "method": method, "lr": 0.1}
+    with pytest.raises(ValueError, match=r"wsam .* move what frozen_after leaves alone"):
+        samfn.sam_update(state, None, loss_fn=lambda p, _, __: p["b"].sum(), **given)
+
+
+def test_dampening_which_spares_the_first_step_is_refused():
+    memory = {"momentum_buffer_list": torch.zeros_like}
+    with pytest.raises(ValueError, match="dampening must be 0"):
+        samfn.from_torch(torch.optim.SGD, sgd_kernel, memory, momentum=0.9, dampening=0.5)

@@ -137,7 +137,8 @@ def sam_update(
     kind = method.kind(int(state.step)) if method.kind else None
     run = evaluator(loss_fn)
     how: Any = {"rho": rho, "lr": lr, "kind": kind, "weigh": as_loss(loss_fn).weigh}
-    return take_step(state, batch, run, optimizer, method, **how)
+    with torch.no_grad():  # A dial that requires grad would leave its graph in the state.
+        return take_step(state, batch, run, optimizer, method, **how)
 
 
 class NonFiniteError(ArithmeticError):

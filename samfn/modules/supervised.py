@@ -25,7 +25,7 @@ from samfn.modules.lending import (
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
 from samfn.nested import inside, remembered
-from samfn.tree import Batch, Params, is_sharded, local
+from samfn.tree import Batch, Params, is_sharded, local, unmixed
 
 RECOMPUTES = (
     "this model computes parts of its forward pass again during the backward pass (gradient"
@@ -106,7 +106,8 @@ class _Supervised:
                 f"{hooked} has a hook that may change gradients; the second derivative of"
                 " the loss is another thing than that of what hooks make of the first"
             )
-        with self._forward(params, buffers, batch, leaves=True) as found:
+        forward = self._forward(params, buffers, batch, leaves=True)
+        with unmixed(params), forward as found:
             # What is computed again writes statistics again: to copies that nobody reads.
             again = {name: _copied(buffers[name]) for name in self._lender.buffers}
             self._lender.put(again)

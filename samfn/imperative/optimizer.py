@@ -122,7 +122,6 @@ class SAM(torch.optim.Optimizer):
         _require_apart(self.base_optimizer)
         self.defaults.update(self.base_optimizer.defaults)
         self.base_optimizer.defaults = self.defaults  # Groups may be added to either.
-        self.state = self.base_optimizer.state
         self.skip_nonfinite = skip_nonfinite
         self.skipped = 0
         self._guarded: dict[int, Home] = {}  # Parameters, by their identity.
@@ -157,6 +156,17 @@ class SAM(torch.optim.Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         vars(vars(self).get("base_optimizer", self))["param_groups"] = groups
+
+    @property
+    def state(self) -> Any:
+        """The memory, which is that of the base optimizer."""
+        self = _itself(self)
+        return vars(vars(self).get("base_optimizer", self))["state"]
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self = _itself(self)
+        vars(vars(self).get("base_optimizer", self))["state"] = state
 
     def _groups(self) -> list[dict[str, Any]]:
         owner = vars(vars(self).get("base_optimizer", self))
@@ -569,7 +579,6 @@ class SAM(torch.optim.Optimizer):
             )
         if not self._guarded.keys() >= {*map(id, self._kept.parameters())}:
             self._kept.require_none("second_step, or optimizer.guard(model) once")
-        self.state = self.base_optimizer.state  # It may have loaded one by itself.
         return {**super().state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

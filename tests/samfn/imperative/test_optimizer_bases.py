@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -529,3 +530,15 @@ def test_hooks_of_steps_are_called_once_a_step_whatever_takes_it(by):
     assert is_own
     assert_close(after, weights(model), rtol=0, atol=0)
     assert not torch.equal(next(model.parameters()), start[0])
+
+
+def test_a_memory_that_is_put_in_its_place_is_that_of_the_base_optimizer():
+    model, batch = net(), data()[0]
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    two_steps(optimizer, model, batch)
+    optimizer.state = defaultdict(dict)
+    assert not optimizer.base_optimizer.state
+    before = weights(model)
+    two_steps(optimizer, model, batch)
+    for name, p in model.named_parameters():
+        assert_close(optimizer.state[p]["momentum_buffer"], (before[name] - p) / 0.1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -416,7 +417,8 @@ def supervised(
 
     Raises:
         TypeError: `model` is wrapped for several devices, or a script.
-        ValueError: `criterion` has parameters of its own.
+        ValueError: `criterion` has parameters of its own. When a mean is taken: `weigh`
+            gives no number of at least 0.
     """
     if isinstance(criterion, nn.Module):
         own = {id(p) for p in model.parameters()}
@@ -436,11 +438,15 @@ def supervised(
         made.function,
         made.check,
         made.differentiating,
-        weigh or known.weigh,
+        known.weigh if weigh is None else partial(_weight, weigh),
         known.counts,
         made.standing,
         made.criterion,
     )
+
+
+def _weight(weigh: Callable[[Batch], float | Tensor], batch: Batch) -> Any:
+    return checks.require_dial("what weigh returns", weigh(batch))
 
 
 def _apart(batch: Batch) -> tuple[Batch, list[Any]]:

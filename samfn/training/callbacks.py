@@ -122,6 +122,9 @@ def lookahead(
         every: steps from one look to the next, at least 1; 5 and 10 in the paper.
         last: steps in the whole run. None leaves the end to be as any other step.
 
+    Raises:
+        ValueError: when told of a step before the start of any epoch.
+
     Source:
         Zhang et al., 2019, arXiv:1907.08610, algorithm 1. There no buffers are averaged;
         they are in github.com/KellerJordan/cifar10-airbench, whose decay grows.
@@ -133,6 +136,11 @@ def lookahead(
         training, memory = event.training, event.training.memory
         now = _together(training.state)
         if LOOKAHEAD not in memory:
+            if isinstance(event, Step):
+                raise ValueError(
+                    "lookahead: expected Start before the first Step, with the weights that"
+                    " it goes back to: tell the callbacks when an epoch begins"
+                )
             memory[LOOKAHEAD] = {name: t.clone() for name, t in now.items()}
         if not isinstance(event, Step):
             return

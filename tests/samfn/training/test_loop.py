@@ -598,3 +598,12 @@ def test_a_metric_that_is_not_in_the_row_is_told_with_those_that_are(name, tmp_p
     message = f"{name}: expected 'right' in the row .*, got epoch, step, loss, accuracy:"
     with pytest.raises(ValueError, match=message):
         loop.run(training, **options, epochs=1, callbacks=[callback])
+
+
+def test_lookahead_has_to_see_the_weights_before_the_first_step():
+    training, options = problem()
+    batch = next(options["batches"](training))
+    state, metrics = options["update"](training.state, batch, lr=0.1)
+    training.count(state)
+    with pytest.raises(ValueError, match="expected Start before the first Step"):
+        loop.tell([callbacks.lookahead(0.5)], Step(training, batch, metrics))

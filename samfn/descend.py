@@ -368,6 +368,9 @@ def muon(
         way = {}
         for name, w in params.items():
             ahead = grads[name].lerp(new[name], momentum) if nesterov else new[name]
+            if not w.numel():  # As of experts that there are none of.
+                way[name] = ahead
+                continue
             factor = ADJUSTS[adjust_lr_fn](len(w), w[0].numel())
             way[name] = factor * as_matrix(orthogonal, ahead)
         decayed = tree.scale(params, 1 - lr * weight_decay)

@@ -556,3 +556,20 @@ def test_dampening_which_spares_the_first_step_is_refused():
     memory = {"momentum_buffer_list": torch.zeros_like}
     with pytest.raises(ValueError, match="dampening must be 0"):
         samfn.from_torch(torch.optim.SGD, sgd_kernel, memory, momentum=0.9, dampening=0.5)
+
+
+def test_muon_leaves_matrices_without_entries_as_they_are():
+    optimizer, params = samfn.muon(), {"w": torch.eye(2)}
+    expected, _ = samfn.descend(
+        params, params, optimizer.init(params), optimizer=optimizer, lr=0.1
+    )
+    params |= {"rows": torch.zeros(0, 4), "columns": torch.zeros(3, 0)}
+    found, _ = samfn.descend(
+        params, params, optimizer.init(params), optimizer=optimizer, lr=0.1
+    )
+    assert torch.equal(found["w"], expected["w"])
+    assert {name: tuple(found[name].shape) for name in found} == {
+        "w": (2, 2),
+        "rows": (0, 4),
+        "columns": (3, 0),
+    }

@@ -44,7 +44,8 @@ class Optimizer(NamedTuple):
     check: Callable[[OptState, Params], None] = lambda opt_state, params: None
     """(opt_state, params) -> None; raises ValueError where they do not go together."""
     clips: bool = False
-    """Whether it bounds its gradients, which what goes past it would escape."""
+    """Whether it bounds its gradients, or leaves some parameters where they are: what goes
+    past it would escape that."""
 
 
 def descend(
@@ -108,13 +109,18 @@ def from_torch(
         options: keywords of the class, without `lr`, which every step brings.
 
     Raises:
-        ValueError: the class refuses the options, or they maximise.
+        ValueError: the class refuses the options, or they maximise, or dampen.
     """
     defaults = dict(optimizer_class([torch.zeros(1)], **options).defaults)
     if defaults.get("maximize"):
         raise ValueError(
             "maximize must be False: a step perturbs to where the loss is higher, so let"
             " the loss function return the negative of what is to be maximised"
+        )
+    if defaults.get("dampening"):
+        raise ValueError(
+            "dampening must be 0: torch.optim.SGD leaves it out in the first step, which a"
+            " momentum that begins with 0 does not"
         )
     defaults["beta1"], defaults["beta2"] = defaults.pop("betas", (None, None))
     accepted = dict(inspect.signature(kernel).parameters)
@@ -136,7 +142,8 @@ def from_torch(
             for key, start in memory.items()
         }
         if counts:
-            opt_state[STEPS] = torch.zeros((), device=_any(params).device)
+            dtype, device = tree.wide_default(), _any(params).device
+            opt_state[STEPS] = torch.zeros((), dtype=dtype, device=device)
         return opt_state
 
     def update(
@@ -240,7 +247,7 @@ def nadam(
     return from_torch(
         torch.optim.NAdam,
         nadam_kernel,
-        _adam_memory() | {"mu_products": lambda w: torch.ones((), device=w.device)},
+        _adam_memory() | {"mu_products": _one_for},
         betas=betas,
         eps=eps,
         weight_decay=weight_decay,
@@ -361,6 +368,9 @@ def muon(
         way = {}
         for name, w in params.items():
             ahead = grads[name].lerp(new[name], momentum) if nesterov else new[name]
+            if not w.numel():  # As of experts that there are none of.
+                way[name] = ahead
+                continue
             factor = ADJUSTS[adjust_lr_fn](len(w), w[0].numel())
             way[name] = factor * as_matrix(orthogonal, ahead)
         decayed = tree.scale(params, 1 - lr * weight_decay)
@@ -432,6 +442,7 @@ def frozen_after(optimizer: Optimizer, steps: int, names: Collection[str]) -> Op
             no such parameter.
     """
     checks.require_count("steps", steps)
+    names = tuple(names)  # Gone through in each step.
 
     def init(params: Params) -> OptState:
         checks.require_names_of(params, names, what="frozen_after")
@@ -451,7 +462,7 @@ def frozen_after(optimizer: Optimizer, steps: int, names: Collection[str]) -> Op
         _require_keys(opt_state, {"taken", "own"})
         optimizer.check(opt_state["own"], params)
 
-    return optimizer._replace(init=init, update=update, check=check)
+    return Optimizer(init, update, check, clips=True)
 
 
 def grouped(
@@ -478,8 +489,11 @@ def grouped(
         ValueError: an exception names no parameter, or a name stands twice. When a state is
             made or checked: there is no such parameter, or all are exceptions.
     """
-    _require_apart([names for names, _ in exceptions])
-    named = [frozenset(names) for names, _ in exceptions]
+    lists: list[Collection[str]] = [
+        names if isinstance(names, str) else tuple(names) for names, _ in exceptions
+    ]
+    _require_apart(lists)
+    named = [frozenset(names) for names in lists]
     apart = frozenset().union(*named)
     optimizers = [optimizer, *(other for _, other in exceptions)]
     groups = {f"group_{number}": one for number, one in enumerate(optimizers)}
@@ -548,6 +562,10 @@ def _require_matrices(params: Params) -> None:
 def _adam_memory(amsgrad: bool = False) -> dict[str, Callable[[Tensor], Tensor]]:
     keys = ["exp_avgs", "exp_avg_sqs"] + ["max_exp_avg_sqs"] * amsgrad
     return dict.fromkeys(keys, torch.zeros_like)
+
+
+def _one_for(weight: Tensor) -> Tensor:
+    return torch.ones((), dtype=tree.wide_default(), device=weight.device)
 
 
 def _any(params: Params) -> Tensor:

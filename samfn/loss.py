@@ -6,13 +6,14 @@ will do; a `Loss` is one of which more is known.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.func import grad, grad_and_value
 from torch.utils import _pytree as pytree
 
@@ -239,7 +240,9 @@ def _evaluated(
     # the operations of a small network; a function that is known to be pure is spared it.
     if not torch.compiler.is_compiling() and loss_fn.differentiating:
         return _by_autograd(loss_fn.differentiating, *given, names, scale)
-    return _by_func(loss_fn.function, *given, names, scale)
+    # What sets its precision by itself sets that of the backward pass, too.
+    with tree.unmixed(params) if loss_fn.differentiating else nullcontext():
+        return _by_func(loss_fn.function, *given, names, scale)
 
 
 def _on_all_ranks(
@@ -293,10 +296,7 @@ def _by_autograd(
     scale: Tensor | None,
     shared: Callable[[Tensor, Aux], tuple[Tensor, Aux, float | Tensor]] | None = None,
 ) -> Evaluated:
-    if torch.is_inference_mode_enabled():
-        raise GradientError(
-            "under torch.inference_mode() there are no gradients: leave it out here"
-        )
+    require_gradients_here()
     # All of them require grad, as a model may ask its parameters whether they do.
     leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     asked = {name: leaves[name] for name in names}
@@ -321,6 +321,24 @@ def _by_autograd(
         buffers = {name: _detached(buffer) for name, buffer in aux.buffers.items()}
         return loss.detach(), Aux(outputs, buffers, losses), grads
     return loss.detach(), mapped(_detached, aux), grads
+
+
+def require_gradients_here() -> None:
+    """Raise where PyTorch's autograd takes no gradient of its own.
+
+    Raises:
+        GradientError: inside of inference mode, or of a transform of torch.func.
+    """
+    if torch.is_inference_mode_enabled():
+        raise GradientError(
+            "under torch.inference_mode() there are no gradients: leave it out here"
+        )
+    if peek_interpreter_stack() is not None:
+        raise GradientError(
+            "inside of torch.vmap or another transform of torch.func, samfn.evaluate takes"
+            " no gradient of a loss of samfn.supervised: call the loss function there, as"
+            " in torch.func.grad(lambda params: loss_fn(params, buffers, batch)[0])"
+        )
 
 
 def graph(loss: Tensor) -> set[Any]:

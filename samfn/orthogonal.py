@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from samfn.collectives import cut_as, whole
+from samfn.tree import unmixed
 
 Polynomial = tuple[float, float, float]
 """(a, b, c): a singular value s becomes a s + b s^3 + c s^5."""
@@ -33,9 +34,10 @@ def newton_schulz(
     x = matrix.to(dtype)
     x = x.T if tall else x
     x = x / x.norm().clamp(min=SMALLEST)
-    for a, b, c in polynomials:
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    with unmixed({"": matrix}):
+        for a, b, c in polynomials:
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 
 

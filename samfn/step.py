@@ -137,7 +137,8 @@ def sam_update(
     kind = method.kind(int(state.step)) if method.kind else None
     run = evaluator(loss_fn)
     how: Any = {"rho": rho, "lr": lr, "kind": kind, "weigh": as_loss(loss_fn).weigh}
-    return take_step(state, batch, run, optimizer, method, **how)
+    with torch.no_grad():  # A dial that requires grad would leave its graph in the state.
+        return take_step(state, batch, run, optimizer, method, **how)
 
 
 class NonFiniteError(ArithmeticError):
@@ -223,15 +224,16 @@ def require_state(
 
 
 def require_bounded(optimizer: Optimizer, beside: bool) -> None:
-    """Raise if what a method moves beside its optimizer would escape a clip there.
+    """Raise if what a method moves beside its optimizer would escape what that bounds.
 
     Raises:
-        ValueError: it would; says what clips it.
+        ValueError: it would; says what to do.
     """
     if optimizer.clips and beside:
         raise ValueError(
-            "what wsam moves past the optimizer would escape its clip: expected an"
-            " optimizer without one, and wsam(max_norm=...), which clips both gradients"
+            "what wsam moves past the optimizer would escape its clip, and move what"
+            " frozen_after leaves alone: expected an optimizer without either, and"
+            " wsam(max_norm=...), which clips both gradients"
         )
 
 

@@ -5,6 +5,7 @@ operations of PyTorch handle all tensors in one call, without a Python loop.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -170,6 +171,25 @@ def clip(tree: Params, max_norm: float) -> dict[str, Tensor]:
 def zeros_like(tree: Params) -> dict[str, Tensor]:
     """Return zeros with the names, shapes, dtypes and layouts of `tree`."""
     return {name: torch.zeros_like(leaf) for name, leaf in tree.items()}
+
+
+def unmixed(tree: Params) -> AbstractContextManager[Any]:
+    """Return a context in which operations have the dtypes of these tensors.
+
+    A caller's autocast would take its own, in backward passes and products, too.
+    """
+    device = next(iter(tree.values())).device.type
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()  # Entering autocast costs as much as a small layer.
+    return torch.autocast(device, enabled=False)
+
+
+def wide_default() -> torch.dtype:
+    """Return PyTorch's default dtype, but float32 where that is narrower.
+
+    As torch.optim counts steps: bfloat16 would stop at 256.
+    """
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def clone(tree: Params) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The parts of a step that are compiled apart: its passes, and the optimizer."""
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -13,7 +13,7 @@ from samfn.collectives import kept, wholes
 from samfn.compiled.plan import Parts
 from samfn.descend import Optimizer
 from samfn.loss import Loss, LossFn, Pass, as_loss, evaluate, loss_and_aux
-from samfn.tree import Batch, Params
+from samfn.tree import Batch, Params, unmixed
 
 
 def compiled(function: Callable[..., Any], how: Mapping[str, Any]) -> Any:
@@ -80,8 +80,10 @@ class CompiledPasses:
                 loss, aux = loss_and_aux(run(wholes(params), beside, batch), beside)
                 return loss, aux._replace(buffers=kept(aux.buffers, beside, buffers))
 
-            def differentiating(*given: Any) -> AbstractContextManager[Any]:
-                return nullcontext(gathered(*given))
+            @contextmanager
+            def differentiating(params: Params, *given: Any) -> Iterator[Any]:
+                with unmixed(params) if loss_fn.differentiating else nullcontext():
+                    yield gathered(params, *given)
 
             self._made[id(chosen)] = replace(
                 loss_fn, function=gathered, differentiating=differentiating

@@ -90,8 +90,10 @@ def with_zeros(value: float | tuple[float | Tensor, ...], tensor: Tensor) -> Dia
 
 
 def _in_one(values: tuple[float | Tensor, ...]) -> Tensor:
-    device = next(one.device for one in values if isinstance(one, Tensor))
-    return torch.stack([torch.as_tensor(one, device=device) for one in values])
+    first = next(one for one in values if isinstance(one, Tensor))
+    how: Any = {"dtype": torch.promote_types(first.dtype, torch.float32)}
+    how |= {"device": first.device}
+    return torch.stack([torch.as_tensor(one, **how) for one in values])
 
 
 def _nth(dials: Dials, number: int) -> float | Tensor:
@@ -101,7 +103,9 @@ def _nth(dials: Dials, number: int) -> float | Tensor:
 
 
 def _stacked(*values: Any) -> Any:
-    """Return tensors stacked, and what else there is in a list; of nothing, nothing."""
+    """Return tensors of one shape stacked, and all else in a list; of nothing, nothing."""
     if values[0] is None:
         return None
-    return torch.stack(values) if isinstance(values[0], Tensor) else [*values]
+    # Steps that see a part of the batch, or all of it, have outputs of other lengths.
+    alike = all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values)
+    return torch.stack(values) if alike else [*values]

@@ -90,7 +90,8 @@ class SAM(torch.optim.Optimizer):
         kwargs: of the base optimizer.
 
     Raises:
-        ValueError: a rho is no finite number of at least 0.
+        ValueError: a rho is no finite number of at least 0; the base optimizer has a rho of
+            its own, as Adadelta.
 
     Source:
         Foret et al., 2021, arXiv:2010.01412, algorithm 1; Kwon et al., 2021,
@@ -118,9 +119,9 @@ class SAM(torch.optim.Optimizer):
         if isinstance(self.base_optimizer, SAM):
             raise TypeError("expected a base optimizer, got samfn.SAM inside of samfn.SAM")
         checks.require_base_optimizer(self.base_optimizer)
+        _require_apart(self.base_optimizer)
         self.defaults.update(self.base_optimizer.defaults)
         self.base_optimizer.defaults = self.defaults  # Groups may be added to either.
-        self.state = self.base_optimizer.state
         self.skip_nonfinite = skip_nonfinite
         self.skipped = 0
         self._guarded: dict[int, Home] = {}  # Parameters, by their identity.
@@ -155,6 +156,17 @@ class SAM(torch.optim.Optimizer):
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         vars(vars(self).get("base_optimizer", self))["param_groups"] = groups
+
+    @property
+    def state(self) -> Any:
+        """The memory, which is that of the base optimizer."""
+        self = _itself(self)
+        return vars(vars(self).get("base_optimizer", self))["state"]
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self = _itself(self)
+        vars(vars(self).get("base_optimizer", self))["state"] = state
 
     def _groups(self) -> list[dict[str, Any]]:
         owner = vars(vars(self).get("base_optimizer", self))
@@ -321,13 +333,20 @@ class SAM(torch.optim.Optimizer):
         """Put the weights back, and take the base optimizer's step.
 
         Its gradient is the sum of those of the second passes since the step before, see
-        `keep_step`.
+        `keep_step`. Hooks that were registered for steps are called, as by `step`.
 
         Raises:
             RuntimeError: `first_step` was not called before, or the two passes are not of
                 as many backward passes; the step is given up then.
         """
         self = _itself(self)
+        for hook in self._optimizer_step_pre_hooks.values():
+            hook(self, (self, zero_grad), {})
+        self._second_step(zero_grad)
+        for hook in self._optimizer_step_post_hooks.values():
+            hook(self, (self, zero_grad), {})
+
+    def _second_step(self, zero_grad: bool = False) -> None:
         self._come_back()
         self._descend()
         self._finish(zero_grad)
@@ -424,7 +443,7 @@ class SAM(torch.optim.Optimizer):
             loss = closure()
         self.first_step(zero_grad=not one_pass)
         if one_pass:
-            self.second_step()
+            self._second_step()
         else:
             self._closed(closure)
         return loss
@@ -433,13 +452,13 @@ class SAM(torch.optim.Optimizer):
         """Take the second pass by a closure, and the second step."""
         with self.restore_on_error(), torch.enable_grad():
             loss = closure()
-        self.second_step()
+        self._second_step()
         return loss
 
     def _scaled_second_step(self) -> None:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is None:
-            self.second_step()
+            self._second_step()
             return
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is None and self._clean is not None and not self._asked:
@@ -560,7 +579,6 @@ class SAM(torch.optim.Optimizer):
             )
         if not self._guarded.keys() >= {*map(id, self._kept.parameters())}:
             self._kept.require_none("second_step, or optimizer.guard(model) once")
-        self.state = self.base_optimizer.state  # It may have loaded one by itself.
         return {**super().state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -624,6 +642,16 @@ class SAM(torch.optim.Optimizer):
 
 _assign = _in_any_mode(parts.write)
 _take_over = _in_any_mode(parts.take_over)
+
+
+def _require_apart(base: torch.optim.Optimizer) -> None:
+    """Raise if a setting of the base optimizer has the name of one of SAM's."""
+    if same := sorted({"rho", "adaptive"} & base.defaults.keys()):
+        raise ValueError(
+            f"expected a base optimizer without a setting {', '.join(same)}, got"
+            f" {type(base).__name__}, which would take that of samfn.SAM for its own: as"
+            " samfn.from_torch, in samfn.sam_update, it has both"
+        )
 
 
 def _require_usable(group: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from samfn.loss import (
     explained,
     loss_and_aux,
     own_leaves,
+    require_gradients_here,
     share_of,
 )
 from samfn.tree import Batch, Params
@@ -193,6 +194,7 @@ def _product_by_autograd(
     batch: Batch,
     direction: Params,
 ) -> dict[str, Tensor]:
+    require_gradients_here()
     leaves = {name: w.detach().requires_grad_() for name, w in params.items()}
     inputs = list(leaves.values())
     given: Any = leaves, buffers, own_leaves(batch)

@@ -195,7 +195,8 @@ class Eigenvalues(NamedTuple):
     """Largest first."""
     errors: list[float]
     """||H v - value v|| for each: an eigenvalue is at most so far from the value. This is
-    certain, and says nothing of others that are larger."""
+    certain, but for the rounding of H v in the dtype of the parameters, and says nothing of
+    others that are larger."""
     highest: float
     """The largest eigenvalue is at least values[0], and at most this with a probability of
     1 - MISSED over the first vector."""
@@ -248,7 +249,8 @@ def hessian_eigenvalues(
 
     Raises:
         TypeError: `params` are DTensors.
-        ValueError: `count` is above `iterations`.
+        ValueError: `count` is above `iterations`; `params` have no entries, or are not
+            floating point.
 
     Source:
         Golub and Van Loan, 2013, Matrix Computations, section 10.1, with full
@@ -263,6 +265,8 @@ def hessian_eigenvalues(
     checks.require_count("count", count)
     checks.require_count("iterations", iterations, least=count)
     size = sum(w.numel() for w in params.values())
+    if not size:
+        raise ValueError(f"params must have entries, got {len(params)} tensors without any")
     iterations = min(iterations, size)
     least = -log(sqrt(pi / 2 / size) * MISSED)
     basis = [_unit(_flat(_normal(params, generator)))]
@@ -270,7 +274,7 @@ def hessian_eigenvalues(
     beside: list[float] = []
     for done in range(1, iterations + 1):
         product = _flat(objective.product(params, _shaped(basis[-1], params)))
-        diagonal.append(float(product @ basis[-1]))
+        diagonal.append(float(torch.dot(product, basis[-1])))
         if not isfinite(diagonal[-1]):
             unknown = [nan] * count
             return Eigenvalues(unknown, unknown, nan, done * PRODUCT)
@@ -409,6 +413,11 @@ def _project(place: Params, rho: float) -> dict[str, Tensor]:
 
 def _normal(params: Params, generator: Generator | None) -> dict[str, Tensor]:
     """Draw normal entries where the generator is, so that its device decides on them."""
+    if whole := [name for name, w in params.items() if not w.is_floating_point()]:
+        raise ValueError(
+            f"params must be floating point, {checks.some(whole)} are not: leave them among"
+            " the buffers"
+        )
     where = generator.device if generator is not None else None
     return {
         name: placed_as(
@@ -447,7 +456,7 @@ def _flat(leaves: Params) -> Tensor:
 def _shaped(vector: Tensor, like: Params) -> dict[str, Tensor]:
     parts = torch.split(vector, [w.numel() for w in like.values()])
     return {
-        name: part.view(w.shape)
+        name: part.view(w.shape).to(w.dtype)
         for (name, w), part in zip(like.items(), parts, strict=True)
     }
 
@@ -461,7 +470,7 @@ def _without(basis: list[Tensor], vector: Tensor) -> Tensor:
     """Return the part of a vector that is orthogonal to the basis."""
     for _ in range(2):  # Once leaves what rounding put back.
         for known in basis:
-            vector = vector - (known @ vector) * known
+            vector = vector - torch.dot(known, vector) * known  # `@` goes by autocast.
     return vector
 
 

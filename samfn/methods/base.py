@@ -208,6 +208,12 @@ def look(evaluate: Evaluate, point: Point, *, everywhere: bool = False) -> Pass:
     if is_number_zero(rho):  # No other pass will follow.
         return evaluate(params, buffers, batch)
     if share < 1:
+        if everywhere:
+            raise ValueError(
+                "sub_batch_ascent: the method also descends with the gradient that it"
+                " climbs by, which is of a part of the batch here: expected one that only"
+                " climbs by it, as sam or asam"
+            )
         batch = first_rows(batch, share)
     wrt = None if everywhere or len(moved) == len(params) else moved
     if point.climbed is None:

@@ -141,11 +141,14 @@ def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Meth
             of a name and its tensor.
 
     Raises:
-        ValueError: when a state is made, `which` holds for no parameter.
+        ValueError: when a state is made, `which` holds for no parameter, or names one that
+            there is not.
 
     Source:
         Mueller et al., 2023, arXiv:2306.04226, for normalisation layers alone.
     """
+    if not isinstance(which, str) and not callable(which):
+        which = frozenset(which)  # Gone through in each step.
 
     def chosen(params: Params, moved: Collection[str]) -> tuple[str, ...]:
         if isinstance(which, str):
@@ -156,6 +159,8 @@ def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Meth
         return tuple(name for name in moved if name in which)
 
     def init(params: Params, moved: Params) -> MethodState:
+        if isinstance(which, frozenset):
+            checks.require_names_of(params, which, what="on_parameters")
         names = chosen(params, moved)
         if not names:
             raise ValueError(
@@ -175,9 +180,11 @@ def on_parameters(method: Method, which: str | Collection[str] | Adapts) -> Meth
 def every(method: Method, k: int) -> Method:
     """Take the method's step every k steps, and the base optimizer's in between.
 
-    The first step is the method's, and then steps k, 2k, ... counted from 0; composer's are
-    k - 1, 2k - 1, ... 1 + 1/k gradients a step for `sam`. A rho that is the
-    number 0 for a part of the training keeps the method to the other part.
+    Those in between are the method's with a rho of 0, as in the parts of `accumulated` or
+    on both losses of `on_loss`, and leave what it remembers as it was. The first step is
+    the method's, and then steps k, 2k, ... counted from 0; composer's are k - 1, 2k - 1,
+    ... 1 + 1/k gradients a step for `sam`. A rho that is the number 0 for a part of the
+    training keeps the method to the other part.
 
     Args:
         method: any method, but not `loss_scaled`, which goes around.
@@ -195,11 +202,13 @@ def every(method: Method, k: int) -> Method:
         return method.kind(step // k) if method.kind else None
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:
-        if point.kind == "plain":
-            return plain(evaluate, point), memory
+        if point.kind == "plain":  # In parts, where the method is, and of all its losses.
+            return method.descent(evaluate, point._replace(rho=0.0), memory)[0], memory
         return method.descent(evaluate, point, memory)
 
-    cost = None if method.gradients is None else 1 + (method.gradients - 1) / k
+    # Of losses beside the step's own, it is not known whether plain steps take them, too.
+    cost = None if method.losses else method.gradients
+    cost = None if cost is None else 1 + (cost - 1) / k
     return method._replace(descent=descent, kind=kind, gradients=cost)
 
 
@@ -213,8 +222,13 @@ def sub_batch_ascent(method: Method, share: float = 0.25) -> Method:
     and BatchNorm's statistics that come from it: `metrics.outputs` has its rows.
 
     Args:
-        method: any method that compares no single examples, as `esam` does.
+        method: one that only climbs by its first gradient, as `sam`, `asam`, `vasso`; not
+            one that also descends with it, as `gsam` and `wsam`, or compares single
+            examples, as `esam`.
         share: in (0, 1]; 1 gives back `method`.
+
+    Raises:
+        ValueError: in a step, the method descends with the gradient that it climbs by.
 
     Source:
         Bahri et al., 2022, arXiv:2110.08529, section 4; share = 1/4 there.
@@ -371,7 +385,7 @@ def loss_scaled(
     def init(params: Params, moved: Params) -> MethodState:
         device = next(iter(params.values())).device
         own = {
-            SCALE: torch.tensor(float(initial), device=device),
+            SCALE: torch.tensor(float(initial), dtype=torch.float32, device=device),
             GOOD: torch.zeros((), dtype=torch.int64, device=device),
         }
         return {**method.init(params, moved), **own}

@@ -416,7 +416,8 @@ def ae_sam(
     checks.require_below_one("decay", decay)
 
     def init(params: Params, moved: Params) -> MethodState:
-        zero = torch.zeros((), device=next(iter(params.values())).device)
+        device = next(iter(params.values())).device
+        zero = torch.zeros((), dtype=torch.float32, device=device)
         return {"mean": zero, "variance": zero.clone(), "steps": zero.clone()}
 
     def descent(evaluate: Evaluate, point: Point, memory: MethodState) -> Descended:

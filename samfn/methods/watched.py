@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samfn import tree
-from samfn.loss import Evaluate, Pass
+from samfn.loss import Evaluate, LossFn, Pass
 from samfn.methods.base import Descended, Method, MethodState, Point, combinator
 from samfn.methods.combinators import add_weighted
 from samfn.tree import Batch, Params
@@ -19,7 +19,7 @@ class Layers(NamedTuple):
 
     Of micro-batches at one point, as those of `accumulated`, it is their mean. With
     `per_micro_batch`, which has a point for each, the first pass is that of the first one,
-    and the last of the last.
+    and the last of the last. Of both losses of `on_loss` at one point it is the sum.
     """
 
     gradient: Tensor
@@ -52,11 +52,11 @@ def watched(method: Method) -> Method:
 
         def noted(params: Params, buffers: Params, batch: Batch, **how: Any) -> Pass:
             seen = evaluate(params, buffers, batch, **how)
-            new = _Noted(params, seen.grads, partial(point.weigh, batch))
-            if ends and new.is_further_part_of(ends[-1]):
-                ends[-1] = _mean(ends[-1], new)
+            new = _Of(how.get("other"), seen.grads, partial(point.weigh, batch))
+            if ends and (parts := ends[-1].with_further(params, new)):
+                ends[-1] = _Noted(params, parts)
             else:
-                ends[1:] = [new]
+                ends[1:] = [_Noted(params, [new])]
             return seen
 
         seen, memory = method.descent(noted, point, memory)
@@ -65,28 +65,41 @@ def watched(method: Method) -> Method:
     return method._replace(descent=descent, outermost="watched")
 
 
-class _Noted(NamedTuple):
-    """A gradient at a point."""
+class _Of(NamedTuple):
+    """A gradient of one loss."""
 
-    params: Params
+    loss: LossFn | None
+    """None is the step's own."""
     grads: dict[str, Tensor]
     weigh: Callable[[], int | Tensor]
     """What the loss was a mean over."""
 
-    def is_further_part_of(self, other: "_Noted") -> bool:
-        """Return whether both are of micro-batches at one point, derived by the same."""
+
+class _Noted(NamedTuple):
+    """The gradients at a point, of each loss that was evaluated there."""
+
+    params: Params
+    parts: list[_Of]
+
+    def with_further(self, params: Params, new: _Of) -> list[_Of] | None:
+        """Return the gradients with another one, or None where that is of another pass."""
         # By tensors, as PyTorch 2.11 compiles no comparison of two dicts by what they are.
-        alike = all(w is other.params[name] for name, w in self.params.items())
-        return alike and self.grads.keys() == other.grads.keys()
+        if not all(w is self.params[name] for name, w in params.items()):
+            return None
+        known = [part for part in self.parts if part.loss is new.loss]
+        if known and known[0].grads.keys() != new.grads.keys():
+            return None
+        others = [part for part in self.parts if part.loss is not new.loss]
+        return [*others, _mean(known[0], new) if known else new]
 
 
-def _mean(one: _Noted, other: _Noted) -> _Noted:
+def _mean(one: _Of, other: _Of) -> _Of:
     """Return what two micro-batches have been at one point."""
     weights = one.weigh(), other.weigh()
     total, grads = weights[0] + weights[1], None
     for part, weight in zip((one.grads, other.grads), weights, strict=True):
         grads = add_weighted(grads, part, weight / total)
-    return _Noted(one.params, grads or {}, lambda: total)
+    return _Of(one.loss, grads or {}, lambda: total)
 
 
 def layers(params: Params, ends: list[_Noted], new_params: Params) -> Layers:
@@ -98,7 +111,7 @@ def layers(params: Params, ends: list[_Noted], new_params: Params) -> Layers:
             by has gradient 0 there.
         new_params: after the step.
     """
-    first, last = (_whole(params, end.grads) for end in (ends[0], ends[-1]))
+    first, last = (_whole(params, end.parts) for end in (ends[0], ends[-1]))
     shift = tree.subtract(tree.only(ends[-1].params, params.keys()), params)
     lengths = tree.norms(first), tree.norms(last)
     product = tree.dots(first, last)
@@ -117,8 +130,10 @@ def _cosine(product: Tensor, *lengths: Tensor) -> Tensor:
     return torch.where(both > 0, product / both, 0.0)
 
 
-def _whole(params: Params, grads: Params) -> dict[str, Tensor]:
-    return {
-        name: grads[name] if name in grads else torch.zeros_like(w)
-        for name, w in params.items()
-    }
+def _whole(params: Params, parts: list[_Of]) -> dict[str, Tensor]:
+    """Return the sum of gradients; of what none was derived by, 0."""
+    total = {}
+    for name, w in params.items():
+        found = [part.grads[name] for part in parts if name in part.grads]
+        total[name] = sum(found[1:], found[0]) if found else torch.zeros_like(w)
+    return total

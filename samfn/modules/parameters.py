@@ -173,13 +173,15 @@ def norm_parameters(model: nn.Module) -> tuple[str, ...]:
     SAM-ON goes by the names of parameters, with "norm" or "bn" in them, and misses some:
     it takes 34 of 40 tensors of torchvision's ResNet-18, and none of 50 of its ViT-B/16.
     """
-    return tuple(
+    own = dict(model.named_parameters())  # A tied one under its first name alone.
+    names = (
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
         if "Norm" in type(module).__name__
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.requires_grad
     )
+    return tuple(name for name in names if name in own)
 
 
 def no_decay_parameters(model: nn.Module) -> tuple[str, ...]:

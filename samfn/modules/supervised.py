@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from samfn.modules.lending import (
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
 from samfn.nested import inside, remembered
-from samfn.tree import Batch, Params, is_sharded, local
+from samfn.tree import Batch, Params, is_sharded, local, unmixed
 
 RECOMPUTES = (
     "this model computes parts of its forward pass again during the backward pass (gradient"
@@ -106,7 +107,8 @@ class _Supervised:
                 f"{hooked} has a hook that may change gradients; the second derivative of"
                 " the loss is another thing than that of what hooks make of the first"
             )
-        with self._forward(params, buffers, batch, leaves=True) as found:
+        forward = self._forward(params, buffers, batch, leaves=True)
+        with unmixed(params), forward as found:
             # What is computed again writes statistics again: to copies that nobody reads.
             again = {name: _copied(buffers[name]) for name in self._lender.buffers}
             self._lender.put(again)
@@ -415,7 +417,8 @@ def supervised(
 
     Raises:
         TypeError: `model` is wrapped for several devices, or a script.
-        ValueError: `criterion` has parameters of its own.
+        ValueError: `criterion` has parameters of its own. When a mean is taken: `weigh`
+            gives no number of at least 0.
     """
     if isinstance(criterion, nn.Module):
         own = {id(p) for p in model.parameters()}
@@ -435,11 +438,15 @@ def supervised(
         made.function,
         made.check,
         made.differentiating,
-        weigh or known.weigh,
+        known.weigh if weigh is None else partial(_weight, weigh),
         known.counts,
         made.standing,
         made.criterion,
     )
+
+
+def _weight(weigh: Callable[[Batch], float | Tensor], batch: Batch) -> Any:
+    return checks.require_dial("what weigh returns", weigh(batch))
 
 
 def _apart(batch: Batch) -> tuple[Batch, list[Any]]:

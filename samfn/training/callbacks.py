@@ -122,6 +122,9 @@ def lookahead(
         every: steps from one look to the next, at least 1; 5 and 10 in the paper.
         last: steps in the whole run. None leaves the end to be as any other step.
 
+    Raises:
+        ValueError: when told of a step before the start of any epoch.
+
     Source:
         Zhang et al., 2019, arXiv:1907.08610, algorithm 1. There no buffers are averaged;
         they are in github.com/KellerJordan/cifar10-airbench, whose decay grows.
@@ -133,6 +136,11 @@ def lookahead(
         training, memory = event.training, event.training.memory
         now = _together(training.state)
         if LOOKAHEAD not in memory:
+            if isinstance(event, Step):
+                raise ValueError(
+                    "lookahead: expected Start before the first Step, with the weights that"
+                    " it goes back to: tell the callbacks when an epoch begins"
+                )
             memory[LOOKAHEAD] = {name: t.clone() for name, t in now.items()}
         if not isinstance(event, Step):
             return
@@ -189,7 +197,8 @@ def swad(
 
     def close(training: Training, kept: dict[str, Any]) -> None:
         """Let an epoch wait until a loss tells that it is in the valley."""
-        memory, loss, waiting = training.memory, training.row[metric], kept["waiting"]
+        memory, waiting = training.memory, kept["waiting"]
+        loss = _told(training, metric, SWAD)
         if kept["bar"] is None and waiting and not loss >= waiting[0]:
             waiting.clear()  # None before a new least begins the valley.
         if kept["bar"] is None and not math.isfinite(loss):
@@ -265,7 +274,7 @@ def early_stopping(metric: str, patience: int, *, higher: bool = True) -> Callba
         training = event.training
         best, waited = training.memory.get(PATIENCE, [None, 0])
         if isinstance(event, Epoch):
-            value = training.row[metric] if higher else -training.row[metric]
+            value = _told(training, metric, PATIENCE) * (1 if higher else -1)
             better = value > best if best is not None else not math.isnan(value)
             best, waited = (value, 0) if better else (best, waited + 1)
             training.memory[PATIENCE] = [best, waited]
@@ -342,7 +351,9 @@ def saving(
         distributed.require_alike(training.state)
         if distributed.rank() == distributed.FIRST or _is_sharded(training.state):
             named = columns.items() if ended else ()
-            scores = {name: float(training.row[column]) for name, column in named}
+            scores = {
+                name: float(_told(training, column, "saving")) for name, column in named
+            }
             checkpoints.save(training.state, score=scores or None, **kept, **metadata)
 
     return callback
@@ -422,6 +433,21 @@ def _placed(value: Any, usual: Tensor, like: Params) -> Any:
     if isinstance(value, Tensor) and value.shape == usual.shape:
         return torch.empty_like(usual, dtype=value.dtype).copy_(value)
     return value.to(usual.device) if isinstance(value, Tensor) else value
+
+
+def _told(training: Training, metric: str, what: str) -> float:
+    """Return what is known of an epoch.
+
+    Raises:
+        ValueError: nothing has that name.
+    """
+    if metric not in training.row:
+        raise ValueError(
+            f"{what}: expected {metric!r} in the row of the epoch, got"
+            f" {checks.some([*training.row])}: let `evaluate` return it"
+        )
+    value: float = training.row[metric]
+    return value
 
 
 def _is_sharded(state: TrainState) -> bool:

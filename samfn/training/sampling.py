@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from samfn import checks
+from samfn import checks, tree
 
 
 def init(examples: int, device: torch.device | str | None = None) -> Tensor:
@@ -207,7 +207,8 @@ def draw(
     weights = torch.where(finite, weights, weights.amax())
     mean = weights.mean()
     weights = weights + floor * torch.where(mean > 0, mean, 1.0)
-    waiting = torch.empty(len(scores), device=generator.device)
+    dtype = tree.wide_default()
+    waiting = torch.empty(len(scores), dtype=dtype, device=generator.device)
     waiting.exponential_(generator=generator)
     return hardest(weights / waiting.to(weights.device), share)
 

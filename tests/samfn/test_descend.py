@@ -487,3 +487,89 @@ def test_muon_refuses_vectors_and_says_whose_they_are():
         samfn.muon(adjust_lr_fn="none")
     with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
         samfn.muon(momentum=1.0)
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=str)
+def narrow_default(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "theirs"),
+    [(samfn.adam(), torch.optim.Adam), (samfn.nadam(), torch.optim.NAdam)],
+)
+def test_steps_are_counted_beyond_what_a_narrow_default_dtype_holds(
+    narrow_default, optimizer, theirs
+):
+    params = {"w": torch.ones(2, dtype=torch.float32)}
+    own = nn.Parameter(params["w"].clone())
+    reference, opt_state = theirs([own], lr=0.01), optimizer.init(params)
+    for _ in range(260):
+        own.grad = own.detach() - 3
+        reference.step()
+        grads = {"w": params["w"] - 3}
+        given = {"optimizer": optimizer, "lr": 0.01}
+        params, opt_state = samfn.descend(params, grads, opt_state, **given)
+    assert opt_state["state_steps"] == 260
+    assert torch.equal(params["w"], own)
+
+
+def test_methods_remember_in_float32_whatever_the_default_dtype_is(narrow_default):
+    params = {"w": torch.ones(2, dtype=torch.float32)}
+    for method in (samfn.loss_scaled(samfn.sam()), samfn.ae_sam(5), samfn.unified_sam()):
+        found = [leaf.dtype for leaf in method.init(params, params).values()]
+        assert {*found} <= {torch.float32, torch.int64}
+
+
+def test_names_may_be_given_by_an_iterator():
+    def names():
+        return (name for name in ["b"])
+
+    plain, decayed = samfn.sgd(0.0), samfn.sgd(0.0, weight_decay=0.5)
+    for made, expected in (
+        (samfn.frozen_after(plain, 1, names()), samfn.frozen_after(plain, 1, ["b"])),
+        (samfn.grouped(plain, (names(), decayed)), samfn.grouped(plain, (["b"], decayed))),
+    ):
+        found = []
+        for optimizer in (made, expected):
+            params, memory = start(), optimizer.init(start())
+            for _ in range(3):
+                given = {"optimizer": optimizer, "lr": 0.1}
+                params, memory = samfn.descend(params, params, memory, **given)
+            found.append(params)
+        assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def test_nothing_goes_past_the_optimizer_to_what_it_leaves_alone():
+    params, method = start(), samfn.wsam()
+    optimizer = samfn.frozen_after(samfn.sgd(), 1, ["b"])
+    state = samfn.init(params, {}, optimizer=optimizer, method=method)
+    given = {"optimizer": optimizer, "method": method, "lr": 0.1}
+    with pytest.raises(ValueError, match=r"wsam .* move what frozen_after leaves alone"):
+        samfn.sam_update(state, None, loss_fn=lambda p, _, __: p["b"].sum(), **given)
+
+
+def test_dampening_which_spares_the_first_step_is_refused():
+    memory = {"momentum_buffer_list": torch.zeros_like}
+    with pytest.raises(ValueError, match="dampening must be 0"):
+        samfn.from_torch(torch.optim.SGD, sgd_kernel, memory, momentum=0.9, dampening=0.5)
+
+
+def test_muon_leaves_matrices_without_entries_as_they_are():
+    optimizer, params = samfn.muon(), {"w": torch.eye(2)}
+    expected, _ = samfn.descend(
+        params, params, optimizer.init(params), optimizer=optimizer, lr=0.1
+    )
+    params |= {"rows": torch.zeros(0, 4), "columns": torch.zeros(3, 0)}
+    found, _ = samfn.descend(
+        params, params, optimizer.init(params), optimizer=optimizer, lr=0.1
+    )
+    assert torch.equal(found["w"], expected["w"])
+    assert {name: tuple(found[name].shape) for name in found} == {
+        "w": (2, 2),
+        "rows": (0, 4),
+        "columns": (3, 0),
+    }

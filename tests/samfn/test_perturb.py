@@ -212,3 +212,13 @@ def test_a_tensor_without_a_gradient_stays_and_the_others_move():
     found = samfn.perturb_spectral(params, grads, 0.5)
     assert torch.equal(found["a"], params["a"])
     assert_close((found["b"] - 1).norm().item(), 0.5, rtol=1e-6, atol=0)
+
+
+def test_an_autocast_around_it_leaves_the_orthogonal_matrix_as_precise():
+    source = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(6, 4, generator=source)}
+    grads = {"w": torch.randn(6, 4, generator=source)}
+    expected = samfn.perturb_spectral(params, grads, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = samfn.perturb_spectral(params, grads, 0.1)
+    assert torch.equal(found["w"], expected["w"])

@@ -344,3 +344,19 @@ def test_models_of_any_kind_can_be_trained():
     )
     assert metrics.finite
     assert metrics.perturbation_norm.item() == pytest.approx(0.05, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rho", "lr"])
+def test_a_dial_that_requires_grad_leaves_no_graph_behind(name):
+    def loss_fn(params, buffers, batch):
+        return params["w"].pow(4).sum()
+
+    dials = {"rho": torch.tensor(0.1), "lr": torch.tensor(0.1)}
+    dials[name].requires_grad_()
+    optimizer = samfn.muon()
+    state = samfn.init({"w": torch.ones(2, 2)}, {}, optimizer=optimizer)
+    for _ in range(2):
+        state, metrics = samfn.sam_update(
+            state, None, loss_fn=loss_fn, optimizer=optimizer, **dials
+        )
+    assert not metrics.perturbation_norm.requires_grad

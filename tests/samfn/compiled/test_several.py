@@ -169,3 +169,17 @@ def test_numbers_that_are_zero_stay_numbers_and_tensors_do_not_get_lost():
     assert with_zeros((0.0, 0.0), two) == 0
     found = require_dials("rho", [0.25, torch.tensor(0.5, dtype=torch.float64)], 2)
     assert found.tolist() == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("plan", ["whole", "gradient"])
+def test_outputs_of_steps_that_see_other_parts_of_a_batch_are_a_list(plan):
+    method = samfn.every(samfn.sub_batch_ascent(samfn.sam(), 0.4), 2)
+    state, make, batches = task(method, backend="aot_eager", plan=plan)
+    _, metrics = make(steps=3)(state, stacked(batches[:3]), rho=0.1, lr=0.1)
+    assert [len(outputs) for outputs in metrics.outputs] == [2, 5, 2]
+    assert metrics.loss.shape == (3,)
+
+
+def test_a_number_beside_a_tensor_has_the_precision_of_the_tensor():
+    dials = require_dials("rho", [0.1, torch.tensor(0.2, dtype=torch.float64)], 2)
+    assert dials.tolist() == [0.1, 0.2]

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -164,7 +165,6 @@ CLASSES = [
     torch.optim.Adamax,
     torch.optim.RMSprop,
     torch.optim.Adagrad,
-    torch.optim.Adadelta,
     torch.optim.ASGD,
     torch.optim.Rprop,
     torch.optim.Adafactor,
@@ -489,3 +489,56 @@ def test_weights_are_averaged_after_steps():
         seen.append(weights(model))
     expected = {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}
     assert_close(weights(average.module), expected)
+
+
+def test_a_base_optimizer_that_has_a_rho_of_its_own_is_refused():
+    with pytest.raises(
+        ValueError, match=r"without a setting rho, got Adadelta, .*from_torch"
+    ):
+        samfn.SAM(net().parameters(), torch.optim.Adadelta, rho=0.05)
+
+
+@pytest.mark.parametrize("by", ["verbs", "step", "closure", "scaler"])
+def test_hooks_of_steps_are_called_once_a_step_whatever_takes_it(by):
+    model, (inputs, targets) = net(), data()[0]
+    optimizer, seen = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1), []
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(
+        lambda own, args, kwargs: seen.extend([own is optimizer, weights(model)])
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=by == "scaler")
+
+    def closure():
+        loss = F.cross_entropy(model(inputs), targets)
+        scaler.scale(loss).backward()
+        return loss
+
+    if by == "closure":
+        optimizer.step(closure)
+    else:
+        closure()
+        optimizer.first_step(zero_grad=True)
+        closure()
+        {
+            "verbs": optimizer.second_step,
+            "step": optimizer.step,
+            "scaler": lambda: scaler.step(optimizer),
+        }[by]()
+    before, is_own, after = seen
+    assert before == "before"
+    assert is_own
+    assert_close(after, weights(model), rtol=0, atol=0)
+    assert not torch.equal(next(model.parameters()), start[0])
+
+
+def test_a_memory_that_is_put_in_its_place_is_that_of_the_base_optimizer():
+    model, batch = net(), data()[0]
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    two_steps(optimizer, model, batch)
+    optimizer.state = defaultdict(dict)
+    assert not optimizer.base_optimizer.state
+    before = weights(model)
+    two_steps(optimizer, model, batch)
+    for name, p in model.named_parameters():
+        assert_close(optimizer.state[p]["momentum_buffer"], (before[name] - p) / 0.1)

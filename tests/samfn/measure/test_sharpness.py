@@ -479,3 +479,35 @@ def test_a_network_in_float32_and_with_dropout_off_is_measured():
     exact = exact_hessian(objective, params)
     top = float(torch.linalg.eigvalsh(exact.double())[-1])
     assert found.values[0] == pytest.approx(top, rel=1e-2)
+
+
+def test_an_autocast_around_it_leaves_the_eigenvalues_as_precise():
+    model = small_network(torch.float32).eval()
+    batch = torch.randn(8, 2, 4, 4, generator=seeded()), torch.arange(8) % 3
+    params, buffers = samfn.split(model)
+    objective = Objective(samfn.supervised(model, F.cross_entropy), buffers, [batch])
+    expected = sharpness.hessian_eigenvalues(objective, params, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sharpness.hessian_eigenvalues(objective, params, generator=seeded())
+    assert found == expected
+
+
+def test_eigenvalues_are_those_of_parameters_of_several_dtypes_together():
+    objective, params, _, hessian = quadratic(3)
+    mixed = {**params, "a": params["a"].float()}
+    expected = torch.linalg.eigvalsh(hessian)[-1].item()
+    found = sharpness.hessian_eigenvalues(objective, mixed, tolerance=1e-6)
+    assert found.values[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_curvature_says_what_parameters_it_needs():
+    objective, params, *_ = quadratic(3)
+    whole = {**params, "steps": torch.zeros(1, dtype=torch.int64)}
+    for measure in (sharpness.hessian_eigenvalues, sharpness.hessian_trace):
+        with pytest.raises(ValueError, match="floating point, steps are not: leave them"):
+            measure(objective, whole)
+    with pytest.raises(ValueError, match="must have entries, got 1 tensors without any"):
+        sharpness.hessian_eigenvalues(objective, {"a": torch.zeros(0)})
+    objective, params, *_ = network_objective()
+    with torch.inference_mode(), pytest.raises(samfn.GradientError, match="inference_mode"):
+        sharpness.hessian_eigenvalues(objective, params)

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import samfn
+from samfn.loss import evaluator
+from samfn.methods.base import Point
 from tests.reference import batches, descent_of, small_network
 
 START = {"weight": torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)}
@@ -368,3 +370,58 @@ def test_parts_weigh_what_their_losses_are_means_over(weight, compiled):
     assert found.finite
     assert_close(found.loss, seen.loss)
     assert not torch.equal(alone.params["weight"], whole.params["weight"])
+
+
+def test_misspelt_names_are_errors_and_an_iterator_of_names_is_none():
+    loss_fn, params, _, batch = supervised_case()
+    by_iterator = samfn.on_parameters(samfn.sam(), iter(["0.bias"]))
+    expected = samfn.on_parameters(samfn.sam(), ["0.bias"])
+    for _ in range(2):
+        found = descent_of(by_iterator, loss_fn, params, batch)
+        assert_close(found, descent_of(expected, loss_fn, params, batch), rtol=0, atol=0)
+    method = samfn.on_parameters(samfn.sam(), ["0.bias", "2.bais"])
+    with pytest.raises(ValueError, match=r"on_parameters: 2.bais is none of the param"):
+        samfn.init(params, {}, optimizer=samfn.sgd(), method=method)
+
+
+def test_a_tied_weight_of_normalisation_has_the_one_name_of_the_state():
+    model = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3))
+    model[1].weight = model[0].weight
+    names = samfn.norm_parameters(model)
+    assert names == ("0.weight", "0.bias", "1.bias")
+    method = samfn.on_parameters(samfn.sam(), names)
+    samfn.init(*samfn.split(model), optimizer=samfn.sgd(), method=method)
+
+
+def test_steps_in_between_are_of_all_losses_and_in_the_parts_of_the_method():
+    loss_fn, params, _, batch = supervised_case()
+
+    def penalty(params, buffers, batch):
+        return params["0.weight"].square().sum()
+
+    def plain_step(method):
+        point = Point(params, {}, batch, 0.1, tuple(params), kind="plain")
+        method = samfn.every(method, 2)
+        return method.descent(evaluator(watched), point, method.init(params, params))[0]
+
+    watched = Watched(loss_fn)
+    found = plain_step(samfn.on_loss(samfn.sam(), penalty))
+    expected = descent_of(samfn.on_loss(samfn.sam(), penalty), loss_fn, params, batch, 0.0)
+    assert_close(found.grads, expected.grads, rtol=0, atol=0)
+    watched = Watched(loss_fn)
+    found = plain_step(samfn.accumulated(samfn.sam(), 3))
+    assert len(watched.params) == 4
+    assert_close(found.grads, descent_of(samfn.sam(), loss_fn, params, batch, 0.0).grads)
+    assert samfn.every(samfn.on_loss(samfn.sam(), penalty), 2).gradients is None
+
+
+@pytest.mark.parametrize(
+    "method", [samfn.wsam(), samfn.gsam(), samfn.sagm(), samfn.ae_sam(9, 1e9, 1e9)]
+)
+def test_no_gradient_of_a_part_descends_in_place_of_the_whole_batch(method):
+    loss_fn, params, _, batch = supervised_case()
+    part = samfn.sub_batch_ascent(method, 0.5)
+    with pytest.raises(ValueError, match="sub_batch_ascent: the method also descends"):
+        descent_of(part, loss_fn, params, batch)
+    plain = descent_of(samfn.sam(), loss_fn, params, batch, 0.0)
+    assert_close(descent_of(part, loss_fn, params, batch, 0.0).grads, plain.grads)

@@ -193,3 +193,21 @@ def test_steps_in_between_are_watched_too():
             state, batch, rho=0.1, lr=0.1, method=method, **how
         )
         assert bool(metrics.layers.perturbation.any()) == perturbed
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+@pytest.mark.parametrize("which", ["*", "0.*"])
+@pytest.mark.parametrize("parts", ["none", "inside", "around"])
+def test_of_two_losses_the_gradient_is_that_of_their_sum(parts, which, rho):
+    def penalty(params, buffers, batch):
+        return params["0.weight"].square().sum() + 3 * params["0.bias"].sum()
+
+    state, batch, how = problem(nn.Sequential(nn.Conv2d(2, 3, 4), nn.Flatten()).double())
+    method = samfn.on_parameters(samfn.sam(), which)
+    method = samfn.accumulated(method, 4) if parts == "inside" else method
+    method = samfn.on_loss(method, penalty)
+    method = samfn.accumulated(method, 4) if parts == "around" else method
+    how["method"] = samfn.watched(method)
+    _, metrics = samfn.sam_update(state, batch, rho=rho, lr=0.1, **how)
+    found = torch.linalg.vector_norm(metrics.layers.gradient)
+    torch.testing.assert_close(found, metrics.grad_norm)

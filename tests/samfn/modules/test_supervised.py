@@ -215,6 +215,41 @@ def test_without_a_dtype_it_computes_in_that_of_the_parameters():
     assert torch.equal(inside.outputs, plain.outputs)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_autocast_around_a_step_changes_no_gradient(dtype):
+    model = small_network(torch.float32)
+    batch = batches(1, torch.float32)[0]
+    loss_fn = samfn.supervised(model, F.cross_entropy, dtype=dtype)
+    params, buffers = samfn.split(model)
+    given = loss_fn, params, buffers, batch
+
+    def found():
+        yield samfn.evaluate(*given).grads
+        yield samfn.measure.hessian_product(*given, params)
+        optimizer = samfn.sgd()
+        for plan in ("whole", "gradient", "loss"):
+            state = samfn.init(*samfn.split(model), optimizer=optimizer)
+            how = {"plan": plan, "backend": "aot_eager"}
+            step = samfn.compile_update(loss_fn=loss_fn, optimizer=optimizer, **how)
+            yield step(state, batch, lr=0.1)[0].params
+
+    plain = [*found()]
+    with torch.autocast("cpu", torch.float16):
+        inside = [*found()]
+    assert_close(inside, plain, rtol=0, atol=0)
+
+
+def test_inside_of_torch_func_it_says_what_to_call():
+    model, (images, labels) = small_network(), batches(1)[0]
+    loss_fn, (params, buffers) = samfn.supervised(model, F.mse_loss), samfn.split(model)
+
+    def gradient(image, label):
+        return samfn.evaluate(loss_fn, params, buffers, (image[None], label[None])).grads
+
+    with pytest.raises(samfn.GradientError, match="call the loss function there"):
+        torch.vmap(gradient)(images, labels)
+
+
 def test_every_use_of_a_tied_weight_or_buffer_reads_what_was_given():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
     model[2].weight = model[0].weight

@@ -400,3 +400,22 @@ def test_numbers_weigh_as_tensors_do():
     nothing = batch[0], torch.full_like(batch[1], PAD)
     _, seen = stepped(model, nothing, masked, method(samfn.sam(), 2), weigh=weigh)
     assert not seen.finite
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (torch.ones(4, dtype=torch.bool), ValueError, r"0-d tensor, got shape \(4,\)"),
+        (-1, ValueError, "finite and at least 0, got -1"),
+        (float("nan"), ValueError, "finite and at least 0, got nan"),
+        (None, TypeError, "a number or a 0-d tensor, got NoneType"),
+        (True, TypeError, "a number or a 0-d tensor, got bool"),
+    ],
+)
+def test_what_weighs_a_batch_is_a_number(found, error, message):
+    model = torch.nn.Linear(2, 3)
+    batch = torch.randn(4, 2), torch.randint(3, (4,))
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss_fn = samfn.supervised(model, cross_entropy, weigh=lambda batch: found)
+    with pytest.raises(error, match=f"what weigh returns must be .*{message}"):
+        samfn.Objective(loss_fn, {}, [batch]).loss(samfn.split(model)[0])

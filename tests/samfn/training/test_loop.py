@@ -585,3 +585,25 @@ def test_swad_goes_on_bit_for_bit_wherever_a_run_was_stopped(tmp_path, stop):
     assert again.stop == whole.stop
     assert again.memory["swad"] == whole.memory["swad"]
     assert torch.equal(callbacks.swad_of(again)["w"], callbacks.swad_of(whole)["w"])
+
+
+@pytest.mark.parametrize("name", ["early_stopping", "swad", "saving"])
+def test_a_metric_that_is_not_in_the_row_is_told_with_those_that_are(name, tmp_path):
+    callback = {
+        "early_stopping": callbacks.early_stopping("right", 3),
+        "swad": callbacks.swad("right"),
+        "saving": callbacks.saving(samfn.Checkpoints(tmp_path), score="right"),
+    }[name]
+    training, options = problem()
+    message = f"{name}: expected 'right' in the row .*, got epoch, step, loss, accuracy:"
+    with pytest.raises(ValueError, match=message):
+        loop.run(training, **options, epochs=1, callbacks=[callback])
+
+
+def test_lookahead_has_to_see_the_weights_before_the_first_step():
+    training, options = problem()
+    batch = next(options["batches"](training))
+    state, metrics = options["update"](training.state, batch, lr=0.1)
+    training.count(state)
+    with pytest.raises(ValueError, match="expected Start before the first Step"):
+        loop.tell([callbacks.lookahead(0.5)], Step(training, batch, metrics))

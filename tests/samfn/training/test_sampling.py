@@ -504,3 +504,14 @@ def test_who_is_never_replayed_is_forgotten():
     )
     assert replayed > 94
     assert replayed - forgotten > 2
+
+
+def test_what_is_drawn_depends_on_no_default_dtype():
+    scores = torch.arange(1.0, 200.0)
+    expected = sampling.draw(scores, 0.5, torch.Generator().manual_seed(0))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = sampling.draw(scores, 0.5, torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

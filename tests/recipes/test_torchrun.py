@@ -317,10 +317,7 @@ def refuse(flags):
     ("flags", "told"),
     [
         (("--placement", "group:3"), "3 does not divide the number of ranks, 2"),
-        (("--placement", "part"), 'placement must be "replica", "group:n" or "global"'),
-        (("--placement", "hsdp"), 'a state in parts has "sharded" or "hsdp:n"'),
         (("--placement", "hsdp:3"), "3 parts do not divide the number of ranks, 2"),
-        (("--placement", "hsdp:0"), "0 parts do not divide"),
         (("--batch-size", "3"), "at least two images for each of the 2 ranks"),
     ],
 )

@@ -18,6 +18,7 @@ from recipes.plots.style import (
     MARKERS,
     MISSING,
     SPLITS,
+    save,
     shortened,
 )
 
@@ -41,7 +42,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     left.set_ylabel("loss")
     right.set_ylabel("accuracy (%)")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -82,7 +83,7 @@ def layers(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0].set_yticks(range(len(names)), names, fontsize=6)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -131,7 +132,7 @@ def side_by_side(curves: Mapping[str, Sequence[Curve]], path: Path, title: str) 
         handles, names, loc="outside lower center", ncols=3, frameon=False, handlelength=4
     )
     figure.suptitle(shortened(title, 90), fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 

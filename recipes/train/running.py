@@ -43,7 +43,7 @@ from recipes.train.checkpoints import (
     restore_best,
     resume,
 )
-from recipes.train.directory import Row, RunDirectory, Unwritten
+from recipes.train.directory import Row, RunDirectory, Unwritten, reserved
 from recipes.train.length import predicted
 from recipes.train.loggers import logged
 from recipes.train.loop import evaluate, fit, prepare, step
@@ -215,10 +215,10 @@ def _opened(
     config, first = task.config, distributed.rank() == distributed.FIRST
     if config.resume is None:
         state = placed(task, begin(task, state, display))
-        path = config.output or new_name(config)
         if not first:
-            yield Unwritten(path), Training(state)
+            yield Unwritten(config.output or new_name(config)), Training(state)
             return
+        path = config.output or reserved(new_name(config))
         with RunDirectory.create(path, config) as directory:
             yield directory, Training(state)
         return

@@ -222,6 +222,14 @@ def test_a_run_without_perturbation_is_called_by_its_optimizer():
     )
 
 
+def test_two_runs_that_begin_in_one_second_are_both_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running.time, "strftime", lambda form: "20261127-200000")
+    for rho in ("0.1", "0.2"):
+        assert main([*SMALL, "--epochs", "1", "--rho", rho]) == 0
+    assert len([*tmp_path.glob("runs/20261127-200000-*/model.safetensors")]) == 2
+
+
 def test_one_command_begins_a_run_goes_on_with_it_and_shows_its_end(
     tmp_path, monkeypatch, capsys
 ):

@@ -335,22 +335,40 @@ def epochs_of(
     """
     file, by = directory.metrics, column(config, chosen_by(config))
     last = max([config.epochs, *(one.epoch for one in checkpoints)])
-    lines = directory.lines()
-    rows = {row["epoch"]: row for row in lines if row and is_whole(row, last)}
-    if damaged := len(lines) - len(rows):
-        warn(f"{file}: {damaged} damaged or repeated lines left out")
     known = {
         one.epoch: one.row
         for one in checkpoints
         if one.row.get("epoch") == one.epoch and is_whole(one.row, last)
     }
-    if differ := [n for n, row in known.items() if _text(rows.get(n)) != _text(row)]:
-        warn(f"{file} is not what checkpoints say of epochs {_listed(differ)}; they count")
+    found = held_against(directory, known, lambda row: is_whole(row, last), warn)
     if len(checkpoints) == len(directory.checkpoints().paths()):  # So the best is there.
         best = max((row[by] for row in known.values() if by in row), default=math.inf)
-        other = rows.keys() - known.keys()
-        if better := [n for n in other if _number(rows[n].get(by)) > best]:
+        others = [row for row in found if row["epoch"] not in known]
+        if better := [row["epoch"] for row in others if _number(row.get(by)) > best]:
             warn(f"{file}: epochs {_listed(better)} are better there than the best one")
+    return found
+
+
+def held_against(
+    directory: RunDirectory,
+    known: Mapping[int, Row],
+    is_one: Callable[[Row], bool],
+    warn: Warn,
+) -> list[Row]:
+    """Return the epochs that a run recorded, ascending; tell what did not fit.
+
+    Args:
+        directory: of the run.
+        known: epochs that checkpoints say, which are believed.
+        is_one: whether a line of the metrics is an epoch.
+        warn: is told.
+    """
+    file, lines = directory.metrics, directory.lines()
+    rows = {row["epoch"]: row for row in lines if row and is_one(row)}
+    if damaged := len(lines) - len(rows):
+        warn(f"{file}: {damaged} damaged or repeated lines left out")
+    if differ := [n for n, row in known.items() if _text(rows.get(n)) != _text(row)]:
+        warn(f"{file} is not what checkpoints say of epochs {_listed(differ)}; they count")
     rows |= known
     epochs = sorted(rows)
     gaps = [(a + 1, b - 1) for a, b in pairwise([0, *epochs]) if b - a > 1]
@@ -360,14 +378,18 @@ def epochs_of(
     return [rows[epoch] for epoch in epochs]
 
 
-def is_whole(row: Row, last: int) -> bool:
-    """Return whether a line of the metrics has numbers that an epoch up to `last` has."""
+def is_whole(
+    row: Row, last: int, others: Sequence[str] = ("train_loss", "images_per_second")
+) -> bool:
+    """Return whether a line of the metrics has numbers that an epoch up to `last` has.
+
+    Those are accuracies, seconds and `others`.
+    """
     accuracies = {"test_accuracy", *(name for name in row if name.endswith("_accuracy"))}
-    others = ("train_loss", "seconds", "images_per_second")
     return (
         row["epoch"] <= last
         and all(0 <= _number(row.get(name)) <= 100 for name in accuracies)
-        and all(0 <= _number(row.get(name)) < math.inf for name in others)
+        and all(0 <= _number(row.get(name)) < math.inf for name in ("seconds", *others))
         and all(_is_plain(value) for value in row.values())
     )
 

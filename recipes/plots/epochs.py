@@ -25,15 +25,16 @@ from recipes.plots.style import (
 
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw loss and accuracy over the epochs, of training and test."""
-    epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 40 else None
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axes, what in ((left, "loss"), (right, "accuracy")):
         for split, (name, colour) in SPLITS.items():
-            if f"{split}_{what}" in rows[0]:
-                values = [row[f"{split}_{what}"] for row in rows]
+            # A run may have gone on with an average, or without.
+            known = {r["epoch"]: r[key] for r in rows if (key := f"{split}_{what}") in r}
+            if known:
+                values = [*known.values()]
                 label = f"{name}: {values[-1]:.4g}"
-                axes.plot(epochs, values, color=colour, label=label, marker=marker, ms=3)
+                axes.plot([*known], values, color=colour, label=label, marker=marker, ms=3)
         axes.set_xlabel("epoch")
         axes.legend(frameon=False, title="last epoch")
         axes.grid(alpha=0.25)
@@ -47,9 +48,13 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
 
 
 def layers(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw what each layer did, epoch by epoch: rows of a monitored run."""
+    """Draw what each layer did, epoch by epoch: rows of a monitored run.
+
+    Epochs of other layers than the last one's are left out.
+    """
+    names = [*rows[-1]["layers"]["weight"]]
+    rows = [row for row in rows if row["layers"]["weight"].keys() == {*names}]
     epochs = [row["epoch"] for row in rows]
-    names = [*rows[0]["layers"]["weight"]]
 
     def of(what: str) -> Tensor:
         columns = [[row["layers"][what][name] for name in names] for row in rows]

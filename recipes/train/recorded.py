@@ -21,6 +21,7 @@ from recipes.roles import EXACT
 from recipes.settings.config import Config, differing, of_roles, plain_values
 from recipes.settings.saved import CONFIG_FILE, of_run, read_toml, run_of
 from recipes.train.directory import Row, RunDirectory, parsed
+from recipes.train.layers import WHAT
 from samfn.storage import files, tensorfile
 
 Warn = Callable[[str], None]
@@ -390,7 +391,8 @@ def is_whole(
         row["epoch"] <= last
         and all(0 <= _number(row.get(name)) <= 100 for name in accuracies)
         and all(0 <= _number(row.get(name)) < math.inf for name in ("seconds", *others))
-        and all(_is_plain(value) for value in row.values())
+        and all(isinstance(v, int | float) for n, v in row.items() if n != "layers")
+        and ("layers" not in row or _are_layers(row["layers"]))
     )
 
 
@@ -430,10 +432,15 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_plain(item) for item in value.values())
-    return isinstance(value, int | float)
+def _are_layers(value: Any) -> bool:
+    """Return whether these are numbers of the same layers for all that is watched."""
+    found = [value.get(what) if isinstance(value, dict) else None for what in WHAT]
+    return all(
+        isinstance(one, dict)
+        and one.keys() == found[0].keys()
+        and all(isinstance(number, int | float) for number in one.values())
+        for one in found
+    )
 
 
 def _text(row: Row | None) -> str:

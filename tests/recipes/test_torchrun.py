@@ -326,6 +326,17 @@ def test_what_ranks_cannot_do_is_said_at_the_start(flags, told):
         assert told in message
 
 
+@pytest.mark.parametrize(("own", "count"), [("3", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
+def test_a_rank_that_there_is_not_is_told_and_waits_for_nobody(
+    monkeypatch, capsys, own, count
+):
+    for name, value in (("RANK", own), ("WORLD_SIZE", count), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    assert cifar_wrn.main([*DIGITS]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"expected a RANK of 0 to below WORLD_SIZE, got {own} of {count}".strip() in told
+
+
 def test_other_commands_say_that_they_run_alone(monkeypatch, capsys):
     from recipes import compare
 

@@ -434,7 +434,7 @@ def _number(value: Any) -> float:
 
 def _are_layers(value: Any) -> bool:
     """Return whether these are numbers of the same layers for all that is watched."""
-    found = [value.get(what) if isinstance(value, dict) else None for what in WHAT]
+    found: list[Any] = [value.get(n) if isinstance(value, dict) else None for n in WHAT]
     return all(
         isinstance(one, dict)
         and one.keys() == found[0].keys()

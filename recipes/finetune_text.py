@@ -12,6 +12,7 @@ adapters; the same command with its --output goes on where it was ended.
 
 import contextlib
 import hashlib
+import json
 import resource
 import sys
 import time
@@ -42,17 +43,19 @@ from recipes.roles import (
     require,
     setting,
 )
+from recipes.settings.saved import AS_TOML
 from recipes.terminal import cli
 from recipes.terminal.console import Display
-from recipes.terminal.legible import quoted
+from recipes.terminal.legible import SURROGATES, quoted
 from recipes.terminal.signals import Signals
+from recipes.train import recorded
 from recipes.train.build import generator, seed
 from recipes.train.callbacks import Interrupts
-from recipes.train.directory import RunDirectory
+from recipes.train.directory import Row, RunDirectory, parsed, reserved
 from recipes.train.running import late, writing
 from samfn import schedules
 from samfn.loss import Loss
-from samfn.storage import files
+from samfn.storage import files, tensorfile
 from samfn.training import callbacks, loop
 from samfn.training.loop import Epoch, Event, Step, Training
 
@@ -61,6 +64,7 @@ SETTINGS, ADAPTER, BASE = "config.toml", "adapter", "base"
 TINY = "tiny"
 # In `Training.memory`: what an epoch that is interrupted had, and of which text.
 METER, TEXT = "meter", "text"
+BEGUN = "settings"  # there, too: what a checkpoint says of its run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +141,11 @@ def tune(settings: Settings, display: Display, signals: Signals) -> int:
     with opened(settings) as run, writing():
         task, state = assemble(settings, run, display)
         kept, training = run.checkpoints(display.warn), Training(state)
-        if callbacks.resume(kept, training):
-            require_same_text(task.data, training)
-            run.rewrite([row for row in run.rows() if row["epoch"] <= training.epoch])
+        if resumes(task, kept, training):
             display.say(f"going on after {training.step} of {task.steps} steps")
-        training.memory[TEXT] = digest(task.data)
+        rows = recorded_of(run, kept, settings.epochs, display)
+        run.rewrite([row for row in rows if row["epoch"] <= training.epoch])
+        training.memory |= {TEXT: digest(task.data), BEGUN: begun(settings)}
         display.facts("samfn", describe(task))
         finished = train(task, training, run, kept, display, signals)
         rows = run.rows()
@@ -158,17 +162,71 @@ def tune(settings: Settings, display: Display, signals: Signals) -> int:
     return 0
 
 
-def require_same_text(data: Sequences, training: Training) -> None:
-    """Raise unless a run goes on with the tokens that it was begun with.
+def resumes(task: Task, kept: samfn.Checkpoints, training: Training) -> bool:
+    """Go on where the newest checkpoint stands that is whole, if there is one.
 
     Raises:
-        ConfigError: the file has changed, or Python's own modules, or the tokenizer.
+        ConfigError: it is of another run: of other settings, another model or other tokens,
+            as of a file that has changed, Python's own modules, or the tokenizer.
     """
-    if training.memory.get(TEXT, own := digest(data)) != own:
+    try:
+        found = kept.latest(training.state)
+        if found is None:
+            return False
+        fresh, now = training.state, callbacks.from_metadata(found.state, found.metadata)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--output: a checkpoint is not of this run: {error}") from error
+    place, epochs, batches = found.path, task.settings.epochs, task.steps_per_epoch
+    if now.step != now.epoch * batches + now.batch or not 0 <= now.epoch <= epochs:
+        raise ConfigError(f"{place} is not of this run: it has taken {now.step:,} steps")
+    if now.memory.get(BEGUN, own := begun(task.settings)) != own:
+        text = f"expected settings {own}, got {now.memory[BEGUN]}"
+        raise ConfigError(f"{place} is not of this run: {text}")
+    if now.memory.get(TEXT, own := digest(task.data)) != own:
         raise ConfigError(
             "--text: the run was begun with other tokens: expected those of the text as it"
             " was then; begin another with another --output"
         )
+    before, after = ({**state.params, **state.buffers} for state in (fresh, now.state))
+    still = (name for name in before if "lora_" not in name)
+    if moved := [name for name in still if not torch.equal(before[name], after[name])]:
+        raise ConfigError(
+            f"--model: the run was begun with another model: {moved[0]} differs from that"
+            f" in {place}; begin another with another --output"
+        )
+    vars(training).update(vars(now))
+    return True
+
+
+def begun(settings: Settings) -> str:
+    """Return the settings that a run goes on with, as one text."""
+    return json.dumps(plain(settings) | {"output": ""}, sort_keys=True)
+
+
+def recorded_of(
+    run: RunDirectory, kept: samfn.Checkpoints, last: int, display: Display
+) -> list[Row]:
+    """Return the epochs of a run; those that checkpoints know are what these say."""
+    known = {}
+    for path in kept.paths():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            row = parsed(tensorfile.verified_texts(path)["row"])
+            if is_epoch(row, last):
+                known[row["epoch"]] = row
+    try:
+        return recorded.held_against(
+            run, known, lambda row: is_epoch(row, last), display.warn
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot read {run.metrics}: {error.strerror}") from error
+
+
+def is_epoch(row: Row, last: int) -> bool:
+    """Return whether a line of the metrics has what an epoch up to `last` has."""
+    losses = {"train_loss", "test_loss"}  # They may be NaN.
+    return losses <= row.keys() and recorded.is_whole(
+        row, last, ("steps", "peak_mebibytes")
+    )
 
 
 def digest(data: Sequences) -> str:
@@ -187,7 +245,11 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
         ConfigError: it holds something else, or a run of other settings.
         InUseError: another process holds it.
     """
-    run, values = RunDirectory(settings.output or new_name(settings)), plain(settings)
+    run = RunDirectory(settings.output or reserved(new_name(settings)))
+    values = plain(settings)
+    if SURROGATES.search(str(run.path)):
+        text = f"expected a name in UTF-8, as safetensors does, got {quoted(run.path)}"
+        raise ConfigError(f"--output: {text}")
     try:
         files.make_directory(run.path)
     except OSError as error:
@@ -212,7 +274,7 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
             )
         else:
             with files.replacing(file) as temporary:
-                temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
+                temporary.write_text(tomli_w.dumps(values), **AS_TOML)
         yield run
 
 
@@ -230,8 +292,8 @@ def settings_in(file: Path) -> dict[str, Any]:
         ConfigError: the file is damaged.
     """
     try:
-        return tomllib.loads(files.read_text(file))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(files.read_text(file, AS_TOML["errors"]))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--output: {file} has no settings of a run: {error}") from error
 
 
@@ -430,8 +492,7 @@ def export(task: Task, training: Training, run: RunDirectory) -> None:
     state = training.state
     samfn.load(task.model, state.params, state.buffers)
     samfn.export_weights(run.weights, task.model, state.params, state.buffers)
-    if not (run.path / ADAPTER).exists():
-        language.save(task.model, run.path / ADAPTER)
+    language.save(task.model, run.path / ADAPTER)
 
 
 def name(settings: Settings) -> str:
@@ -477,7 +538,7 @@ def summarise(task: Task, run: RunDirectory) -> dict[str, str]:
     """Return what the closing summary says of a run."""
     rows = run.rows()
     last, best = rows[-1], min(rows, key=lambda row: row["test_loss"])
-    each = sum(row["seconds"] for row in rows) / sum(row["steps"] for row in rows)
+    each = sum(row["seconds"] for row in rows) / max(1, sum(row["steps"] for row in rows))
     when = {"perturbed": said} if (said := perturbed(task)) else {}
     return {
         "last epoch": f"test loss {last['test_loss']:.4f}, token accuracy"

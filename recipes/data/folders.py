@@ -94,12 +94,17 @@ def _is_kept(
 
 
 def digest(root: Path, found: Found) -> str:
-    """Return a digest of the names, sizes and times of files that may count."""
+    """Return a digest of which files may count, by names, sizes, times and numbers.
+
+    Archives and copies set the time of the content, so that files of one size may have the
+    same: the time of the last change of any kind, and a file's number, tell them apart.
+    """
     made = hashlib.sha256()
     classes = (paths for split in found.images.values() for paths in split.values())
     for path in sorted([*found.loose, *found.others, *chain.from_iterable(classes)]):
         status = path.stat()
-        row = (str(path.relative_to(root)), status.st_size, status.st_mtime_ns)
+        times = status.st_mtime_ns, status.st_ctime_ns
+        row = (str(path.relative_to(root)), status.st_size, status.st_ino, *times)
         made.update(repr(row).encode())
     return made.hexdigest()
 

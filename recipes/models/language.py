@@ -5,7 +5,9 @@ computes with the merged weight W + s B A, and B and A alone are trained (Hu et 
 arXiv:2106.09685).
 """
 
+import filecmp
 import math
+import os
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 import samfn
 from recipes.data.text import Bytes
 from recipes.errors import ConfigError
+from recipes.terminal.hardware import lacks_memory
 from samfn.loss import Evaluate
 from samfn.methods.base import Descended, MethodState, Point, is_number_zero, plain
 from samfn.perturb import filter_noise
+from samfn.storage import files
 from samfn.tree import Params
 
 ADAPTED = ".base_layer.weight"  # how peft ends the name of a weight that has an adapter
@@ -74,14 +78,19 @@ def load(path: str) -> nn.Module:
 
     try:
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32
+            path, dtype=torch.float32, trust_remote_code=False
         )
     except Exception as error:
-        damaged = type(error).__name__ == "SafetensorError"  # It derives from nothing else.
-        if not (damaged or isinstance(error, OSError | ValueError)):
-            raise
-        raise ConfigError(f"--model: {str(error).splitlines()[0]}") from error
+        raise _refused(path, error) from error
     return model
+
+
+def _refused(path: str, error: Exception) -> Exception:
+    """Return what is raised for a model: transformers raises anything at damaged files."""
+    if lacks_memory(error):
+        return error
+    said = (str(error) or repr(error)).splitlines()[0]
+    return ConfigError(f"--model: cannot read {path}: {said}")
 
 
 def tokenizer(path: str) -> Any:
@@ -93,9 +102,11 @@ def tokenizer(path: str) -> Any:
     import transformers
 
     try:
-        made: Any = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model: {str(error).splitlines()[0]}") from error
+        made: Any = transformers.AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False
+        )
+    except Exception as error:
+        raise _refused(path, error) from error
 
     def tokenize(text: str) -> Any:
         found = made(text, add_special_tokens=False)["input_ids"]
@@ -217,7 +228,21 @@ def merged_noise(
 
 
 def save(model: Any, path: Path) -> None:
-    """Write a model, or its adapters, as transformers and peft read them: a directory."""
+    """Write a model, or its adapters, as transformers and peft read them: a directory.
+
+    It appears whole. What has its name stays if it holds the same tensors, and else is set
+    aside.
+    """
     aside = path.with_name(f".{path.name}")
+    files.discard(aside)  # what a killed process left
     model.save_pretrained(aside)
+    for file in aside.iterdir():
+        files.sync(file)
+    if os.path.lexists(path):
+        names = sorted(file.name for file in aside.glob("*.safetensors"))
+        if filecmp.cmpfiles(path, aside, names, shallow=False)[0] == names:
+            files.discard(aside)
+            return
+        files.put_aside(path, "superseded")
     aside.rename(path)
+    files.sync(path.parent)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from recipes.plots.style import BLUE, GREY, STYLES, Style, shortened
+from recipes.plots.style import BLUE, GREY, STYLES, Style, save, shortened
 
 
 def ranking(
@@ -48,7 +48,7 @@ def ranking(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -94,7 +94,7 @@ def sweep(
     pair[0].set_ylabel("test accuracy (%)")
     pair[0].legend(frameon=False, fontsize=9)
     figure.suptitle(shortened(title, 90), fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -120,7 +120,7 @@ def label_noise(series: Mapping[str, Series], path: Path, title: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(shortened(title, 80), fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 

@@ -18,21 +18,23 @@ from recipes.plots.style import (
     MARKERS,
     MISSING,
     SPLITS,
+    save,
     shortened,
 )
 
 
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw loss and accuracy over the epochs, of training and test."""
-    epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 40 else None
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axes, what in ((left, "loss"), (right, "accuracy")):
         for split, (name, colour) in SPLITS.items():
-            if f"{split}_{what}" in rows[0]:
-                values = [row[f"{split}_{what}"] for row in rows]
+            # A run may have gone on with an average, or without.
+            known = {r["epoch"]: r[key] for r in rows if (key := f"{split}_{what}") in r}
+            if known:
+                values = [*known.values()]
                 label = f"{name}: {values[-1]:.4g}"
-                axes.plot(epochs, values, color=colour, label=label, marker=marker, ms=3)
+                axes.plot([*known], values, color=colour, label=label, marker=marker, ms=3)
         axes.set_xlabel("epoch")
         axes.legend(frameon=False, title="last epoch")
         axes.grid(alpha=0.25)
@@ -41,14 +43,18 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     left.set_ylabel("loss")
     right.set_ylabel("accuracy (%)")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 
 def layers(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw what each layer did, epoch by epoch: rows of a monitored run."""
+    """Draw what each layer did, epoch by epoch: rows of a monitored run.
+
+    Epochs of other layers than the last one's are left out.
+    """
+    names = [*rows[-1]["layers"]["weight"]]
+    rows = [row for row in rows if row["layers"]["weight"].keys() == {*names}]
     epochs = [row["epoch"] for row in rows]
-    names = [*rows[0]["layers"]["weight"]]
 
     def of(what: str) -> Tensor:
         columns = [[row["layers"][what][name] for name in names] for row in rows]
@@ -82,7 +88,7 @@ def layers(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0].set_yticks(range(len(names)), names, fontsize=6)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -131,7 +137,7 @@ def side_by_side(curves: Mapping[str, Sequence[Curve]], path: Path, title: str) 
         handles, names, loc="outside lower center", ncols=3, frameon=False, handlelength=4
     )
     figure.suptitle(shortened(title, 90), fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 

@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
-from recipes.plots.style import COLOUR_MAP, COLOURS, GREY, MISSING, WIDE, shortened
+from recipes.plots.style import COLOUR_MAP, COLOURS, GREY, MISSING, WIDE, save, shortened
 from samfn.measure.landscape import Line, Plane
 
 
@@ -47,7 +47,7 @@ def surfaces(
     bar.set_label("loss", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 
@@ -78,7 +78,7 @@ def lines(ascents: Mapping[str, Line], way: Line | None, path: Path, title: str)
         right.set_xlabel(shortened(f"from {start} (0) to {end} (1)", 50))
         _scale_losses(right, [way.loss])
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     plt.close(figure)
 
 

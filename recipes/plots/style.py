@@ -1,6 +1,10 @@
 """Colours, dashes and markers of all pictures."""
 
 import textwrap
+from pathlib import Path
+from typing import Any
+
+from samfn.storage import files
 
 BLUE, ORANGE, GREY = "#2f6fb0", "#d9742b", "#8a8a8a"
 SPLITS = {
@@ -32,3 +36,13 @@ def shortened(name: str, width: int = 40) -> str:
     """Return a name as it is, in lines: matplotlib reads formulas between dollars."""
     shown = "".join(c if c.isprintable() else "?" for c in name)
     return textwrap.fill(shown, width).replace("$", r"\$")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a picture whole, in the place of what is there, even of a link.
+
+    Raises:
+        OSError: it cannot be written; what is there is what it was.
+    """
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))

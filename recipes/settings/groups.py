@@ -1,5 +1,6 @@
 """The settings of training, in groups; those of data and networks stand beside these."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -232,6 +233,13 @@ class Ranks(Group, role=Role.RESULT):
         300.0, Range(lambda seconds: 0 < seconds <= 1e9, "above 0 to 1e9"), role=Role.CALL
     )
     """Seconds that a device waits for another before all are ended, above 0 to 1e9."""
+
+    def relations(self) -> Iterator[Rule]:
+        """Yield what holds of a value, however many devices there are."""
+        known = re.fullmatch(
+            "replica|global|sharded|(group|hsdp):[1-9][0-9]*", self.placement
+        )
+        yield "placement", known is not None, "replica, group:n, global, sharded or hsdp:n"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(files.read_text(path, AS_TOML["errors"]))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Python reads no number of 5,000 digits.
         raise ConfigError(f"{path} is no TOML: {error}") from error
     known = of_roles(SETTINGS, KEPT)
     if unknown := sorted(values.keys() - known.keys()):
@@ -81,7 +81,12 @@ def of_file(path: Path) -> dict[str, Any]:
 
 def run_of(path: Path) -> Path:
     """Return the directory of the run that `path` is, or is a checkpoint of."""
-    return path.parent.parent if path.is_file() else path
+    if not path.is_file():
+        return path
+    folder = path.parent
+    if folder.name in ("", ".."):  # `parent` would not lead above these.
+        folder = Path(os.path.realpath(folder))
+    return folder.parent
 
 
 def _typed(path: Path, key: str, value: Any) -> Any:

@@ -91,7 +91,11 @@ def run(
     """
     open_standard_streams()
     replace_what_streams_lack()
-    rank = distributed.rank()
+    try:
+        rank = distributed.rank()
+    except ValueError as error:
+        Display().fail(str(error))
+        return WRONG_INPUT
     display = Silent(f"rank {rank}") if rank else Display()
     if distributed.launched() and not ranks:
         display.fail("this command runs in one process: start it without torchrun")

@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,27 @@ class RunDirectory:
                 f"--output: expected a new or empty directory, got {self.path}, which"
                 f" holds {found[0]}; --resume goes on with a run"
             )
+
+
+def reserved(path: Path) -> Path:
+    """Make a new directory of this name, or, if there is one already, with -2, -3, ...
+
+    So runs that nobody has named, and that begin in the same second, have one each.
+
+    Raises:
+        ConfigError: none can be made.
+    """
+    numbered = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    try:
+        files.make_directory(path.parent)
+        for place in chain([path], numbered):
+            with contextlib.suppress(FileExistsError):
+                place.mkdir()
+                break
+        files.sync(place.parent)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {path}: {error}") from error
+    return place
 
 
 class Unwritten(RunDirectory):

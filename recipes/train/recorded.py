@@ -21,6 +21,7 @@ from recipes.roles import EXACT
 from recipes.settings.config import Config, differing, of_roles, plain_values
 from recipes.settings.saved import CONFIG_FILE, of_run, read_toml, run_of
 from recipes.train.directory import Row, RunDirectory, parsed
+from recipes.train.layers import WHAT
 from samfn.storage import files, tensorfile
 
 Warn = Callable[[str], None]
@@ -335,22 +336,40 @@ def epochs_of(
     """
     file, by = directory.metrics, column(config, chosen_by(config))
     last = max([config.epochs, *(one.epoch for one in checkpoints)])
-    lines = directory.lines()
-    rows = {row["epoch"]: row for row in lines if row and is_whole(row, last)}
-    if damaged := len(lines) - len(rows):
-        warn(f"{file}: {damaged} damaged or repeated lines left out")
     known = {
         one.epoch: one.row
         for one in checkpoints
         if one.row.get("epoch") == one.epoch and is_whole(one.row, last)
     }
-    if differ := [n for n, row in known.items() if _text(rows.get(n)) != _text(row)]:
-        warn(f"{file} is not what checkpoints say of epochs {_listed(differ)}; they count")
+    found = held_against(directory, known, lambda row: is_whole(row, last), warn)
     if len(checkpoints) == len(directory.checkpoints().paths()):  # So the best is there.
         best = max((row[by] for row in known.values() if by in row), default=math.inf)
-        other = rows.keys() - known.keys()
-        if better := [n for n in other if _number(rows[n].get(by)) > best]:
+        others = [row for row in found if row["epoch"] not in known]
+        if better := [row["epoch"] for row in others if _number(row.get(by)) > best]:
             warn(f"{file}: epochs {_listed(better)} are better there than the best one")
+    return found
+
+
+def held_against(
+    directory: RunDirectory,
+    known: Mapping[int, Row],
+    is_one: Callable[[Row], bool],
+    warn: Warn,
+) -> list[Row]:
+    """Return the epochs that a run recorded, ascending; tell what did not fit.
+
+    Args:
+        directory: of the run.
+        known: epochs that checkpoints say, which are believed.
+        is_one: whether a line of the metrics is an epoch.
+        warn: is told.
+    """
+    file, lines = directory.metrics, directory.lines()
+    rows = {row["epoch"]: row for row in lines if row and is_one(row)}
+    if damaged := len(lines) - len(rows):
+        warn(f"{file}: {damaged} damaged or repeated lines left out")
+    if differ := [n for n, row in known.items() if _text(rows.get(n)) != _text(row)]:
+        warn(f"{file} is not what checkpoints say of epochs {_listed(differ)}; they count")
     rows |= known
     epochs = sorted(rows)
     gaps = [(a + 1, b - 1) for a, b in pairwise([0, *epochs]) if b - a > 1]
@@ -360,15 +379,20 @@ def epochs_of(
     return [rows[epoch] for epoch in epochs]
 
 
-def is_whole(row: Row, last: int) -> bool:
-    """Return whether a line of the metrics has numbers that an epoch up to `last` has."""
+def is_whole(
+    row: Row, last: int, others: Sequence[str] = ("train_loss", "images_per_second")
+) -> bool:
+    """Return whether a line of the metrics has numbers that an epoch up to `last` has.
+
+    Those are accuracies, seconds and `others`.
+    """
     accuracies = {"test_accuracy", *(name for name in row if name.endswith("_accuracy"))}
-    others = ("train_loss", "seconds", "images_per_second")
     return (
         row["epoch"] <= last
         and all(0 <= _number(row.get(name)) <= 100 for name in accuracies)
-        and all(0 <= _number(row.get(name)) < math.inf for name in others)
-        and all(_is_plain(value) for value in row.values())
+        and all(0 <= _number(row.get(name)) < math.inf for name in ("seconds", *others))
+        and all(isinstance(v, int | float) for n, v in row.items() if n != "layers")
+        and ("layers" not in row or _are_layers(row["layers"]))
     )
 
 
@@ -408,10 +432,15 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_is_plain(item) for item in value.values())
-    return isinstance(value, int | float)
+def _are_layers(value: Any) -> bool:
+    """Return whether these are numbers of the same layers for all that is watched."""
+    found: list[Any] = [value.get(n) if isinstance(value, dict) else None for n in WHAT]
+    return all(
+        isinstance(one, dict)
+        and one.keys() == found[0].keys()
+        and all(isinstance(number, int | float) for number in one.values())
+        for one in found
+    )
 
 
 def _text(row: Row | None) -> str:

@@ -43,7 +43,7 @@ from recipes.train.checkpoints import (
     restore_best,
     resume,
 )
-from recipes.train.directory import Row, RunDirectory, Unwritten
+from recipes.train.directory import Row, RunDirectory, Unwritten, reserved
 from recipes.train.length import predicted
 from recipes.train.loggers import logged
 from recipes.train.loop import evaluate, fit, prepare, step
@@ -215,10 +215,10 @@ def _opened(
     config, first = task.config, distributed.rank() == distributed.FIRST
     if config.resume is None:
         state = placed(task, begin(task, state, display))
-        path = config.output or new_name(config)
         if not first:
-            yield Unwritten(path), Training(state)
+            yield Unwritten(config.output or new_name(config)), Training(state)
             return
+        path = config.output or reserved(new_name(config))
         with RunDirectory.create(path, config) as directory:
             yield directory, Training(state)
         return
@@ -249,8 +249,17 @@ def writing() -> Iterator[None]:
         raise samfn.CheckpointWriteError(f"cannot write: {error}") from error
 
 
+def _rows(task: Task, directory: RunDirectory) -> list[Row]:
+    """Return the epochs that were recorded, without what somebody else has made of them."""
+    try:
+        rows = directory.rows()
+    except OSError:  # Who writes an epoch has told of it.
+        return []
+    return [row for row in rows if recorded.is_whole(row, task.config.epochs)]
+
+
 def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
-    rows, config = directory.rows(), task.config
+    rows, config = _rows(task, directory), task.config
     if not rows:
         return
     title = f"{config.data}, {config.model}, {name(config)}"
@@ -409,7 +418,7 @@ def summarise(
     by = recorded.column(config, recorded.chosen_by(config))
     of = "" if config.average.ema_decay is None else " of the average"
     test = recorded.column(config, "test")
-    rows = [row for row in directory.rows() or [best] if {by, test} <= row.keys()]
+    rows = [row for row in _rows(task, directory) or [best] if {by, test} <= row.keys()]
     if not rows:  # Someone took the log away.
         return {"files": str(directory.path), "model": str(directory.weights)}
     best = best if {by, test} <= best.keys() else max(rows, key=lambda row: row[by])

@@ -44,11 +44,12 @@ def ranks(
         The device of this rank; None where torchrun started nothing, and this does nothing.
 
     Raises:
-        ValueError: there are fewer GPUs on this machine than ranks.
+        ValueError: there are fewer GPUs on this machine than ranks, or as `rank`.
     """
     if not launched():
         yield None
         return
+    rank()
     device = torch.device("cpu")
     backend = "gloo"
     if kind == "cuda" or (kind is None and torch.cuda.is_available()):
@@ -99,10 +100,20 @@ def everyone() -> Any:
 
 
 def rank() -> int:
-    """Return which of the ranks this is, or is to become; 0 where there is one alone."""
+    """Return which of the ranks this is, or is to become; 0 where there is one alone.
+
+    Raises:
+        ValueError: the environment numbers it otherwise than torchrun does.
+    """
     if dist.is_initialized():
         return dist.get_rank()
-    return int(os.environ["RANK"]) if launched() else 0
+    if not launched():
+        return FIRST
+    own, count = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (own.isdecimal() and count.isdecimal() and int(own) < int(count)):
+        # Nobody would wait for it, and it for others until they are given up.
+        raise ValueError(f"expected a RANK of 0 to below WORLD_SIZE, got {own} of {count}")
+    return int(own)
 
 
 def size() -> int:

@@ -70,7 +70,7 @@ def require_average(training: Training) -> None:
     Those are the average of `ema` and the slow weights of `lookahead`.
 
     Raises:
-        ValueError: names or shapes are others; says which.
+        ValueError: names, shapes or dtypes are others; says which.
     """
     for name in (EMA, LOOKAHEAD):
         if name in training.memory:
@@ -85,6 +85,10 @@ def _require_average(average: Any, state: Params) -> None:
         if (shape := getattr(average[name], "shape", None)) != tensor.shape:
             raise ValueError(
                 f"expected an average of {name} of shape {[*tensor.shape]}, got {shape}"
+            )
+        if (dtype := average[name].dtype) != tensor.dtype:
+            raise ValueError(
+                f"expected an average of {name} of {tensor.dtype}, got {dtype}"
             )
 
 

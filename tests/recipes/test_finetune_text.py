@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -127,6 +128,104 @@ def test_a_run_goes_on_with_no_other_text_than_it_was_begun_with(tmp_path, capsy
     assert "--text: the run was begun with other tokens" in told
 
 
+@pytest.fixture
+def run(ran, tmp_path):
+    """Return a copy of the run, to write into."""
+    return shutil.copytree(ran, tmp_path / "run")
+
+
+def again(run, *flags):
+    """Give the command of the run again."""
+    return main([*FLAGS, *flags, "--output", str(run)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "{\nnull\n", '{"epoch": 1}\n{"epoch": 2, "test_loss": "x"}\n', "cut"],
+)
+def test_epochs_that_are_lost_or_edited_are_those_of_the_checkpoints(ran, run, text):
+    file, before = run / "metrics.jsonl", rows_of(ran)
+    whole = file.read_text()
+    file.unlink()
+    if text is not None:
+        file.write_text(whole[:-30] if text == "cut" else text)
+    assert again(run) == 0
+    assert rows_of(run) == before
+    (run / "metrics.jsonl").write_text(whole.replace('"test_loss": ', '"test_loss": 1'))
+    assert again(run) == 0
+    assert rows_of(run) == before
+
+
+def test_without_checkpoints_each_epoch_is_trained_and_recorded_once(ran, run):
+    shutil.rmtree(run / "checkpoints")
+    assert again(run) == 0
+    kept = [{k: v for k, v in row.items() if k not in COSTS} for row in rows_of(run)]
+    assert kept == [{k: v for k, v in r.items() if k not in COSTS} for r in rows_of(ran)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda texts: texts.pop("progress"),
+            "a checkpoint is not of this run: 'progress'",
+        ),
+        (
+            lambda texts: texts.update(progress="[]"),
+            "a checkpoint is not of this run: list",
+        ),
+        (lambda texts: texts.update(progress='{"epoch": 9, "batch": 0}'), "has taken 8 st"),
+        (lambda texts: texts.update({"samfn.format": "3"}), "this samfn reads format 2"),
+        (lambda texts: texts.update({"memory.settings": '"x"'}), "expected settings"),
+        (lambda texts: texts.update({"memory.text": '"x"'}), "begun with other tokens"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_wrong_input(run, capsys, change, message):
+    newest = sorted(run.glob("checkpoints/*"))[-1]
+    tensors, texts = tensorfile.read(newest)
+    change(texts)
+    tensorfile.write(newest, tensors, texts)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert again(run) == errors.WRONG_INPUT
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_settings_edited_in_both_places_are_not_believed(run, capsys):
+    file = run / "config.toml"
+    file.write_text(file.read_text().replace("lr = 0.002", "lr = 0.5"))
+    assert again(run, "--lr", "0.5") == errors.WRONG_INPUT
+    assert '"lr": 0.5' in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_base_that_was_changed_is_not_believed(run, capsys):
+    file = run / "base" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-50] ^= 1
+    file.write_bytes(content)
+    assert again(run) == errors.WRONG_INPUT
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--model: the run was begun with another model" in told
+    (run / "base" / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    assert again(run) == errors.WRONG_INPUT
+    assert "--model: cannot read" in " ".join(capsys.readouterr().err.split())
+
+
+def test_adapters_are_those_of_the_run_and_others_are_set_aside(ran, run):
+    name = "adapter/adapter_model.safetensors"
+    (run / name).write_bytes(b"other")
+    assert again(run) == 0
+    assert (run / name).read_bytes() == (ran / name).read_bytes()
+    assert (run / "adapter.superseded/adapter_model.safetensors").read_bytes() == b"other"
+    shutil.rmtree(run / "adapter")
+    (run / "adapter").mkdir()
+    assert again(run) == 0
+    assert again(run) == 0
+    assert (run / name).read_bytes() == (ran / name).read_bytes()
+    found = {path.name for path in run.glob("*adapter*")}
+    assert found == {"adapter", "adapter.superseded", "adapter.superseded.1"}
+
+
 def problem(perturb):
     """Return a model with adapters that are not 0, its pairs, s, and a batch."""
     torch.manual_seed(0)
@@ -245,8 +344,9 @@ def test_a_model_that_cannot_read_the_text_is_wrong_input(small_gpt, capsys):
         language.load(str(small_gpt))
 
 
-def test_settings_that_are_damaged_are_wrong_input(tmp_path, capsys):
-    (tmp_path / "config.toml").write_text("a = = 1")
+@pytest.mark.parametrize("text", ["a = = 1", f"a = {'9' * 5000}", f"a = {'[' * 5000}"])
+def test_settings_that_are_damaged_are_wrong_input(tmp_path, capsys, text):
+    (tmp_path / "config.toml").write_text(text)
     assert main([*FLAGS, "--output", str(tmp_path)]) == errors.WRONG_INPUT
     assert "has no settings of a run" in " ".join(capsys.readouterr().err.split())
 
@@ -260,10 +360,11 @@ def test_settings_that_are_damaged_are_wrong_input(tmp_path, capsys):
         (["--rho", "-1"], "--rho: expected a finite number of at least 0, got -1"),
         (["--rank", str(2**62)], "--rank: expected 1 to 10000, got"),
         (["--batch-size", "17"], "--batch-size: expected at most the 16"),
+        (["--output", "\udcff"], "--output: expected a name in UTF-8"),
     ],
 )
 def test_wrong_input_ends_with_its_code(tmp_path, capsys, flags, message):
-    code = main([*FLAGS, *flags, "--output", str(tmp_path / "run")])
+    code = main([*FLAGS, "--output", str(tmp_path / "run"), *flags])
     assert code == errors.WRONG_INPUT
     assert message in " ".join(capsys.readouterr().err.split())
 

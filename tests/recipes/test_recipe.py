@@ -23,6 +23,7 @@ from recipes.train.build import assemble, generator
 from recipes.train.directory import RunDirectory
 from tests import commands
 from tests.recipes.data.test_sources import make_folder
+from tests.special import make_special
 
 SMALL = ["--data", "digits", "--model", "wrn-10-1", "--epochs", "2", "--compile", "no"]
 
@@ -220,6 +221,14 @@ def test_a_run_without_perturbation_is_called_by_its_optimizer():
     assert running.new_name(Config().replace(rho=0, optimizer="adam")).name.endswith(
         "-adam-seed0"
     )
+
+
+def test_two_runs_that_begin_in_one_second_are_both_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(running.time, "strftime", lambda form: "20261127-200000")
+    for rho in ("0.1", "0.2"):
+        assert main([*SMALL, "--epochs", "1", "--rho", rho]) == 0
+    assert len([*tmp_path.glob("runs/20261127-200000-*/model.safetensors")]) == 2
 
 
 def test_one_command_begins_a_run_goes_on_with_it_and_shows_its_end(
@@ -449,6 +458,34 @@ def test_with_an_average_it_is_what_is_chosen_evaluated_and_exported(tmp_path, c
     assert main(["--eval-only", "--resume", str(run)]) == 0
     said = f"epoch {best['epoch']}: test accuracy {best['ema_test_accuracy']:.2f} %"
     assert said in capsys.readouterr().out
+
+
+def test_a_run_may_go_on_without_its_average_or_with_one(tmp_path):
+    run, more = tmp_path / "run", ["--resume", str(tmp_path / "run"), "--resume-override"]
+    assert train(run, "--ema-decay", "0.9", "--epochs", "1") == 0
+    assert main([*more, "--epochs", "2", "--ema-decay", "None"]) == 0
+    assert main([*more, "--epochs", "3", "--ema-decay", "0.9"]) == 0
+    assert ["ema_test_loss" in row for row in rows(run)] == [True, False, True]
+
+
+@pytest.mark.parametrize("how", ["edited", "a named pipe"])
+def test_epochs_that_somebody_spoils_while_a_run_trains_are_left_out(
+    tmp_path, monkeypatch, how
+):
+    run, real = tmp_path / "run", running.train
+
+    def spoilt(*args):
+        finished = real(*args)
+        file = run / "metrics.jsonl"
+        first, *_ = file.read_text().splitlines(keepends=True)
+        file.write_text(first + '{"epoch": 2, "test_accuracy": 1.0}\n')
+        if how != "edited":
+            make_special(file, how)
+        return finished
+
+    monkeypatch.setattr(running, "train", spoilt)
+    assert train(run, "--epochs", "2") == 0
+    assert (run / "model.safetensors").exists()
 
 
 def test_patience_ends_a_run_and_stays_at_its_end(tmp_path, capsys):

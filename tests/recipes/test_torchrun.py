@@ -317,16 +317,24 @@ def refuse(flags):
     ("flags", "told"),
     [
         (("--placement", "group:3"), "3 does not divide the number of ranks, 2"),
-        (("--placement", "part"), 'placement must be "replica", "group:n" or "global"'),
-        (("--placement", "hsdp"), 'a state in parts has "sharded" or "hsdp:n"'),
         (("--placement", "hsdp:3"), "3 parts do not divide the number of ranks, 2"),
-        (("--placement", "hsdp:0"), "0 parts do not divide"),
         (("--batch-size", "3"), "at least two images for each of the 2 ranks"),
     ],
 )
 def test_what_ranks_cannot_do_is_said_at_the_start(flags, told):
     for message in on_ranks(2, refuse, flags):
         assert told in message
+
+
+@pytest.mark.parametrize(("own", "count"), [("3", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
+def test_a_rank_that_there_is_not_is_told_and_waits_for_nobody(
+    monkeypatch, capsys, own, count
+):
+    for name, value in (("RANK", own), ("WORLD_SIZE", count), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    assert cifar_wrn.main([*DIGITS]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"expected a RANK of 0 to below WORLD_SIZE, got {own} of {count}".strip() in told
 
 
 def test_other_commands_say_that_they_run_alone(monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import http.server
+import os
 import socket
 import threading
 from pathlib import Path
@@ -66,6 +67,37 @@ def test_a_changed_file_or_size_makes_a_new_cache(tmp_path):
     assert sources.load("folder", root).train_images[0, 0, 0, 0] == 99
     assert sources.load("folder", root, image_size=4).train_images.shape[2:] == (4, 4)
     assert len(list(root.glob("samfn-*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("how", ["written", "swapped", "folders"])
+def test_files_of_the_same_size_and_time_are_told_apart(tmp_path, how):
+    root = tmp_path / "images"
+    for number, name in enumerate(("cat", "dog")):
+        for split in SPLITS:
+            file = root / split / name / "0.ppm"
+            file.parent.mkdir(parents=True)
+            Image.new("RGB", (6, 6), (number, 9, 0)).save(file)
+            os.utime(file, (1e9, 1e9))
+    cat, dog = (root / "train" / name / "0.ppm" for name in ("cat", "dog"))
+    assert sources.load("folder", root).train_images[:, 0, 0, 0].tolist() == [0, 1]
+    match how:
+        case "written":
+            Image.new("RGB", (6, 6), (9, 9, 0)).save(cat)
+            os.utime(cat, (1e9, 1e9))
+        case "swapped":
+            swap(cat, dog)
+        case "folders":
+            swap(cat.parent, dog.parent)
+    expected = [9, 1] if how == "written" else [1, 0]
+    assert sources.load("folder", root).train_images[:, 0, 0, 0].tolist() == expected
+
+
+def swap(one, other):
+    """Give two files or folders each other's names."""
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
 
 
 def test_a_damaged_cache_is_made_anew_and_said_so(tmp_path):

@@ -14,7 +14,7 @@ from recipes.settings import resolve
 from recipes.settings.config import SETTINGS, Config, differing, of_roles, plain_values
 from recipes.settings.presets import FAST, PRESETS
 from recipes.settings.resolve import choose_device, configure, require_same_settings
-from recipes.settings.saved import read_toml, to_toml
+from recipes.settings.saved import read_toml, run_of, to_toml
 from recipes.terminal.hardware import emulated
 from tests import ROOT
 
@@ -555,6 +555,7 @@ def test_a_directory_of_images_stays_the_same_from_wherever_a_run_goes_on(
         ("milestones = [true]", r"milestones cannot be \[True\]"),
         ("milestones = 60", "milestones cannot be 60"),
         ("epochs = ", "is no TOML"),
+        (f"epochs = {'9' * 5000}", "is no TOML"),
         ('resume = "run"', "unknown settings: resume"),
         ('config = "c.toml"', "unknown settings: config$"),
         ("dry_run = true", "unknown settings: dry_run"),
@@ -565,6 +566,20 @@ def test_bad_files_say_what_is_wrong(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         configure(["--config", str(file)])
+
+
+def test_a_checkpoint_is_of_its_run_from_wherever_one_looks(tmp_path, monkeypatch):
+    run, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    (folder / "below").mkdir(parents=True)
+    (folder / "step_1").touch()
+    for where, path in (
+        (tmp_path, "run/checkpoints/step_1"),
+        (run, "checkpoints/step_1"),
+        (folder, "step_1"),
+        (folder / "below", "../step_1"),
+    ):
+        monkeypatch.chdir(where)
+        assert run_of(Path(path)).samefile(run), path
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -671,6 +686,9 @@ def test_a_missing_file_is_named(tmp_path):
         ("--optimizer adam --betas 1e-99 0", r"--betas: .* got \(1e-99, 0\.0\)"),
         (f"--model airbench94 --widths {2**63} 1 1", "--widths: .* at most 64 bits, got"),
         ("--timeout 1e10", "--timeout: expected above 0 to 1e9, got"),
+        ("--placement part", "--placement: expected replica, group:n, .* got 'part'"),
+        ("--placement hsdp", "--placement: expected replica, .* got 'hsdp'"),
+        ("--placement hsdp:0", "--placement: expected replica, .* got 'hsdp:0'"),
     ],
 )
 def test_values_out_of_range_say_what_was_expected(flags, message):

@@ -1,9 +1,10 @@
 import pytest
 
+from recipes import plots
 from recipes.errors import ConfigError
 from recipes.settings.config import Config
 from recipes.settings.saved import read_toml
-from recipes.train.directory import RunDirectory
+from recipes.train.directory import RunDirectory, reserved
 from tests.special import make_special
 
 
@@ -79,3 +80,22 @@ def test_epochs_that_are_given_up_are_kept_beside(tmp_path):
         assert run.rows() == rows(number)
     names = ("metrics.jsonl.superseded", "metrics.jsonl.superseded.1")
     assert [(tmp_path / name).read_bytes() for name in names] == [before] * 2
+
+
+def test_runs_that_nobody_named_have_directories_of_their_own(tmp_path):
+    name = tmp_path / "runs" / "20261127-sam-seed0"
+    found = [reserved(name).name for _ in range(3)]
+    assert found == ["20261127-sam-seed0", "20261127-sam-seed0-2", "20261127-sam-seed0-3"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--output: cannot write"):
+        reserved(tmp_path / "file" / "x")
+
+
+def test_a_picture_takes_the_place_of_a_link_and_what_that_led_to_stays(tmp_path):
+    mine, picture = tmp_path / "mine", tmp_path / "curves.png"
+    mine.write_text("precious")
+    picture.symlink_to(mine)
+    row = {"epoch": 1, "train_loss": 1, "train_accuracy": 1, "test_loss": 1}
+    plots.curves([row | {"test_accuracy": 1}], picture, "")
+    assert mine.read_text() == "precious"
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import samfn
 from recipes import plots
 from recipes.cifar_wrn import main
-from recipes.train.layers import LayerMeter, alarms
+from recipes.train.layers import WHAT, LayerMeter, alarms
 from samfn.methods.watched import Layers
 
 RUN = ["--data", "digits", "--model", "wrn-10-1", "--batch-size", "128", "--no-flip"]
@@ -68,6 +68,18 @@ def test_a_monitored_run_tells_of_each_layer_and_of_all(tmp_path, monkeypatch):
         assert 0 < row["gradient_cosine"] <= 1
     assert drawn == [rows(run)]
     assert (run / "layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_layers_of_another_network_are_not_drawn(tmp_path):
+    def row(epoch, *names):
+        layers = {what: dict.fromkeys(names, 0.5) for what in WHAT}
+        return {"epoch": epoch, "layers": layers}
+
+    same, pictures = [row(epoch, "a", "b") for epoch in (2, 3)], []
+    for drawn in ([row(1, "other"), *same], same):
+        plots.layers(drawn, tmp_path / "layers.png", "")
+        pictures.append((tmp_path / "layers.png").read_bytes())
+    assert pictures[0] == pictures[1]
 
 
 def test_a_layer_whose_gradient_vanishes_is_named(tmp_path, capsys):

@@ -24,6 +24,7 @@ from recipes.terminal.console import Display
 from recipes.terminal.signals import watched
 from recipes.train import loop, recorded, running
 from recipes.train.directory import RunDirectory
+from recipes.train.layers import WHAT
 
 SMALL = ["--data", "digits", "--model", "wrn-10-1", "--batch-size", "256", "--epochs", "3"]
 CHEAP = ["--images", "20", "--steps", "1", "--eigenvalues", "0", "--probes", "0"]
@@ -296,7 +297,12 @@ def test_an_epoch_without_its_numbers_is_none(trained, record_property):
             trials += 1
     assert not recorded.is_whole(row | {"test_accuracy": 100.5}, 1)
     assert not recorded.is_whole(row | {"ema_test_accuracy": -1.0}, 1)
-    assert not recorded.is_whole(row | {"layers": {"norm": "x"}}, 1)
+    watched = {what: {"a": 1.0, "b": 2} for what in WHAT}
+    assert recorded.is_whole(row | {"layers": watched}, 1)
+    odd = ({}, 5, None, {"norm": "x"}, watched | {"cosine": {}}, watched | {"weight": 1})
+    for value in (*odd, watched | {"update": {"a": 1.0, "b": "x"}}):
+        assert not recorded.is_whole(row | {"layers": value}, 1)
+    assert not recorded.is_whole(row | {"step": {"a": 1}}, 1)
     record_property("trials", trials + 3)
 
 

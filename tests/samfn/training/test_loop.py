@@ -317,6 +317,18 @@ def test_the_average_shares_no_memory_with_the_state():
     assert shared_with_state(training, "ema") == set()
 
 
+def test_an_average_of_other_numbers_is_no_average():
+    params, buffers = samfn.split(small_network())
+    training = Training(samfn.init(params, buffers, optimizer=samfn.sgd()))
+    average = {f"params/{name}": leaf for name, leaf in params.items()}
+    average |= {f"buffers/{name}": leaf for name, leaf in buffers.items()}
+    training.memory[callbacks.EMA] = average
+    callbacks.require_average(training)
+    training.memory[callbacks.EMA] = {name: leaf.long() for name, leaf in average.items()}
+    with pytest.raises(ValueError, match=r"of torch.float\d+, got torch.int64"):
+        callbacks.require_average(training)
+
+
 def test_the_average_becomes_the_state_after_its_epoch_only():
     training, options = problem()
     changed = []

@@ -262,10 +262,15 @@ def facts(path: Path, found: Mapping[str, Any]) -> Said:
 
 
 def _is_place(value: Any) -> bool:
-    """Return whether these are steps, epochs and batches of a run."""
+    """Return whether these are steps, epochs and batches of a run.
+
+    An epoch has a step at least, and each batch of the next one is another.
+    """
     place = value if isinstance(value, dict) else {}
     counts = [place.get(name) for name in ("step", "epoch", "batch")]
-    return all(type(count) is int and 0 <= count < 2**63 for count in counts)
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        return False
+    return bool(place["epoch"] + place["batch"] <= place["step"])
 
 
 def _is_row(value: Any) -> bool:

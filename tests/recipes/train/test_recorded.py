@@ -165,6 +165,7 @@ def test_damaged_checkpoints_are_told_and_left_out(runs, text):
         {"progress": '{"epoch": 1' + "0" * 400 + "}"}, {"config": "{"},
         {"config": "[" * 100_000}, {"progress": '{"step": 6, "epoch": -1, "batch": 0}'},
         {"progress": '{"step": 6, "epoch": 3, "batch": 0.5}'}, {"progress": '{"epoch": 3}'},
+        {"progress": '{"step": 6, "epoch": 7, "batch": 0}'},
         {"row": '{"a": {"b": 1}}'}, {"row": '{"epoch": 3}'}, {"ranks": "3"},
         {"ranks": '{"m": "x"}'}, {"ranks": '{"m": 1' + "0" * 400 + "}"},
     ],

@@ -198,7 +198,8 @@ def candidates(
         if only is not None:
             made = {name: make for name, make in made.items() if name in only}
         start = samfn.split(network.model)[0]
-        expected = functools.cache(partial(_trained, next(iter(made.values()))))
+        first: Any = next(iter(made.values()), None)
+        expected = functools.cache(partial(_trained, first))
         for name, make in made.items():
             before = measure.start_of_peak()
             runner, seconds = started(make)

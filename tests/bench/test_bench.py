@@ -417,4 +417,4 @@ def test_scaling_starts_its_own_ranks(monkeypatch):
         ("global", 2),
         ("sharded", 2),
     ]
-    assert rows[0]["device"].endswith("1 thread")
+    assert ", 1 thread (" in rows[0]["device"]

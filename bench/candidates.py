@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import samfn
 from bench import measure
-from bench.networks import Network
-from bench.peers import LR, MOMENTUM, RHO, SEVERAL, WEIGHT_DECAY, peers
+from bench.networks import LR, MOMENTUM, RHO, WEIGHT_DECAY, Network
+from bench.peers import SEVERAL, peers
 from samfn.compiled.cuda_graph import in_place_of
 from samfn.compiled.plan import LEAN
 from samfn.loss import Aux, LossFn

@@ -42,8 +42,8 @@ from bench.candidates import (
     samfn_runners,
     started,
 )
-from bench.networks import Network, build
-from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY, Overwriting, installed, peers
+from bench.networks import LR, MOMENTUM, RHO, WEIGHT_DECAY, Network, build
+from bench.peers import Overwriting, installed, peers
 from recipes.roles import Options
 from recipes.settings import method_expression
 from recipes.terminal import cli

@@ -30,8 +30,7 @@ from torch.nn import functional as F
 import samfn
 from bench import measure, scaling
 from bench.candidates import DTYPES, TOLERANCE, Samfn, candidates, compiled, started
-from bench.networks import build
-from bench.peers import RHO
+from bench.networks import RHO, build
 from recipes.data import augment
 from recipes.terminal.hardware import emulated
 from samfn import distributed

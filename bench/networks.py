@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from recipes.models.wide_resnet import WideResNet, parse_name
 
+LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.01, 0.9, 5e-4, 0.05  # that all are trained with
+
 
 class Network(NamedTuple):
     """A network and the batch that it is timed on."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.networks import Network
+from bench.networks import LR, MOMENTUM, RHO, WEIGHT_DECAY, Network
 
-LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.01, 0.9, 5e-4, 0.05
 # Networks of which a call takes several steps, too, and how many.
 SEVERAL = {"mlp": (4, 8)}
 SETTINGS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}

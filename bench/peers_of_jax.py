@@ -11,8 +11,7 @@ from jax import lax
 from jax import numpy as jnp
 from torch import Tensor, nn
 
-from bench.networks import Network, Transformer
-from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY
+from bench.networks import LR, MOMENTUM, RHO, WEIGHT_DECAY, Network, Transformer
 from recipes.models.wide_resnet import Block, WideResNet
 
 Arrays = Mapping[str, Any]

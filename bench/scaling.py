@@ -32,8 +32,7 @@ from torch.utils import _pytree as pytree
 import samfn
 from bench import cost_model, measure
 from bench.cost_model import Message
-from bench.networks import Network, build
-from bench.peers import LR, MOMENTUM, RHO, WEIGHT_DECAY
+from bench.networks import LR, MOMENTUM, RHO, WEIGHT_DECAY, Network, build
 from recipes.terminal import cli
 from samfn import distributed
 from samfn.tree import is_sharded

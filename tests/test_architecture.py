@@ -15,7 +15,7 @@ ORDER = {
     " compiled",
     "recipes": "errors roles trainers terminal plots data models settings train study"
     " cifar_wrn finetune finetune_text sweep label_noise arms sharpness landscape compare",
-    "bench": "measure networks peers candidates cost_model cost scaling"
+    "bench": "measure networks peers_of_jax peers candidates cost_model cost scaling"
     " checkpoints gpu faults zoo",
 }
 # Outside thing -> the files and folders that may know it.

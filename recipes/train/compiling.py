@@ -17,7 +17,7 @@ import samfn
 from recipes.data.sources import user_cache
 from recipes.errors import DataError
 from recipes.settings.config import Config
-from samfn.compiled.plan import ARITHMETIC, missing_compiler
+from samfn.compiled.plan import ARITHMETIC, keep_headers, missing_compiler
 from samfn.storage import files
 
 # On a CPU, the saving must be more than compiling takes: half a minute for WRN-10-1 on two
@@ -90,18 +90,7 @@ def keep_compiled(warn: Callable[[str], None]) -> None:
         path = _temporary()
     os.environ[VARIABLE] = str(path)
     if HEADERS not in os.environ:
-        _keep_headers(path)
-
-
-def _keep_headers(path: Path) -> None:
-    """Let PyTorch keep precompiled headers there, too: it asks no variable where."""
-    from torch._inductor import codecache, config
-
-    if hasattr(codecache, "_HEADER_DIR") and hasattr(codecache, "_HEADER_LOCK_DIR"):
-        codecache._HEADER_DIR = str(path / "headers")
-        codecache._HEADER_LOCK_DIR = str(path / "headers" / "locks")
-    else:  # another version of PyTorch
-        config.cpp_cache_precompile_headers = False
+        keep_headers(path / "headers")
 
 
 def _temporary() -> Path:

@@ -67,6 +67,17 @@ def missing_compiler(device: torch.device, backend: str = "inductor") -> str | N
     return None
 
 
+def keep_headers(directory: Path) -> None:
+    """Let PyTorch keep precompiled headers in a directory: it asks no variable where."""
+    from torch._inductor import codecache, config
+
+    if hasattr(codecache, "_HEADER_DIR") and hasattr(codecache, "_HEADER_LOCK_DIR"):
+        codecache._HEADER_DIR = str(directory)
+        codecache._HEADER_LOCK_DIR = str(directory / "locks")
+    else:  # another version of PyTorch
+        config.cpp_cache_precompile_headers = False
+
+
 def choose(
     wanted: Plan, loss_fn: LossFn, method: Method, state: TrainState, batch: Batch
 ) -> Parts:

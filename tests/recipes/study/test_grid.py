@@ -289,7 +289,7 @@ def of_an_earlier_time(file):
     state = samfn.init({"w": torch.ones(1)}, {}, optimizer=samfn.sgd())
     about = {
         "config": plain_values(of_run(file.parent)),
-        "progress": {"step": 0, "epoch": 1, "batch": 0},
+        "progress": {"step": 0, "epoch": 0, "batch": 0},
     }
     checkpoints.save(state, **about, data="x")
 

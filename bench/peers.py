@@ -186,12 +186,16 @@ def peers(
                 ),
             }
     if dtype is None and network.inputs.device.type == "cpu" and installed("optax"):
-        from bench.peers_of_jax import Optax
-
         name = "optax.contrib.sam jitted" if sam else "SGD optax jitted"
-        made[name] = partial(Optax, network, sam=sam)
+        made[name] = partial(_of_jax, network, sam=sam)
         for steps in SEVERAL.get(network.name, ()):
             made[f"{name}, {steps} steps a call"] = partial(
-                Optax, network, sam=sam, steps=steps
+                _of_jax, network, sam=sam, steps=steps
             )
     return made
+
+
+def _of_jax(network: Network, **how: Any) -> Any:
+    from bench.peers_of_jax import Optax  # JAX takes a second to import.
+
+    return Optax(network, **how)

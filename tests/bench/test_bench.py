@@ -241,31 +241,41 @@ def small_transformer():
     return Network("transformer", model, tokens, torch.randint(7, (10,)))
 
 
-@pytest.mark.parametrize(
-    ("make", "sam", "steps"),
-    [
-        (lambda: build("mlp-small", 4), True, 1),
-        (lambda: build("mlp-small", 4), False, 2),
-        (small_transformer, True, 2),
-        (lambda: build("wrn-10-1 8x8", 4), True, 2),
-    ],
-    ids=["mlp", "mlp by SGD", "transformer", "wrn"],
-)
-def test_what_jax_compiles_trains_alike(make, sam, steps):
-    peers_of_jax = pytest.importorskip("bench.peers_of_jax")
+def apart_by_jax(make, sam, steps):
+    """Return how far JAX is from the eager step after four steps, also in statistics."""
+    from bench.peers_of_jax import Optax
+
     torch.manual_seed(0)
     network = make()
     eager = Samfn(network, None, 0.05 if sam else 0.0, None)
     start = eager.weights()
     for _ in range(4):
         eager.step()
-    other = peers_of_jax.Optax(network, sam=sam, steps=steps)
+    other = Optax(network, sam=sam, steps=steps)
     for _ in range(4 // steps):
         other.step()
-    assert measure.distance(start, other.weights(), eager.weights()) < 1e-5
-    for name, value in other._stats.items():
+    away = [measure.distance(start, other.weights(), eager.weights())]
+    for name, found in other._stats.items():
         expected = eager._state.buffers[name]
-        torch.testing.assert_close(torch.tensor(value.tolist()), expected)
+        difference = (torch.tensor(found.tolist()) - expected).norm()
+        away.append(float(difference / expected.norm()))
+    return max(away)
+
+
+@pytest.mark.parametrize(
+    ("make", "sam", "steps"),
+    [
+        (partial(build, "mlp-small", 4), True, 1),
+        (partial(build, "mlp-small", 4), False, 2),
+        (small_transformer, True, 2),
+        (partial(build, "wrn-10-1 8x8", 4), True, 2),
+    ],
+    ids=["mlp", "mlp by SGD", "transformer", "wrn"],
+)
+def test_what_jax_compiles_trains_alike(make, sam, steps):
+    pytest.importorskip("optax")
+    # In a process of its own: JAX starts threads, after which none should be forked.
+    assert on_ranks(1, apart_by_jax, make, sam, steps)[0] < 1e-5
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import samfn
+from tests.ranks import on_ranks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -129,6 +130,12 @@ def test_looksam_of_pytorch_optimizer_projects_each_tensor_by_itself():
 
 
 def test_in_step_with_optax():
+    # In a process of its own: JAX starts threads, after which none should be forked.
+    on_ranks(1, in_step_with_optax)
+
+
+def in_step_with_optax():
+    """Raise unless optax takes the same steps."""
     model = Line(True)
     weight = jax.numpy.array(model.layer.weight.detach().numpy())
     params = weight, jax.numpy.array(model.layer.bias.detach().numpy())

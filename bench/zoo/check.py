@@ -192,9 +192,10 @@ def drop_in(case: Case, problem: Problem) -> Seen:
 def hessian(case: Case, problem: Problem) -> float:
     """Return how far a product with the Hessian is from a difference of gradients.
 
-    The best of several differences counts: a short one crosses no kink of a ReLU, where the
-    second derivative is not what differences see, and of a network that computes parts in
-    float32, whatever it is asked, only a long one is more than noise.
+    The best of several differences counts: a short one, or one to a single side, crosses
+    no kink of a ReLU, where the second derivative is not what differences see, and of a
+    network that computes parts in float32, whatever it is asked, only a long one is more
+    than noise.
     """
     loss_fn = samfn.supervised(problem.model, problem.criterion)
     params, buffers = samfn.split(problem.model)
@@ -204,17 +205,23 @@ def hessian(case: Case, problem: Problem) -> float:
     batch = problem.batch
     torch.manual_seed(0)
     product = hessian_product(loss_fn, params, buffers, batch, direction)
-    found = []
-    for h in (1e-9, 1e-7, 1e-5, 1e-3, 4e-3):
-        slopes = []
-        for step in (h, -h):
-            there = samfn.tree.add_scaled(params, step, direction)
-            torch.manual_seed(0)
-            slopes.append(evaluate(loss_fn, there, buffers, batch).grads)
-        difference = samfn.tree.scale(samfn.tree.subtract(*slopes), 0.5 / h)
+
+    def slope(step: float) -> dict[str, Tensor]:
+        there = samfn.tree.add_scaled(params, step, direction)
+        torch.manual_seed(0)
+        return evaluate(loss_fn, there, buffers, batch).grads
+
+    def distance(later: dict[str, Tensor], earlier: dict[str, Tensor], way: float) -> float:
+        difference = samfn.tree.scale(samfn.tree.subtract(later, earlier), 1 / way)
         away = samfn.norm(samfn.tree.subtract(product, difference))
-        found.append(float(away / (samfn.norm(difference) + 1e-12)))
-        if found[-1] <= PRODUCT[torch.float64]:
+        return float(away / (samfn.norm(difference) + 1e-12))
+
+    here, found = slope(0.0), []
+    for h in (1e-9, 1e-7, 1e-5, 1e-3, 4e-3):
+        ahead, behind = slope(h), slope(-h)
+        found.append(distance(ahead, behind, 2 * h))
+        found += [distance(ahead, here, h), distance(here, behind, h)]
+        if min(found) <= PRODUCT[torch.float64]:
             break
     return min(found)
 

@@ -183,7 +183,7 @@ class Steps(Cost):
             {
                 "candidate": c.name,
                 **measure.milliseconds(times[c.name]),
-                "images/s": len(network.targets) / median,
+                "images/s": len(network.inputs) / median,
                 # A backward pass is two forward ones.
                 "of peak": (3 if "SGD" in c.name else 6) * flops / median / peak,
                 "of samfn": measure.ratios(times[c.name], times[OURS])["median"],

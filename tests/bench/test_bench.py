@@ -13,7 +13,7 @@ import samfn
 from bench import candidates, cost, gpu, measure, scaling
 from bench.candidates import Samfn
 from bench.networks import Network, Transformer, build
-from bench.peers import SEVERAL, peers
+from bench.peers import SEVERAL, installed, peers
 from tests import ROOT, commands
 from tests.ranks import on_ranks
 
@@ -46,13 +46,14 @@ def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(t
 @pytest.mark.slow
 def test_steps_are_timed_beside_their_peers(tmp_path):
     lines = tmp_path / "lines.jsonl"
-    options = ("--case", "mlp-small:8:bf16", "--seconds", 0.1, "--output", lines)
+    options = ("--case", "mlp-small:8:float32", "--seconds", 0.1, "--output", lines)
     printed = bench("cost", "steps", *options, cwd=tmp_path)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     names = {row["candidate"] for row in rows}
     assert {"samfn eager", "samfn compiled", "overwriting untuned", "SGD eager"} <= names
+    assert ("optax.contrib.sam jitted" in names) == installed("optax")
     assert all(row["ms"] > 0 and row["apart"] < 0.05 for row in rows)
-    assert printed.count('"case": "mlp-small:8:bf16"') == len(rows)
+    assert printed.count('"case": "mlp-small:8:float32"') == len(rows)
     assert "| samfn compiled " in printed
     assert "## In short" in printed
 

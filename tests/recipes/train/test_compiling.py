@@ -72,6 +72,32 @@ def test_a_run_keeps_its_kernels_in_the_users_cache(cache, monkeypatch, tmp_path
     assert not left
 
 
+KEEPS_HEADERS = """
+from pathlib import Path
+from torch._inductor import codecache, config
+from samfn.compiled.plan import keep_headers
+keep_headers(Path("/there"))
+print(codecache._HEADER_DIR, config.cpp_cache_precompile_headers)
+del codecache._HEADER_DIR
+keep_headers(Path("/there"))
+print(config.cpp_cache_precompile_headers)
+"""
+
+
+def test_where_headers_cannot_be_kept_there_are_none(monkeypatch):
+    monkeypatch.setenv(HEADERS, "1")
+    assert python("-c", KEEPS_HEADERS).endswith("/there True\nFalse\n")
+
+
+def test_headers_are_precompiled_where_pytorch_can_tell_them_apart(monkeypatch, tmp_path):
+    name = "cpp_cache_precompile_headers"
+    told = f"from samfn.compiled.plan import LEAN; print('{name}' in LEAN)"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert python("-c", told) == "True\n"  # It is switched off.
+    (tmp_path / "openssl").touch(mode=0o755)
+    assert python("-c", told) == "False\n"  # As PyTorch has it, which is on.
+
+
 def test_compiled_kernels_are_the_users_alone(cache):
     cache.mkdir(mode=0o755, parents=True)  # As an older version may have left it.
     (cache / "kernel").write_text("")

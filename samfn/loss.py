@@ -343,14 +343,15 @@ def require_gradients_here() -> None:
 
 def graph(loss: Tensor) -> set[Any]:
     """Return the nodes of the graph that a backward pass from `loss` goes through."""
-    seen: set[Any] = set()
+    seen: set[Any] = {None}
     ahead: list[Any] = [loss.grad_fn]
     while ahead:
         node = ahead.pop()
-        if node is not None and node not in seen:
+        if node not in seen:
             seen.add(node)
-            ahead += [before for before, _ in node.next_functions]
-    return seen
+            for before, _ in node.next_functions:
+                ahead.append(before)
+    return seen - {None}
 
 
 def is_reentrant(nodes: Iterable[Any]) -> bool:
@@ -364,7 +365,7 @@ def _require_known(nodes: Collection[Any], leaves: Params) -> None:
     Raises:
         GradientError: its gradient would be lost.
     """
-    kinds = {kind for kind in map(type, nodes) if kind.__name__ == "AccumulateGrad"}
+    kinds = {kind for kind in {*map(type, nodes)} if kind.__name__ == "AccumulateGrad"}
     ends = [node.variable for node in nodes if type(node) in kinds]
     own = {id(leaf) for leaf in leaves.values()}
     for end in ends:

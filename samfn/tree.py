@@ -62,7 +62,7 @@ def norms(tree: Params, wholes: Params | None = None) -> Tensor:
     """
     leaves = list(tree.values())
     owners = leaves if wholes is None else [wholes[name] for name in tree]
-    dtype = reduce(torch.promote_types, (leaf.dtype for leaf in leaves), torch.float32)
+    dtype = reduce(torch.promote_types, {leaf.dtype for leaf in leaves}, torch.float32)
     if any_sharded(owners):
         here = [local(leaf) for leaf in leaves]
         if dtype.is_complex:
@@ -194,8 +194,11 @@ def wide_default() -> torch.dtype:
 
 def clone(tree: Params) -> dict[str, Tensor]:
     """Return a copy of numbers, not booleans, that shares no memory with `tree`."""
+    leaves = list(tree.values())
+    if not torch.compiler.is_compiling() and all(map(_is_here, leaves)):
+        return _like(tree, [leaf.clone() for leaf in leaves])
     # Exact; _foreach_clone is newer than torch 2.11.
-    return _like(tree, torch._foreach_mul(list(tree.values()), 1))
+    return _like(tree, torch._foreach_mul(leaves, 1))
 
 
 def select(condition: Tensor, new: Any, old: Any) -> Any:
@@ -269,6 +272,11 @@ def _all_reduced(values: Tensor, chosen: list[bool], group: str) -> Tensor:
 def _aligned(left: Params, right: Params) -> tuple[list[Tensor], list[Tensor]]:
     # By name, not by position: two dicts of the same names may differ in order.
     return list(left.values()), [right[name] for name in left]
+
+
+def _is_here(leaf: Tensor) -> bool:
+    """Return whether it is a plain tensor of the CPU, where each operation is one call."""
+    return leaf.device.type == "cpu" and not is_sharded(leaf)
 
 
 def _like(tree: Params, leaves: Any) -> dict[str, Tensor]:

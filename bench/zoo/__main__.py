@@ -153,7 +153,8 @@ def main(options: Options) -> None:
         f'Wrong: {wrong}. "exact" is equal to a plain loop that overwrites the weights,'
         " after three steps of SAM, to 1e-9 of the way in float64 and 5e-3 in float32, or"
         " compiled 1e-5 where a network of float64 computes parts in float32, or to ten"
-        " times what the plain loop differs by if its norms are rounded otherwise, in"
+        " times what the plain loop differs by if its norms are rounded otherwise, and for"
+        " a graph all its operations, in"
         " weights, buffers, losses and outputs, with the same random numbers drawn, and the"
         " user's model and batch untouched to the bit; for the Hessian, to 1e-4 of a"
         ' difference of gradients. Behind the comma is what ran. "torch.func\'s masks":'

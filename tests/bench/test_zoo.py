@@ -12,6 +12,16 @@ from bench.zoo.habits import CASES
 
 NAMES = {case.name: case for case in CASES}
 
+
+class Cast(torch.nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
 # PyTorch's own refusals, and hooks, which have no second derivative to speak of.
 FLAT = {
     "checkpoint, reentrant": "use_reentrant=True",
@@ -136,6 +146,21 @@ def test_the_table_has_a_row_for_each_network_and_each_reason_once(tmp_path, cap
     )
 
 
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (torch.nn.Tanh(), False),
+        (torch.nn.Hardsigmoid(), True),  # Its backward kernel has 1/6 in float32.
+        (torch.nn.Sequential(Cast(torch.float32), Cast(torch.float64)), True),
+    ],
+)
+def test_what_computes_in_float32_is_seen_forward_and_backward(layer, found):
+    def make():
+        return torch.nn.Sequential(NAMES["no checkpoint"].make(), layer)
+
+    assert checks._computes_in_float32(NAMES["no checkpoint"]._replace(make=make)) is found
+
+
 @pytest.mark.parametrize(("rho", "found"), [(1.0, "exact, eager"), (1 + 1e-12, "WRONG")])
 def test_what_rounding_makes_is_no_fault_and_what_more_makes_is(monkeypatch, rho, found):
     case = NAMES["convolutions"]
@@ -151,3 +176,13 @@ def test_what_rounding_makes_is_no_fault_and_what_more_makes_is(monkeypatch, rho
 
     monkeypatch.setattr(checks, "functional", longer)
     assert found in check(case, compiled=False, only="eager")["eager"]
+
+
+def test_operations_are_rounded_otherwise_in_their_last_place_and_views_are_left_alone():
+    x = torch.full((1000,), 3.0, dtype=torch.float64)
+    with checks._Rounded(0):
+        products, view = x * x, x.view(10, 100)
+        x.mul_(2)
+    steps = (products - 9) / (8 * torch.finfo(torch.float64).eps)
+    assert set(steps.tolist()) == {-1.0, 0.0, 1.0}
+    assert torch.equal(view, torch.full((10, 100), 6.0, dtype=torch.float64))

@@ -72,6 +72,10 @@ def of_file(path: Path) -> dict[str, Any]:
         ConfigError: there is no run, or it does not say its data and its precision.
     """
     file = run_of(path) / CONFIG_FILE
+    if path.is_file() and not file.exists():
+        raise ConfigError(
+            f"expected the directory of a run, or one of its checkpoints, got {path}"
+        )
     values = read_toml(file)
     for name in ("data", "precision"):
         if values.get(name, "auto") == "auto":

@@ -1,5 +1,7 @@
 """The beginning and end of every command: standard streams, signals, and exit codes."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,7 +27,7 @@ from recipes.terminal.console import (
     open_standard_streams,
     write_to_nobody,
 )
-from recipes.terminal.hardware import lacks_memory
+from recipes.terminal.hardware import lacks_memory, lacks_threads
 from recipes.terminal.legible import replace_what_streams_lack
 from recipes.terminal.signals import Signals, Stopped, watched
 from samfn import distributed
@@ -114,7 +116,9 @@ def run(
     except Failed as error:
         return error.code
     except samfn.CheckpointWriteError as error:
-        display.fail(f"{error}; checkpoints before are whole")
+        gone = os.strerror(errno.ENOENT) in str(error)
+        before = "was it deleted, or moved?" if gone else "checkpoints before are whole"
+        display.fail(f"{error}; {before}")
         return NOT_WRITTEN
     except samfn.ExportError as error:
         display.fail(str(error))
@@ -126,6 +130,9 @@ def run(
         if distributed.is_lost(error):
             display.fail("another rank ended, or did not answer in time; torchrun ends all")
             return RANK_LOST
+        if lacks_threads(error):
+            display.fail(f"{error}: expected memory for its stack, and ulimit -u above it")
+            return OUT_OF_MEMORY
         if not lacks_memory(error):
             raise
         about = f" {error}" if isinstance(error, MemoryError) and str(error) else ""

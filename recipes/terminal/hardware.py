@@ -68,10 +68,14 @@ def lacks_memory(error: Exception) -> bool:
     # tells of bytes that no number counts.
     texts = ["DefaultCPUAllocator", "bad_alloc", "could not create a primitive"]
     texts += ["Storage size calculation overflowed"]
-    texts += ["can't start new thread"]  # whose stack has no room
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         text in str(error) for text in texts
     )
+
+
+def lacks_threads(error: Exception) -> bool:
+    """Return whether an error says that the system starts no thread any more."""
+    return "can't start new thread" in str(error)
 
 
 def _cpu_name() -> str:

@@ -437,8 +437,15 @@ class Checkpoints:
 
     def _tidy(self, path: Path, score: Any) -> None:
         """Delete what is neither new nor good any more now that there is another."""
+        known = {old: _inode(seen) for old, (seen, _) in self._verified.items()}
         self._remember(path, score)
         found = self._all_scores(self._put_aside)
+        for old in sorted(found.keys() - {path}):
+            if known and known.get(old) != _inode(self._verified[old][0]):
+                self._warn(
+                    f"{old} was written by somebody else since the last save; what is"
+                    " resumed goes on from the newest: `samfn.held` keeps others out"
+                )
         # A file may have the step of a directory.
         other = {old for old in found if old != path and _step(old) == _step(path)}
         kept = {old: scores for old, scores in found.items() if old not in other}
@@ -602,6 +609,11 @@ def _signature(path: Path) -> Signature:
         (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
         for found in (file.stat() for file in (path, *sorted(path.glob("*"))))
     )
+
+
+def _inode(signature: Signature) -> int:
+    """Return what changes when a file is replaced, but not when it is touched."""
+    return signature[0][0]
 
 
 def _required(score: Any) -> Any:

@@ -149,6 +149,7 @@ COMMANDS = [
     ("--preset nothing", "--preset: expected auto or one of"),
     ("--config absent.toml", "cannot read absent.toml: No such file"),
     ("--resume absent", "cannot read absent/config.toml: No such file"),
+    ("--resume README.md", "expected the directory of a run, or one of its checkpoints"),
     ("--eval-only", "--eval-only: expected --resume with it"),
     ("--data-dir absent", "--data-dir: digits come with scikit-learn"),
 ]

@@ -2,14 +2,18 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import samfn
 from recipes import compare, landscape, sharpness
+from recipes.terminal import cli
 from recipes.terminal.signals import Stopped, watched
 from tests import ROOT, commands
 
@@ -35,6 +39,35 @@ def ended(*arguments, out=None, err=None):
         text = file.read()
     process.join()
     return process.exitcode, text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (samfn.CheckpointWriteError("full"), 5, "full; checkpoints before are whole"),
+        (RuntimeError("can't start new thread"), 4, "ulimit -u"),
+    ],
+)
+def test_an_end_says_what_is_left_or_lacks(error, code, said, capsys):
+    def body(display, signals):
+        raise error
+
+    assert cli.run(body) == code
+    assert said in capsys.readouterr().err
+
+
+def test_where_the_directory_is_gone_no_checkpoint_is_called_whole(tmp_path, capsys):
+    def body(display, signals):
+        checkpoints = samfn.Checkpoints(tmp_path / "run")
+        checkpoints.save(state)
+        shutil.rmtree(tmp_path / "run")
+        checkpoints.save(state)
+
+    state = samfn.init({"w": torch.ones(2)}, {}, optimizer=samfn.sgd())
+    assert cli.run(body) == 5
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("was it deleted, or moved?")
+    assert "are whole" not in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

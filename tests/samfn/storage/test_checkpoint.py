@@ -749,6 +749,26 @@ def test_two_that_save_into_one_directory_are_told_what_keeps_others_out(
     record_property("trials", len(lines))
 
 
+def test_a_checkpoint_of_somebody_else_is_told_at_the_next_save(tmp_path):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path, keep_last=3, warn=said.append)
+    first, newer = checkpoints.save(counted(1)), tmp_path / "step_000000009.safetensors"
+    checkpoints.save(counted(2))
+    first.chmod(0o600)  # It is the same file.
+    checkpoints.save(counted(3))
+    assert said == []
+    samfn.save(newer, counted(9))
+    samfn.save(first, counted(1))
+    for step in (4, 5):
+        checkpoints.save(counted(step))
+    replaced, new = said
+    assert f"{first} was written by somebody else since the last save" in replaced
+    assert f"{newer} was written by somebody else" in new
+    # One that begins takes what it finds for what it is to go on with.
+    samfn.Checkpoints(tmp_path, warn=said.append).save(counted(6))
+    assert len(said) == 2
+
+
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_what_is_no_file_is_set_aside_as_no_checkpoint(tmp_path, kind):
     said = []

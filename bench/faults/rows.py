@@ -216,7 +216,7 @@ ROWS = (
         "lock files that are links; two writers; files closed to others",
         by_tests(
             "samfn/storage/test_files.py::link or two_that or permissions",
-            "samfn/storage/test_checkpoint.py::two_that or users_alone",
+            "samfn/storage/test_checkpoint.py::two_that or users_alone or somebody_else",
         ),
         0,
     ),

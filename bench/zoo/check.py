@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,14 +71,26 @@ def _narrow(leaf: Tensor) -> Tensor:
     return leaf.float() if leaf.is_floating_point() else leaf
 
 
-def plain_loop(case: Case, *, unused: bool, nudge: float = 0.0) -> Seen:
+def plain_loop(
+    case: Case,
+    *,
+    unused: bool,
+    nudge: float = 0.0,
+    around: AbstractContextManager[Any] | None = None,
+) -> Seen:
     """Train by writing to the weights and putting them back, BatchNorm by one pass.
 
     A parameter that the loss does not depend on has gradient zero if `unused`, and so
     decays; otherwise it has no gradient, as in most loops. Gradients are longer by the
-    share `nudge` than they are, where the perturbation's length is computed.
+    share `nudge` than they are, where the perturbation's length is computed. The context
+    `around` is that of training, not of making the model.
     """
     problem = Problem(case)
+    with around or nullcontext():
+        return _trained(case, problem, unused, nudge)
+
+
+def _trained(case: Case, problem: Problem, unused: bool, nudge: float) -> Seen:
     model = problem.model
     trained = [p for p in model.parameters() if p.requires_grad]
     given: Any = case.momentum
@@ -364,8 +376,8 @@ def _rounding(case: Case, expected: Seen, start: dict[str, Tensor], way: str) ->
     eps = torch.finfo(case.dtype or torch.float64).eps
     found = []
     for seed, nudge in enumerate((eps, -eps)):
-        with _Rounded(seed) if way == "compiled" else nullcontext():
-            other = plain_loop(case, unused=way != "drop-in", nudge=nudge)
+        around = _Rounded(seed) if way == "compiled" else None
+        other = plain_loop(case, unused=way != "drop-in", nudge=nudge, around=around)
         found.append(apart(other, expected, start))
     return max(found)
 

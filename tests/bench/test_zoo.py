@@ -186,3 +186,16 @@ def test_operations_are_rounded_otherwise_in_their_last_place_and_views_are_left
     steps = (products - 9) / (8 * torch.finfo(torch.float64).eps)
     assert set(steps.tolist()) == {-1.0, 0.0, 1.0}
     assert torch.equal(view, torch.full((10, 100), 6.0, dtype=torch.float64))
+
+
+def test_a_loop_that_is_rounded_otherwise_trains_the_same_network():
+    def make():  # Some networks count their channels with tensors.
+        products = torch.full((1000,), 3.0, dtype=torch.float64).square()
+        assert products.eq(9).all()
+        return NAMES["convolutions"].make()
+
+    case = NAMES["convolutions"]._replace(make=make)
+    expected = plain_loop(case, unused=True)
+    start = Problem(case).model.state_dict()
+    params = {name: start[name] for name in expected.params}
+    assert 0 < checks._rounding(case, expected, params, "compiled") < 1e-9

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import samfn
-from recipes import errors, plots
+from recipes import errors
 from recipes.errors import ConfigError
 from recipes.settings.command_line import PROGRAM
 from recipes.settings.config import Config
@@ -259,6 +259,8 @@ def _rows(task: Task, directory: RunDirectory) -> list[Row]:
 
 
 def _draw(task: Task, directory: RunDirectory, display: Display) -> None:
+    from recipes import plots  # It takes a fifth of what all imports do.
+
     rows, config = _rows(task, directory), task.config
     if not rows:
         return

@@ -64,7 +64,7 @@ SETTINGS, ADAPTER, BASE = "config.toml", "adapter", "base"
 TINY = "tiny"
 # In `Training.memory`: what an epoch that is interrupted had, and of which text.
 METER, TEXT = "meter", "text"
-BEGUN = "settings"  # there, too: what a checkpoint says of its run
+BEGUN, MODEL = "settings", "model"  # there, too: what a checkpoint says of its run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +146,11 @@ def tune(settings: Settings, display: Display, signals: Signals) -> int:
         rows = recorded_of(run, kept, settings.epochs, display)
         run.rewrite([row for row in rows if row["epoch"] <= training.epoch])
         training.memory |= {TEXT: digest(task.data), BEGUN: begun(settings)}
+        training.memory[MODEL] = language.described(task.model)
         display.facts("samfn", describe(task))
         finished = train(task, training, run, kept, display, signals)
-        rows = run.rows()
+        # Somebody may have edited them while it trained.
+        rows = recorded_of(run, kept, settings.epochs, display)
         if rows:
             plots.curves(rows, run.curves, f"{Path(settings.model).name}, {name(settings)}")
         if not finished:
@@ -158,7 +160,7 @@ def tune(settings: Settings, display: Display, signals: Signals) -> int:
             )
             return 128 + (signals.stop or 0)
         export(task, training, run)
-        display.facts("done", summarise(task, run))
+        display.facts("done", summarise(task, run, rows))
     return 0
 
 
@@ -189,7 +191,10 @@ def resumes(task: Task, kept: samfn.Checkpoints, training: Training) -> bool:
         )
     before, after = ({**state.params, **state.buffers} for state in (fresh, now.state))
     still = (name for name in before if "lora_" not in name)
-    if moved := [name for name in still if not torch.equal(before[name], after[name])]:
+    moved = [name for name in still if not torch.equal(before[name], after[name])]
+    if now.memory.get(MODEL, own := language.described(task.model)) != own:
+        moved = ["its config.json"]
+    if moved:
         raise ConfigError(
             f"--model: the run was begun with another model: {moved[0]} differs from that"
             f" in {place}; begin another with another --output"
@@ -534,9 +539,8 @@ def describe(task: Task) -> dict[str, str]:
     }
 
 
-def summarise(task: Task, run: RunDirectory) -> dict[str, str]:
-    """Return what the closing summary says of a run."""
-    rows = run.rows()
+def summarise(task: Task, run: RunDirectory, rows: Sequence[Row]) -> dict[str, str]:
+    """Return what the closing summary says of a run and its epochs."""
     last, best = rows[-1], min(rows, key=lambda row: row["test_loss"])
     each = sum(row["seconds"] for row in rows) / max(1, sum(row["steps"] for row in rows))
     when = {"perturbed": said} if (said := perturbed(task)) else {}

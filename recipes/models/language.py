@@ -6,6 +6,7 @@ arXiv:2106.09685).
 """
 
 import filecmp
+import json
 import math
 import os
 import warnings
@@ -227,11 +228,19 @@ def merged_noise(
     return samfn.Method(init, descent, gradients=1.0)
 
 
+def described(model: Any) -> str:
+    """Return what a model computes beside its weights, as the text of its configuration."""
+    found = json.loads(model.config.to_json_string())
+    for name in ("_name_or_path", "transformers_version"):  # where it lies, and who wrote
+        found.pop(name, None)
+    return json.dumps(found, sort_keys=True)
+
+
 def save(model: Any, path: Path) -> None:
     """Write a model, or its adapters, as transformers and peft read them: a directory.
 
-    It appears whole. What has its name stays if it holds the same tensors, and else is set
-    aside.
+    It appears whole. What has its name stays if it holds the same tensors and settings, and
+    else is set aside.
     """
     aside = path.with_name(f".{path.name}")
     files.discard(aside)  # what a killed process left
@@ -240,9 +249,21 @@ def save(model: Any, path: Path) -> None:
         files.sync(file)
     if os.path.lexists(path):
         names = sorted(file.name for file in aside.glob("*.safetensors"))
-        if filecmp.cmpfiles(path, aside, names, shallow=False)[0] == names:
+        same = filecmp.cmpfiles(path, aside, names, shallow=False)[0] == names
+        if same and _settings(path) == _settings(aside):
             files.discard(aside)
             return
         files.put_aside(path, "superseded")
     aside.rename(path)
     files.sync(path.parent)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of adapters, if there are any that can be read."""
+    try:
+        found = json.loads(files.read_text(folder / "adapter_config.json"))
+        # A set, which Python orders anew; and a place, which may move.
+        found |= {"target_modules": sorted(found["target_modules"])}
+        return {**found, "base_model_name_or_path": None}
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return {}

@@ -211,6 +211,47 @@ def test_a_base_that_was_changed_is_not_believed(run, capsys):
     assert "--model: cannot read" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("change", [{"rms_norm_eps": 1.0}, {"hidden_act": "gelu"}])
+def test_a_base_that_computes_otherwise_is_not_believed(run, capsys, change):
+    file = run / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert again(run) == errors.WRONG_INPUT
+    told = " ".join(capsys.readouterr().err.split())
+    assert "another model: its config.json differs" in told
+
+
+def test_a_base_that_another_version_wrote_is_the_same(run):
+    file = run / "base" / "config.json"
+    found = json.loads(file.read_text()) | {"transformers_version": "4.0.0"}
+    file.write_text(json.dumps(found))
+    assert again(run) == 0
+
+
+def test_settings_of_adapters_are_those_of_the_run(run):
+    file = run / "adapter" / "adapter_config.json"
+    before = json.loads(file.read_text())
+    moved = before | {"base_model_name_or_path": "elsewhere"}
+    moved["target_modules"] = [*reversed(before["target_modules"])]
+    file.write_text(json.dumps(moved))
+    assert again(run) == 0
+    assert json.loads(file.read_text()) == moved
+    for said in (json.dumps(before | {"lora_alpha": 400}), "[]", "{", '{"r": 2}'):
+        file.write_text(said)
+        assert again(run) == 0
+        assert json.loads(file.read_text())["lora_alpha"] == before["lora_alpha"]
+    assert len([*run.glob("adapter.superseded*")]) == 4
+
+
+def test_epochs_that_somebody_spoils_while_a_run_trains_are_left_out(run, monkeypatch):
+    def spoil(*args):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"epoch": 1}\n{"epoch": 99, "test_loss": "x"}\n')
+        return True
+
+    monkeypatch.setattr(finetune_text, "train", spoil)
+    assert again(run) == 0
+
+
 def test_adapters_are_those_of_the_run_and_others_are_set_aside(ran, run):
     name = "adapter/adapter_model.safetensors"
     (run / name).write_bytes(b"other")

@@ -35,9 +35,13 @@ def require_dial(name: str, value: float | Tensor) -> float | Tensor:
         raise TypeError(
             f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
         )
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # No float holds every integer.
+        number = float("inf")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} must be finite and at least 0, got {number}")
+    return number
 
 
 def require_count(name: str, value: int, least: int = 1) -> None:

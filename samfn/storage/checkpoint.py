@@ -12,6 +12,7 @@ import math
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -321,13 +322,14 @@ class Checkpoints:
 
     Args:
         directory: the first `save` makes it, and deletes what killed processes left half
-            written in it.
+            written in it. It stays this one when the process goes to another.
         keep_last: how many of the newest stay, at least 2, so that one is there even
             while the newest is written or turns out to be damaged.
         keep_best: how many of those with the highest score stay besides, for each name
             of a score.
         background: whether `save` returns as soon as it has copied the state to the CPU.
-            The next `save`, or `wait`, waits for the rest, and raises what went wrong.
+            The next `save`, or `wait`, waits for the rest, and raises what went wrong; if
+            there is none before the process ends, `warn` is told of it.
         warn: is told in one line what was set aside, and why.
     """
 
@@ -342,11 +344,12 @@ class Checkpoints:
     ) -> None:
         checks.require_count("keep_last", keep_last, least=2)
         checks.require_count("keep_best", keep_best, least=0)
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self._keep_last, self._keep_best, self._warn = keep_last, keep_best, warn
         self._swept = False
         self._background, self._group = background, None
         self._unfinished: Callable[[], None] | None = None
+        self._owner = os.getpid()  # of what is not finished
         self._verified: dict[Path, tuple[Signature, dict[str, float]]] = {}
 
     def paths(self) -> list[Path]:
@@ -396,12 +399,10 @@ class Checkpoints:
         cut = _is_cut(state, metadata)
         call, first = _calling(cut), _decides(cut)
         suffix = parts.SUFFIX if cut else SUFFIX
-        path = self.directory / f"step_{int(state.step):09d}{suffix}"
+        path = self.directory / f"step_{_step_of(state):09d}{suffix}"
 
         def prepare() -> None:
             _require_finite(state)
-            if (step := torch.as_tensor(state.step).item()) < 0 or isinstance(step, float):
-                raise ValueError(f"expected a whole step of at least 0, got {step}")
             if score is not None:
                 metadata[SCORE] = _required(score)
             if first and not self._swept:
@@ -412,20 +413,38 @@ class Checkpoints:
             path, state, metadata, self._make_group if self._background else None
         )
 
+        # Ranks would wait for each other, and some have ended.
+        alone = self._background and not cut
+        untold = partial(_tell, os.getpid(), finish, self._warn)
+        told = weakref.finalize(self, untold) if alone else None
+
         def finish_and_tidy() -> None:
-            finish()
+            try:
+                finish()
+            finally:
+                if told is not None:
+                    told.detach()
             call(lambda: self._tidy(path, metadata.get(SCORE)) if first else None)
 
-        self._unfinished = finish_and_tidy
+        self._unfinished, self._owner = finish_and_tidy, os.getpid()
         if not self._background:
             self.wait()
         return path
 
     def wait(self) -> None:
-        """Wait until what is written in the background is there; raises as `save`."""
+        """Wait until what is written in the background is there; raises as `save`.
+
+        A process that was forked meanwhile does not wait: its parent writes that.
+        """
         finish, self._unfinished = self._unfinished, None
-        if finish is not None:
+        if finish is None or os.getpid() != self._owner:
+            return
+        try:
             finish()
+        except BaseException as error:
+            if self._background and not isinstance(error, Exception):
+                self._unfinished = finish  # As on Ctrl-C: it is still written.
+            raise
 
     def _make_group(self) -> Any:
         """Return the process group for writing in the background."""
@@ -599,6 +618,27 @@ def _require_finite(state: TrainState) -> None:
             raise NonFiniteError(f"{name} is not finite after {int(state.step)} steps")
 
 
+def _tell(owner: int, finish: Callable[[], None], warn: Callable[[str], None]) -> None:
+    """Tell what went wrong with a checkpoint that nobody waited for."""
+    try:
+        if os.getpid() == owner:
+            finish()
+    except Exception as error:
+        warn(str(error))
+
+
+def _step_of(state: TrainState) -> int:
+    """Return the step of a state, which a file is named by, or raise."""
+    found: Any
+    try:
+        found = torch.as_tensor(state.step).item()
+    except (RuntimeError, TypeError, ValueError):  # Of several numbers, or none.
+        found = state.step
+    if not isinstance(found, int) or found < 0:
+        raise ValueError(f"expected a whole step of at least 0, got {found}")
+    return found
+
+
 def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
@@ -693,6 +733,6 @@ def _rebuild(like: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
     if isinstance(like, TrainState):
         return TrainState(**_rebuild(like._asdict(), tensors))
     return {
-        key: _rebuild(child, tensors, f"{place}/{key}" if place else key)
+        key: _rebuild(child, tensors, f"{place}/{key}" if place else str(key))
         for key, child in like.items()
     }

@@ -33,6 +33,7 @@ WRONG = [
     ({"rho": -0.1}, ValueError, "rho must be finite and at least 0, got -0.1"),
     ({"rho": float("nan")}, ValueError, "rho must be finite and at least 0, got nan"),
     ({"rho": float("inf")}, ValueError, "rho must be finite and at least 0, got inf"),
+    ({"rho": 10**5000}, ValueError, "rho must be finite and at least 0, got inf"),
     ({"rho": True}, TypeError, "rho must be a number or a 0-d tensor, got bool"),
     ({"rho": "0.1"}, TypeError, "rho must be a number or a 0-d tensor, got str"),
     ({"rho": torch.ones(1)}, ValueError, r"rho must be .*0-d tensor, got shape \(1,\)"),

@@ -6,6 +6,7 @@ import shutil
 import signal
 import stat
 import struct
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +23,7 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import samfn
+from samfn.storage import tensorfile
 from tests import commands
 from tests.reference import batches, small_network
 from tests.special import SPECIAL, make_special
@@ -349,10 +351,11 @@ def test_a_name_of_another_step_is_told(tmp_path):
     assert said == [f"{other} is of step 1, whatever its name says"]
 
 
-@pytest.mark.parametrize("step", [-1, 1.5])
+@pytest.mark.parametrize("step", [-1, 1.5, float("nan"), 2j, [1, 2], "x", None])
 def test_a_step_that_can_name_nothing_is_refused(tmp_path, step):
-    state = counted(1)._replace(step=torch.tensor(step))
-    with pytest.raises(ValueError, match=f"a whole step of at least 0, got {step}"):
+    is_text = step is None or isinstance(step, str)
+    state = counted(1)._replace(step=step if is_text else torch.tensor(step))
+    with pytest.raises(ValueError, match="a whole step of at least 0, got "):
         samfn.Checkpoints(tmp_path).save(state)
     assert not [*tmp_path.iterdir()]
 
@@ -830,3 +833,79 @@ def test_checkpoints_that_are_gone_are_not_remembered(tmp_path):
     gc.collect()
     paths = [each for each in gc.get_objects() if issubclass(type(each), Path)]
     assert sum(each.name.startswith("step_") for each in paths) < 20
+
+
+def test_a_mapping_comes_back_by_any_names(tmp_path):
+    given = {0: torch.ones(2), "a": {1: torch.zeros(1)}, "": torch.ones(1)}
+    samfn.save(tmp_path / "file", given)
+    found, _ = samfn.restore(tmp_path / "file", like=given)
+    assert_close(found, given)
+
+
+def test_a_directory_stays_that_of_its_beginning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = samfn.Checkpoints("runs")
+    checkpoints.save(counted(1))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    checkpoints.save(counted(2))
+    assert checkpoints.latest(counted(0)).state.step == 2
+    assert steps(checkpoints) == [1, 2]
+    assert not [*Path.cwd().iterdir()]
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """Return checkpoints in the background, and what lets their writing go on."""
+    write, going_on = tensorfile.write, threading.Event()
+
+    def waiting(*args):
+        assert going_on.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(tensorfile, "write", waiting)
+    yield samfn.Checkpoints(tmp_path / "runs", background=True), going_on
+    going_on.set()
+
+
+def test_what_is_written_in_the_background_is_waited_for_after_ctrl_c(slow):
+    checkpoints, going_on = slow
+    checkpoints.save(counted(1))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.wait()
+    signal.signal(signal.SIGALRM, before)
+    going_on.set()
+    assert checkpoints.latest(counted(0)).state.step == 1
+
+
+def test_a_forked_process_does_not_wait_for_what_its_parent_writes(slow):
+    checkpoints, going_on = slow
+    checkpoints.save(counted(1))
+    if not (child := os.fork()):
+        signal.alarm(20)
+        os._exit(checkpoints.latest(counted(0)) is not None)
+    assert os.waitpid(child, 0)[1] == 0
+    going_on.set()
+    assert checkpoints.latest(counted(0)).state.step == 1
+
+
+def test_what_nobody_waited_for_is_told_at_the_end(tmp_path):
+    said = []
+    checkpoints = samfn.Checkpoints(tmp_path / "runs", background=True, warn=said.append)
+    checkpoints.save(counted(1))
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "runs")
+    checkpoints.save(counted(2))
+    with pytest.raises(samfn.CheckpointWriteError):
+        checkpoints.wait()
+    checkpoints.save(counted(3))
+    del checkpoints
+    gc.collect()
+    assert len(said) == 1
+    assert "step_000000003" in said[0]

@@ -62,6 +62,8 @@ def compare(settings: Settings, command: str, display: Display) -> int:
     validate(settings, 2)
     if files_given := [path for path in settings.runs if path.is_file()]:
         raise ConfigError(f"expected directories of runs, got the file {files_given[0]}")
+    if settings.sharpness:
+        choose_device(settings.device)  # Or each run would be said not to be readable.
     output = settings.output or real(settings.runs[0]).parent / NAME
     try:
         files.make_directory(output)

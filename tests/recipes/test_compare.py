@@ -460,6 +460,7 @@ WRONG = [
     (["A", "B", "--rho", "-1"], "--rho: expected a finite number above 0, got -1.0"),
     (["A", "B", "--output", "A/config.toml"], "--output: cannot write"),
     (["A", "DAMAGED"], "config.toml is no TOML"),
+    (["A", "B", "--device", "junk"], "--device: 'junk' cannot be used"),
 ]
 
 

@@ -172,6 +172,7 @@ class Loggers:
         self._warn = warn
         for name in dict.fromkeys(names):
             with self._dropping(name):
+                _require_own(path / name)
                 self._loggers[name] = MAKERS[name](path, settings)
                 for row in rows:
                     self._loggers[name].log(row)
@@ -235,6 +236,13 @@ def _scalars(row: Row) -> dict[str, float]:
             found[name] = value
     found.pop("step", None)
     return found
+
+
+def _require_own(place: Path) -> None:
+    """Raise if what has the name of a logger's directory is none, or one elsewhere."""
+    if os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
+        kind = "a link" if place.is_symlink() else "something else"
+        raise ValueError(f"expected a directory in that of the run, got {kind}: {place}")
 
 
 def _require_text(path: Path) -> None:

@@ -302,6 +302,22 @@ def test_a_logger_that_fails_is_named_once_and_dropped(recorders, tmp_path, plac
     assert failing is None or not failing.closed
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_directory_of_the_run_is_written_to_by_no_logger(tmp_path, name):
+    run, other, said = tmp_path / "run", tmp_path / "other", []
+    run.mkdir()
+    other.mkdir()
+    (other / "mine").write_text("mine")
+    (run / name).symlink_to(other)
+    Loggers([name], run, SETTINGS, [row(1)], said.append).close()
+    assert [path.name for path in other.iterdir()] == ["mine"]
+    assert "got a link:" in said.pop()
+    (run / name).unlink()
+    os.mkfifo(run / name)  # Some packages would wait for whoever writes into it.
+    Loggers([name], run, SETTINGS, [row(1)], said.append).close()
+    assert "got something else:" in said.pop()
+
+
 @pytest.mark.parametrize("place", ["start", "log", "close"])
 def test_a_signal_is_no_failure_of_a_logger(recorders, tmp_path, place):
     recorders(place, Stopped(signal.SIGTERM))

@@ -11,8 +11,8 @@ from samfn import tree
 from samfn.imperative.parts import whole
 
 COPY_LATER = (
-    "copy or pickle inside of `with optimizer.unperturbed()`, or after second_step or"
-    " restore"
+    "copy, pickle, split or load inside of `with optimizer.unperturbed()`, or after"
+    " second_step or restore"
 )
 
 
@@ -71,7 +71,11 @@ class Guard:
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Return what a copy of the model is made with: a guard of nothing."""
+        self.require_unperturbed()
+        return Guard, ()
+
+    def require_unperturbed(self) -> None:
+        """Raise where the model is not what it seems; `split` and `load` ask, too."""
         optimizer = self._optimizer()
         if optimizer is not None and optimizer.perturbed:
             raise RuntimeError(f"the weights of the model are perturbed: {COPY_LATER}")
-        return Guard, ()

@@ -42,8 +42,10 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         TypeError: `model` is wrapped for several devices, where gradients would
             silently stay unsynchronised.
         ValueError: no parameter requires grad, or some are not initialised yet.
+        RuntimeError: `samfn.SAM` guards the model, and has perturbed it.
     """
     require_plain(model)
+    _require_unperturbed(model)
     params: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -56,6 +58,14 @@ def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return params, frozen | buffers
 
 
+def _require_unperturbed(model: nn.Module) -> None:
+    """Raise between the steps of a `samfn.SAM` that guards the model."""
+    for module in model.modules():
+        for hook in module._state_dict_hooks.values():
+            if ask := getattr(hook, "require_unperturbed", None):
+                ask()
+
+
 @torch.no_grad()
 def load(model: nn.Module, params: Params, buffers: Params) -> None:
     """Copy parameters and buffers back into a model, in place.
@@ -66,7 +76,9 @@ def load(model: nn.Module, params: Params, buffers: Params) -> None:
     Raises:
         ValueError: names, shapes or dtypes are not those of `split(model)`; the model is
             unchanged then.
+        RuntimeError: as `split`.
     """
+    _require_unperturbed(model)
     own_params, own_buffers = references(model)
     require_layout(own_params, params, "params")
     require_layout(own_buffers, buffers, "buffers")

@@ -177,7 +177,7 @@ def test_a_guarded_model_is_copied_unperturbed_or_not_at_all(made_model, copied)
         pytest.skip("PyTorch pickles no parametrized module")
     model, optimizer, before = perturbed(made_model())
     optimizer.guard(model)
-    with pytest.raises(RuntimeError, match="weights of the model are perturbed: copy or"):
+    with pytest.raises(RuntimeError, match="of the model are perturbed: copy, pickle"):
         COPIES[copied](model)
     with optimizer.unperturbed():
         inside = COPIES[copied](model)
@@ -195,7 +195,9 @@ def test_a_guarded_model_is_copied_unperturbed_or_not_at_all(made_model, copied)
 )
 def test_the_optimizer_is_not_copied_where_weights_are_perturbed(copied):
     model, optimizer, before = perturbed()
-    with pytest.raises(RuntimeError, match="the weights are perturbed: copy or pickle"):
+    with pytest.raises(
+        RuntimeError, match="the weights are perturbed: copy, pickle, split"
+    ):
         copied(optimizer)
     with optimizer.unperturbed():
         other_model, other = copy.deepcopy((model, optimizer))
@@ -347,6 +349,24 @@ def test_what_is_loaded_between_the_steps_stays(guarded):
     reference.load_state_dict(loaded)
     two_steps(other, reference, data()[1])
     equal(model.state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_guarded_model_is_neither_split_nor_loaded_between_the_steps(inside):
+    model, optimizer, before = perturbed()
+    optimizer.guard(model)
+    whole = nn.Sequential(model) if inside else model
+    there = weights(model)
+    for call in (lambda: samfn.split(whole), lambda: samfn.load(whole, before, {})):
+        with pytest.raises(RuntimeError, match="are perturbed: copy, pickle, split or"):
+            call()
+    equal(weights(model), there)
+    with optimizer.unperturbed():
+        kept, buffers = samfn.split(model)
+    equal(kept, before)
+    optimizer.restore()
+    samfn.load(model, {name: w + 1 for name, w in kept.items()}, buffers)
+    equal(model.state_dict(), {name: w + 1 for name, w in before.items()})
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])

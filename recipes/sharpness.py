@@ -136,6 +136,8 @@ def measure(settings: Settings, display: Display) -> int:
     written = {path: file_of(path, settings.output) for path in settings.runs}
     for file in written.values():
         require_writable(file)
+    if settings.output is not None:
+        require_records(settings.output)
     code, found = 0, []
     for record in measured(places, settings, display):
         found.append(record)
@@ -168,6 +170,15 @@ def require_writable(file: Path) -> None:
     if not os.access(file.parent, os.W_OK | os.X_OK):
         text = f"--output: {file.parent} is no directory that can be written"
         raise ConfigError(text)
+
+
+def require_records(file: Path) -> None:
+    """Raise if a file is there that somebody named, and that holds something else."""
+    try:
+        _measurements(file)
+    except UNREADABLE as error:
+        text = f"--output: expected a new file, or one of records, got {file}"
+        raise ConfigError(text) from error
 
 
 def measured(

@@ -257,8 +257,9 @@ class SAM(torch.optim.Optimizer):
 
         Between the two steps `state_dict` of the model and of its modules then holds w,
         also in a signal handler; `load_state_dict` calls `restore` first; and to copy or
-        pickle the model, or to give it to `samfn.split` or `samfn.load`, is an error. This optimizer's `state_dict` may then be taken, too:
-        from both, training goes on before this step. Buffers are as they are.
+        pickle the model, or to give it to `samfn.split` or `samfn.load`, is an error. This
+        optimizer's `state_dict` may then be taken, too: from both, training goes on before
+        this step. Buffers are as they are.
 
         Under `fully_shard` it also lets backward passes be counted that are not
         synchronised: call it before the first of them.

@@ -477,7 +477,8 @@ class Checkpoints:
     def best(self, by: str = SCORE) -> list[Path]:
         """Return those with the highest scores, the best first; of equals, the older.
 
-        One that is damaged does not count.
+        One that is damaged does not count, nor does one that is still written in the
+        background: call `wait` before.
 
         Args:
             by: name of the score; it has none where it was given as a number.

@@ -397,6 +397,7 @@ WRONG = [
     (["RUN", "RUN/../sgd"], "expected different runs, got"),
     (["RUN", "--device", "nowhere"], "--device: 'nowhere' cannot be used"),
     (["RUN", "--output", "RUN"], "--output: expected a file, got the directory"),
+    (["RUN", "--output", "RUN/config.toml"], "--output: expected a new file, or one of"),
     (["RUN", "--output", "RUN/none/x"], "is no directory that can be written"),
     (["RUN/checkpoints/damaged"], "checkpoints/damaged is no safetensors file"),
 ]

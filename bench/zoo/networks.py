@@ -18,6 +18,8 @@ SIZES = {"inception_v3": 299, "maxvit_t": 224, "squeezenet1_0": 96, "alexnet": 9
 # Of networks of more parameters, only tensors of at most SMALL entries are trained: every
 # layer takes part, and all fits into memory.
 LARGE, SMALL = 100_000_000, 1_000_000
+# Of more than 600 million parameters, of which 24 GiB hold too few copies in float64.
+IN_FLOAT32 = "vit_h_14", "regnet_y_128gf"
 
 TIMM = [
     "resnet10t",
@@ -113,6 +115,7 @@ def of_torchvision() -> Iterator[Case]:
             partial(images, size),
             classes,
             first_output,
+            dtype=torch.float32 if name in IN_FLOAT32 else torch.float64,
         )
 
 

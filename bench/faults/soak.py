@@ -29,6 +29,7 @@ from bench.faults.trial import (
 FAULTS = ("kill", "terminate", "interrupt", "save", "disk full", "rot", "nothing")
 WARM_UP = 0.2  # share of the time after which memory may grow no more
 SAMPLES = 500
+LONG = 600.0  # seconds in which every fault has its turn
 
 
 def keep_saving(directory: str, seconds: float) -> None:
@@ -72,6 +73,7 @@ def _loss(params: samfn.tree.Params, buffers: samfn.tree.Params, batch: Any) -> 
 def soak(seconds: float, root: Path) -> Outcome:
     """Runs meet random faults for so long, while one process saves all the time."""
     expected, chance = reference(), random.Random(0)
+    whole = _seconds_of_a_run(root)
     saver = start(keep_saving, str(root / "saver"), seconds)
     deadline = time.monotonic() + seconds
     failures: list[str] = []
@@ -83,7 +85,7 @@ def soak(seconds: float, root: Path) -> Outcome:
         code, rotten = -1, set[str]()
         while code != 0:
             process = start(recipe, again(run), str(log))
-            process.join(chance.uniform(0.0, 4.0))
+            process.join(chance.uniform(0.0, whole))
             fault = chance.choice(FAULTS)
             struck = _strike(fault, process, run, chance, rotten)
             happened[fault] += struck
@@ -112,6 +114,7 @@ def soak(seconds: float, root: Path) -> Outcome:
     parts = warm[:tenth], warm[-tenth:]
     begin, end = (sum(pages for _, pages, _ in part) / len(part) for part in parts)
     growth, handles = end / begin - 1, {count for _, _, count in warm}
+    failures += never(happened, seconds)
     if growth > 0.01 or len(handles) != 1:
         failures.append(f"memory grew by {growth:.2%}, file descriptors {handles}")
     counts = ", ".join(f"{count} {fault}" for fault, count in happened.items())
@@ -121,6 +124,19 @@ def soak(seconds: float, root: Path) -> Outcome:
     )
     total = sum(happened.values())
     return Outcome(total, total, tuple(failures), notes)
+
+
+def never(happened: dict[str, int], seconds: float) -> list[str]:
+    """Return what to say of faults that had their time, and did not happen."""
+    absent = [fault for fault, count in happened.items() if not count]
+    return [f"{fault} never happened" for fault in absent if seconds > LONG]
+
+
+def _seconds_of_a_run(root: Path) -> float:
+    """Return how long a run takes that nothing happens to."""
+    started = time.monotonic()
+    assert finish(start(recipe, again(root / "whole"), str(root / "whole.log"))) == 0
+    return time.monotonic() - started
 
 
 def _strike(

@@ -308,7 +308,7 @@ WRONG = [
     (["RUN", "RUN/../sgd"], "expected different runs, got"),
     (["RUN", "--device", "nowhere"], "--device: 'nowhere' cannot be used"),
     (["RUN", "--output", "RUN/config.toml"], "--output: cannot write"),
-    (["RUN/config.toml"], "cannot read"),
+    (["RUN/config.toml"], "expected the directory of a run, or one of its checkpoints"),
     (["RUN/checkpoints/damaged"], "checkpoints/damaged is no safetensors file"),
 ]
 

@@ -113,7 +113,8 @@ def test_what_the_recipe_cannot_name_is_a_step_of_its_own(uncompiled):
 
 
 @pytest.mark.slow
-def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(tmp_path):
+def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")  # And nothing is probed before.
     cold, warm = cost.Compiling().cold_and_warm("mlp-small:4:float32", "one gradient")
     assert 0 < warm < cold
 

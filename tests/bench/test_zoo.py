@@ -116,7 +116,9 @@ def test_the_check_sees_what_is_wrong(monkeypatch):
     assert checks.apart(found, expected, params) > 1e-3
 
 
-def test_a_fingerprint_is_of_objects_and_bits():
+@pytest.mark.parametrize("large", [1_000_000, 0])
+def test_a_fingerprint_is_of_objects_and_bits(monkeypatch, large):
+    monkeypatch.setattr(checks, "LARGE", large)
     problem = Problem(NAMES["no checkpoint"])
     before = Fingerprint(problem)
     assert before.changes() == []
@@ -125,6 +127,9 @@ def test_a_fingerprint_is_of_objects_and_bits():
     assert before.changes() == ["first.weight"]
     problem.batch[0][0, 0] += 1
     assert sorted(before.changes()) == ["batch 0", "first.weight"]
+    with torch.no_grad():
+        problem.model.last.bias[0] += 1
+    assert sorted(before.changes()) == ["batch 0", "first.weight", "last.bias"]
 
 
 def test_the_table_has_a_row_for_each_network_and_each_reason_once(tmp_path, capsys):

@@ -220,10 +220,8 @@ def test_a_base_that_computes_otherwise_is_not_believed(run, capsys, change):
     assert "another model: its config.json differs" in told
 
 
-def test_a_base_that_another_version_wrote_is_the_same(run):
-    file = run / "base" / "config.json"
-    found = json.loads(file.read_text()) | {"transformers_version": "4.0.0"}
-    file.write_text(json.dumps(found))
+def test_a_run_of_another_version_of_transformers_goes_on(run, monkeypatch):
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0")
     assert again(run) == 0
 
 

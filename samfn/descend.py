@@ -111,7 +111,7 @@ def from_torch(
     Raises:
         ValueError: the class refuses the options, or they maximise, or dampen.
     """
-    defaults = dict(optimizer_class([torch.zeros(1)], **options).defaults)
+    defaults = _checked(optimizer_class, options)
     if defaults.get("maximize"):
         raise ValueError(
             "maximize must be False: a step perturbs to where the loss is higher, so let"
@@ -171,6 +171,20 @@ def from_torch(
         _require_memory(opt_state, expected, params)
 
     return Optimizer(init, update, check)
+
+
+def _checked(
+    optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return options as a class completes them, which raises ValueError at bad ones."""
+
+    class Empty(optimizer_class):  # type: ignore[misc, valid-type]
+        """Adds no group: at the first, PyTorch imports its compiler, in two seconds."""
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            self.param_groups.append(self.defaults | param_group)
+
+    return dict(Empty([torch.zeros(1)], **options).defaults)
 
 
 def sgd(

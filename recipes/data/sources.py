@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from recipes.data import cifar, folders, pictures
+from recipes.data import cifar, digits, folders, pictures
 from recipes.data.download import DownloadError
 from recipes.data.folders import SPLITS, Samples
 from recipes.errors import DataError
@@ -177,7 +177,7 @@ def load(
         DataError: nothing to read there, no network, or images that do not fit.
     """
     if source == "digits":
-        return read_digits()
+        return Dataset(*digits.read(), digits.CLASSES)
     root = root_of(data_dir)
     if source == "folder":
         try:
@@ -229,34 +229,6 @@ def is_reachable(url: str, seconds: float = 3.0) -> bool:
     except (OSError, http.client.HTTPException):
         return False
     return True
-
-
-def read_digits() -> Dataset:
-    """Return scikit-learn's 1,797 digits: four fifths to train, by class, one to test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    # One split for every seed: a test set that moved with the seed would add its spread.
-    parts = train_test_split(
-        digits.images,
-        digits.target,
-        test_size=0.2,
-        stratify=digits.target,
-        random_state=0,
-    )
-    train, test, train_labels, test_labels = map(torch.as_tensor, parts)
-
-    def as_bytes(images: Tensor) -> Tensor:
-        return (images * 255 / 16).round().to(torch.uint8)[:, None]
-
-    return Dataset(
-        as_bytes(train),
-        train_labels.long(),
-        as_bytes(test),
-        test_labels.long(),
-        tuple(str(name) for name in digits.target_names),
-    )
 
 
 def read_cifar(

@@ -53,15 +53,22 @@ def decide(
         return True, "yes"
     if device.type != "cpu":
         return True, "yes, on a GPU"
-    if (count := operations()) > ARITHMETIC:
-        return False, "no: a CPU spends its time in the convolutions either way"
     late = config.perturbation.sam_last
     passes, kinds = (1, 1) if config.rho == 0 else (1 + late, 1 + (late < 1))
-    arithmetic = passes * count / OPERATIONS_PER_SECOND
-    saving = SECONDS_OF_PYTHON + SHARE_OF_ARITHMETIC * arithmetic
-    if steps * saving > kinds * SECONDS_TO_COMPILE:
-        return True, f"yes: {steps:,} steps on a CPU pay for it"
-    return False, f"no: {steps:,} steps on a CPU would not pay for it (--compile yes)"
+
+    def pays(count: float) -> bool:
+        arithmetic = passes * count / OPERATIONS_PER_SECOND
+        saving = SECONDS_OF_PYTHON + SHARE_OF_ARITHMETIC * arithmetic
+        return steps * saving > kinds * SECONDS_TO_COMPILE
+
+    few = f"{steps:,} steps on a CPU"
+    if not pays(ARITHMETIC):  # Counting imports PyTorch's compiler, in two seconds.
+        return False, f"no: {few} would not pay for it (--compile yes)"
+    if (count := operations()) > ARITHMETIC:
+        return False, "no: a CPU spends its time in the convolutions either way"
+    if pays(count):
+        return True, f"yes: {few} pay for it"
+    return False, f"no: {few} would not pay for it (--compile yes)"
 
 
 def keep_compiled(warn: Callable[[str], None]) -> None:

@@ -5,7 +5,9 @@ it is read: in the module, in hooks, in what is computed again. What the module 
 is the same afterwards, to the bit and to the object.
 """
 
+import inspect
 import operator
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -418,3 +420,19 @@ class ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = operation(*args, **kwargs)
         self.taken.note(operation, args, result)
         return result
+
+
+class _ReadOnlyByItself(ReadOnly):  # type: ignore[no-untyped-call]
+    """PyTorch's wrapper, which keeps Dynamo from a mode, imports Dynamo for that."""
+
+    __torch_dispatch__ = inspect.unwrap(ReadOnly.__torch_dispatch__)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+def read_only(tensors: Params, others: Params, batch: Batch) -> ReadOnly:
+    """Return a watch over a forward pass: `ReadOnly`, in the form that costs less."""
+    is_alone = "torch._dynamo" not in sys.modules
+    return (_ReadOnlyByItself if is_alone else ReadOnly)(tensors, others, batch)

@@ -20,8 +20,8 @@ from samfn.modules.lending import (
     WRITES,
     ImpureError,
     Lender,
-    ReadOnly,
     changes_gradients,
+    read_only,
 )
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
@@ -314,7 +314,7 @@ class _Supervised:
         mine = {f"the criterion's {name}": buffer for name, buffer in kept.items()}
         own = {name: w for name, w in self._params.items() if name in params}
         told: list[tuple[Tensor, Aux]] = []
-        with ReadOnly({**mine, **buffers, **params}, own, batch) as watch:
+        with read_only({**mine, **buffers, **params}, own, batch) as watch:
             yield told
         (loss, aux), mode = told[0], self._model.training
         self._seen[mode] = weighing.seen(watch.taken, loss, aux.losses, batch)

@@ -58,6 +58,18 @@ def test_importing_samfn_leaves_where_compiled_code_is_kept_to_the_caller(cache)
     assert found == "[] None\n"
 
 
+IMPORTS = """
+import sys
+from recipes.cifar_wrn import main
+main(["--data", "digits", "--epochs", "1", "--output", sys.argv[1]])
+print(sorted({"torch._dynamo", "sklearn", "scipy"} & {*sys.modules}))
+"""
+
+
+def test_a_short_run_imports_nothing_that_takes_longer_than_its_epochs(cache, tmp_path):
+    assert python("-c", IMPORTS, str(tmp_path / "run")).endswith("\n[]\n")
+
+
 @pytest.mark.slow
 def test_a_run_keeps_its_kernels_in_the_users_cache(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))

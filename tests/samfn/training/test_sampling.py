@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import samfn
-from recipes.data.sources import read_digits
+from recipes.data import digits
 from recipes.train.build import generator as source
 from samfn.measure import per_example
 from samfn.training import sampling
@@ -446,7 +446,7 @@ def one_thread():
 
 def train_on_digits(seed, lr, *, epochs, **options):
     """Train a small network, pruned if there are options; return accuracy and report."""
-    images, labels, test_images, test_labels, *_ = read_digits()
+    images, labels, test_images, test_labels = digits.read()
     inputs, test_inputs = (x.flatten(1) / images.max() for x in (images, test_images))
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))

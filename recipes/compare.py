@@ -18,8 +18,9 @@ from recipes import errors, sharpness
 from recipes.errors import ConfigError
 from recipes.settings.resolve import choose_device
 from recipes.sharpness import Measuring, Record
-from recipes.study import report
-from recipes.study.groups import Group, Value, grouped
+from recipes.study import ranking, report
+from recipes.study.groups import Group, Value, best, grouped, last
+from recipes.study.ranking import Ranks
 from recipes.study.report import EXPLAINED, TABLES, Page, Tables, numeric
 from recipes.study.runs import among, checkpoint_of, labels, real, validate
 from recipes.terminal import cli
@@ -73,6 +74,8 @@ def compare(settings: Settings, command: str, display: Display) -> int:
     records = measure(groups, settings, display) if settings.sharpness else {}
     tables = tables_of(settings, records)
     page = page_of(settings, groups, tables, records)
+    ranks = ranks_of(settings, page, tables)
+    page = with_ranks(page, tables, ranks)
     try:
         written = report.write(
             page,
@@ -84,6 +87,7 @@ def compare(settings: Settings, command: str, display: Display) -> int:
             records=records,
             data=f"{NAME}.json",
             measured=sharpness.asked(settings) if settings.sharpness else None,
+            ranking=ranking.plain(ranks),
         )
     except OSError as error:
         display.fail(f"cannot write {output}: {error}")
@@ -164,6 +168,27 @@ def page_of(
             text = f"{group.name}: sharpness of {measured} of {len(group.runs)} runs"
             remarks.append(f"{text}; the others have no checkpoint that can be read")
     return page._replace(remarks=remarks)
+
+
+def ranks_of(settings: Settings, page: Page, tables: Tables) -> dict[str, Ranks]:
+    """Return how each measure orders the runs that can be compared."""
+    marked = {note.name for note in page.notes if note.table in ("accuracy", "sharpness")}
+    groups = [group for group in page.groups if group.name not in marked]
+    accuracy = last if settings.last else best
+    return {
+        name: ranking.ranks(groups, column.value, accuracy)
+        for name, column in tables.get("sharpness", {}).items()
+        if column.value
+    }
+
+
+def with_ranks(page: Page, tables: Tables, ranks: dict[str, Ranks]) -> Page:
+    """Return a page that has the table of ranks, if runs are enough for one."""
+    heads = {tables["sharpness"][name].head: each for name, each in ranks.items()}
+    table = ranking.table(heads)
+    if not table[1]:
+        return page
+    return page._replace(parts={**page.parts, "ranking": (ranking.EXPLAINED, table)})
 
 
 if __name__ == "__main__":

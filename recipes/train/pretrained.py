@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Tensor]:
         ConfigError: it cannot be read, or holds anything else.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return tensorfile.read(path, foreign=True)[0]
         with files.open_regular(path) as file:
             found = torch.load(file, map_location="cpu", weights_only=True)
@@ -146,7 +146,8 @@ def fit(
         path: the file.
 
     Raises:
-        ConfigError: another tensor is missing, unknown, or of another shape.
+        ConfigError: another tensor is missing, unknown, or of another shape; or one holds
+            what is no finite number in the network's precision.
     """
     body = own.keys() - {*head}
     missing = [n for n in own if n in body - given.keys() and not n.endswith(COUNTER)]
@@ -172,7 +173,12 @@ def fit(
             raise ConfigError(
                 f"--weights: {path} is of another network: it {problem} {listed(names)}"
             )
-    return {name: given[name] for name in own if name in given.keys() - {*misfits}}
+    fitting = {n: given[n] for n in own if n in given.keys() - {*misfits}}
+    if bad := [n for n in fitting if not fitting[n].to(own[n].dtype).isfinite().all()]:
+        raise ConfigError(
+            f"--weights: {path} holds inf or NaN, as numbers here: {listed(bad)}"
+        )
+    return fitting
 
 
 def told(own: Mapping[str, Tensor], fitting: Mapping[str, Tensor], path: Path) -> str:

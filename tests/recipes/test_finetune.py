@@ -256,6 +256,22 @@ def test_weights_of_another_network_are_refused(published, tmp_path, message):
         pretrained.fit(state, pretrained.read(path), ["fc.weight", "fc.bias"], path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused_where_they_are_taken(published, value):
+    own = torch.load(published, weights_only=True)
+    odd = torch.full_like(own["conv1.0.weight"], value, dtype=torch.float64)
+    head = {"fc.weight": torch.full((1, 1), torch.nan)}  # It starts anew.
+    given = changed(own, **{"conv1.0.weight": odd}, **head)
+    with pytest.raises(ConfigError, match=r"inf or NaN, as numbers here: conv1.0.weight$"):
+        pretrained.fit(own, given, ["fc.weight", "fc.bias"], published)
+    assert pretrained.fit(own, changed(own, **head), ["fc.weight", "fc.bias"], published)
+
+
+def test_the_kind_of_a_file_is_told_by_its_name_in_any_case(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "A.SAFETENSORS")
+    assert pretrained.read(tmp_path / "A.SAFETENSORS")["weight"].tolist() == [1, 1]
+
+
 class Running:
     """What would run code when it is read."""
 

@@ -389,7 +389,7 @@ class Checkpoints:
 
         Raises:
             CheckpointWriteError: it cannot be written; the ones before are untouched.
-            TypeError: a score is no number; and as `samfn.save`.
+            TypeError: it is no state, or a score no number; and as `samfn.save`.
             ValueError: its step is no whole number of at least 0, which a file could be
                 named by; and as `samfn.save`.
             NonFiniteError: a parameter or buffer is not finite, which no training
@@ -465,6 +465,12 @@ class Checkpoints:
                     f"{old} was written by somebody else since the last save; what is"
                     " resumed goes on from the newest: `samfn.held` keeps others out"
                 )
+        later = max(found, key=_step, default=path)
+        if not known and _step(later) > _step(path):
+            self._warn(
+                f"{later} is of a later step than {path.name}, and is what is resumed:"
+                f" drop_after({_step(path)}) sets it aside"
+            )
         # A file may have the step of a directory.
         other = {old for old in found if old != path and _step(old) == _step(path)}
         kept = {old: scores for old, scores in found.items() if old not in other}
@@ -631,6 +637,8 @@ def _tell(owner: int, finish: Callable[[], None], warn: Callable[[str], None]) -
 def _step_of(state: TrainState) -> int:
     """Return the step of a state, which a file is named by, or raise."""
     found: Any
+    if not isinstance(state, TrainState):
+        raise TypeError(f"expected a training state, got a {type(state).__name__}")
     try:
         found = torch.as_tensor(state.step).item()
     except (RuntimeError, TypeError, ValueError):  # Of several numbers, or none.

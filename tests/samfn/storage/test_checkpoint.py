@@ -376,6 +376,14 @@ def test_what_is_no_state_is_called_that(tmp_path, state):
         samfn.restore(tmp_path / "file", like=state)
 
 
+@pytest.mark.parametrize("state", [None, {}, torch.nn.Linear(2, 2)])
+def test_what_is_no_state_is_no_checkpoint(tmp_path, state):
+    kind = type(state).__name__
+    with pytest.raises(TypeError, match=f"expected a training state, got a {kind}"):
+        samfn.Checkpoints(tmp_path).save(state)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_unreadable_directory_is_not_taken_for_an_empty_one(tmp_path):
     assert samfn.Checkpoints(tmp_path / "none").latest(counted(0)) is None
     (tmp_path / "file").touch()
@@ -633,6 +641,18 @@ def test_what_was_just_written_stays_whatever_is_newer(tmp_path):
     assert steps(checkpoints) == [5, 10, 20]
 
 
+def test_who_begins_anew_where_a_run_went_further_is_told(tmp_path):
+    before, said = samfn.Checkpoints(tmp_path), []
+    for step in (10, 20):
+        before.save(counted(step))
+    checkpoints = samfn.Checkpoints(tmp_path, warn=said.append)
+    for step in (5, 6):
+        checkpoints.save(counted(step))
+    assert len(said) == 1  # Once is enough.
+    assert "step_000000020.safetensors is of a later step than step_000000005" in said[0]
+    assert "drop_after(5) sets it aside" in said[0]
+
+
 def edited(path, before, after):
     content = path.read_bytes()
     assert content.count(before) == 1
@@ -768,7 +788,7 @@ def test_a_checkpoint_of_somebody_else_is_told_at_the_next_save(tmp_path):
     assert f"{first} was written by somebody else since the last save" in replaced
     assert f"{newer} was written by somebody else" in new
     # One that begins takes what it finds for what it is to go on with.
-    samfn.Checkpoints(tmp_path, warn=said.append).save(counted(6))
+    samfn.Checkpoints(tmp_path, warn=said.append).save(counted(10))
     assert len(said) == 2
 
 

@@ -127,6 +127,9 @@ def run(
         if isinstance(error, distributed.RanksDifferError):
             display.fail(f"{error}; the last checkpoint is older")
             return RANK_LOST
+        if "EADDRINUSE" in str(error):
+            display.fail("MASTER_PORT is in use by another program: choose another")
+            return WRONG_INPUT
         if distributed.is_lost(error):
             display.fail("another rank ended, or did not answer in time; torchrun ends all")
             return RANK_LOST

@@ -44,12 +44,21 @@ def ranks(
         The device of this rank; None where torchrun started nothing, and this does nothing.
 
     Raises:
-        ValueError: there are fewer GPUs on this machine than ranks, or as `rank`.
+        ValueError: there are fewer GPUs on this machine than ranks, the environment says
+            how many ranks there are but not where, or as `rank`.
     """
     if not launched():
+        if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+            # All of them would do the whole work, each for itself.
+            raise ValueError(
+                "RANK and WORLD_SIZE are set, expected MASTER_ADDR beside them"
+            )
         yield None
         return
     rank()
+    port = os.environ.get("MASTER_PORT", "")
+    if not (port.isdecimal() and len(port) < 6 and int(port) < 2**16):
+        raise ValueError(f"expected a MASTER_PORT of 0 to 65535, got {port!r}")
     device = torch.device("cpu")
     backend = "gloo"
     if kind == "cuda" or (kind is None and torch.cuda.is_available()):
@@ -110,7 +119,8 @@ def rank() -> int:
     if not launched():
         return FIRST
     own, count = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    if not (own.isdecimal() and count.isdecimal() and int(own) < int(count)):
+    numbers = own.isdecimal() and count.isdecimal() and len(own + count) < 16
+    if not (numbers and int(own) < int(count)):
         # Nobody would wait for it, and it for others until they are given up.
         raise ValueError(f"expected a RANK of 0 to below WORLD_SIZE, got {own} of {count}")
     return int(own)

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -326,7 +327,9 @@ def test_what_ranks_cannot_do_is_said_at_the_start(flags, told):
         assert told in message
 
 
-@pytest.mark.parametrize(("own", "count"), [("3", "2"), ("-1", "2"), ("x", "2"), ("0", "")])
+@pytest.mark.parametrize(
+    ("own", "count"), [("3", "2"), ("-1", "2"), ("x", "2"), ("0", ""), ("0", "9" * 20)]
+)
 def test_a_rank_that_there_is_not_is_told_and_waits_for_nobody(
     monkeypatch, capsys, own, count
 ):
@@ -335,6 +338,39 @@ def test_a_rank_that_there_is_not_is_told_and_waits_for_nobody(
     assert cifar_wrn.main([*DIGITS]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert f"expected a RANK of 0 to below WORLD_SIZE, got {own} of {count}".strip() in told
+
+
+LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize("port", [None, "", "x", "-1", "99999"])
+def test_a_port_that_there_is_not_is_told(monkeypatch, capsys, port):
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    if port is not None:
+        monkeypatch.setenv("MASTER_PORT", port)
+    assert cifar_wrn.main([*DIGITS]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"expected a MASTER_PORT of 0 to 65535, got {port or ''!r}" in told
+
+
+def test_a_port_that_is_taken_is_told(monkeypatch, capsys):
+    with socket.create_server(("", 0)) as other:
+        given = LAUNCHED | {"WORLD_SIZE": "1", "MASTER_PORT": str(other.getsockname()[1])}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert cifar_wrn.main([*DIGITS]) == 2
+    assert "MASTER_PORT is in use by another program" in capsys.readouterr().err
+
+
+def test_ranks_that_do_not_know_where_the_others_are_do_not_run_alone(monkeypatch, capsys):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert cifar_wrn.main([*DIGITS, "--dry-run"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "RANK and WORLD_SIZE are set, expected MASTER_ADDR beside them" in told
 
 
 def test_other_commands_say_that_they_run_alone(monkeypatch, capsys):

@@ -419,7 +419,10 @@ def matrices(*shapes):
 def test_ten_steps_of_muon_are_those_of_torch_in_its_precision(name):
     params = matrices((3, 4), (7, 5), (16, 40))
     own = {name: nn.Parameter(w.clone()) for name, w in params.items()}
-    reference = torch.optim.Muon(own.values(), lr=0.05, **MUONS[name])
+    try:
+        reference = torch.optim.Muon(own.values(), lr=0.05, **MUONS[name])
+    except ValueError as error:  # PyTorch 2.11 has fewer of them.
+        pytest.skip(str(error))
     optimizer = samfn.muon(**MUONS[name], dtype=torch.bfloat16)
     opt_state = optimizer.init(params)
     for seed in range(10):

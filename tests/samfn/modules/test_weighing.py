@@ -256,6 +256,7 @@ def test_a_graph_does_not_guess_what_no_pass_has_shown():
     with pytest.raises(RuntimeError, match="no pass has shown yet what this criterion's"):
         step(state, batch, **given, lr=torch.tensor(0.1))
     samfn.evaluate(loss_fn, state.params, state.buffers, batch)
+    torch.compiler.reset()  # PyTorch 2.11 goes on with half of the step that failed.
     found, _ = step(state, batch, **given, lr=torch.tensor(0.1))
     assert_close(dict(found.params), dict(whole.params))
 

@@ -241,7 +241,8 @@ def _evaluated(
     if not torch.compiler.is_compiling() and loss_fn.differentiating:
         return _by_autograd(loss_fn.differentiating, *given, names, scale)
     # What sets its precision by itself sets that of the backward pass, too.
-    with tree.unmixed(params) if loss_fn.differentiating else nullcontext():
+    unmixed = loss_fn.differentiating is not None  # PyTorch 2.11 takes no function as true.
+    with tree.unmixed(params) if unmixed else nullcontext():
         return _by_func(loss_fn.function, *given, names, scale)
 
 
@@ -542,7 +543,7 @@ def _changed(loss_fn: Loss, change: Change) -> Loss:
         with inner(*given, **how) as returned:
             yield change(returned, *given)
 
-    lent = differentiating if loss_fn.differentiating else None
+    lent = None if loss_fn.differentiating is None else differentiating
     return replace(loss_fn, function=function, differentiating=lent)
 
 

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipes import errors, sharpness
+from recipes import errors, plots, sharpness
 from recipes.errors import ConfigError
 from recipes.settings.resolve import choose_device
 from recipes.sharpness import Measuring, Record
-from recipes.study import ranking, report
+from recipes.study import correlation, report
+from recipes.study.correlation import Ranks
 from recipes.study.groups import Group, Value, best, grouped, last
-from recipes.study.ranking import Ranks
 from recipes.study.report import EXPLAINED, TABLES, Page, Tables, numeric
 from recipes.study.runs import among, checkpoint_of, labels, real, validate
 from recipes.terminal import cli
@@ -30,7 +30,8 @@ from recipes.train.recorded import Recorded
 from samfn.storage import files
 
 PROGRAM = "python -m recipes.compare"
-NAME = "compare"  # of all files
+NAME = "compare"  # of all files but one
+HEADING, PICTURE = "rank correlation", "correlation.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ def compare(settings: Settings, command: str, display: Display) -> int:
     ranks = ranks_of(settings, page, tables)
     page = with_ranks(page, tables, ranks)
     try:
+        if HEADING in page.parts:
+            draw(settings, page, tables, output / PICTURE)
         written = report.write(
             page,
             command,
@@ -87,7 +90,7 @@ def compare(settings: Settings, command: str, display: Display) -> int:
             records=records,
             data=f"{NAME}.json",
             measured=sharpness.asked(settings) if settings.sharpness else None,
-            ranking=ranking.plain(ranks),
+            correlation=correlation.plain(ranks),
         )
     except OSError as error:
         display.fail(f"cannot write {output}: {error}")
@@ -172,23 +175,43 @@ def page_of(
 
 def ranks_of(settings: Settings, page: Page, tables: Tables) -> dict[str, Ranks]:
     """Return how each measure orders the runs that can be compared."""
-    marked = {note.name for note in page.notes if note.table in ("accuracy", "sharpness")}
-    groups = [group for group in page.groups if group.name not in marked]
     accuracy = last if settings.last else best
+    groups = comparable(page)
     return {
-        name: ranking.ranks(groups, column.value, accuracy)
+        name: correlation.ranks(groups, column.value, accuracy)
         for name, column in tables.get("sharpness", {}).items()
         if column.value
     }
 
 
+def comparable(page: Page) -> list[Group]:
+    """Return the rows whose accuracy and sharpness can be held against each other."""
+    marked = {note.name for note in page.notes if note.table in ("accuracy", "sharpness")}
+    return [group for group in page.groups if group.name not in marked]
+
+
 def with_ranks(page: Page, tables: Tables, ranks: dict[str, Ranks]) -> Page:
     """Return a page that has the table of ranks, if runs are enough for one."""
     heads = {tables["sharpness"][name].head: each for name, each in ranks.items()}
-    table = ranking.table(heads)
+    table = correlation.table(heads)
     if not table[1]:
         return page
-    return page._replace(parts={**page.parts, "ranking": (ranking.EXPLAINED, table)})
+    text = f"{correlation.EXPLAINED}\n\n![{HEADING.capitalize()}]({PICTURE})"
+    return page._replace(parts={**page.parts, HEADING: (text, table)})
+
+
+def draw(settings: Settings, page: Page, tables: Tables, path: Path) -> None:
+    """Draw each measure against test accuracy, a point a run."""
+    accuracy = last if settings.last else best
+    points = {
+        column.head: {
+            group.name: correlation.pairs(group, column.value, accuracy)
+            for group in comparable(page)
+        }
+        for column in tables["sharpness"].values()
+        if column.value
+    }
+    plots.correlation(points, path, f"{'last' if settings.last else 'best'} epochs")
 
 
 if __name__ == "__main__":

@@ -124,6 +124,54 @@ def label_noise(series: Mapping[str, Series], path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def correlation(
+    points: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    path: Path,
+    title: str,
+) -> None:
+    """Draw measures against test accuracy: a panel a measure, a point a run.
+
+    Args:
+        points: (measure, accuracy in percent) of runs, by their row, by measure. The axis
+            of a measure is logarithmic where all are above 0.
+        path: of the picture.
+        title: above all.
+    """
+    columns = min(4, len(points))
+    rows = -(-len(points) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.6 * columns, 2.4 * rows + 0.8),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    panels = [*grid.flat]
+    for axes, (measure, of) in zip(panels, points.items(), strict=False):
+        for (colour, marker), (label, found) in zip(
+            cycle(STYLES), of.items(), strict=False
+        ):
+            x, y = zip(*found, strict=True) if found else ((), ())
+            axes.scatter(x, y, s=24, color=colour, marker=marker, label=shortened(label))
+        if all(x > 0 for found in of.values() for x, _ in found):
+            axes.set_xscale("log")
+        axes.tick_params(labelsize=8)
+        axes.tick_params(which="minor", labelsize=6)
+        axes.set_xlabel(measure, fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(points) :]:
+        axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("test accuracy (%)", fontsize=9)
+    named = panels[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(shortened(title, 90), fontsize=11)
+    save(figure, path)
+    plt.close(figure)
+
+
 def _error_bars(
     axes: Axes, points: Mapping[float, Sequence[float]], style: Style, **options: Any
 ) -> None:

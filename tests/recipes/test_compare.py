@@ -12,7 +12,7 @@ from recipes import plots, sharpness
 from recipes.cifar_wrn import main as train
 from recipes.settings.resolve import configure
 from recipes.settings.saved import to_toml
-from recipes.study import ranking
+from recipes.study import correlation
 from recipes.study.groups import differing, grouped
 from recipes.study.report import PASSES, unlike
 from recipes.terminal.console import Display
@@ -363,10 +363,13 @@ def test_it_is_said_how_measures_rank_the_runs_if_they_are_enough(
     trained, tmp_path, monkeypatch
 ):
     paths = [shutil.copytree(path, tmp_path / path.name) for path in trained]
-    assert compared(*paths, flags=CHEAP)["ranking"]["loss"] == {"runs": None, "seeds": None}
-    assert "## Ranking" not in report(tmp_path)
-    monkeypatch.setattr(ranking, "FEWEST", 3)
-    monkeypatch.setattr(ranking, "VARIANCE", 0.0)  # so that n - 4 may be below 0
+    assert compared(*paths, flags=CHEAP)["correlation"]["loss"] == {
+        "runs": None,
+        "seeds": None,
+    }
+    assert "## Rank correlation" not in report(tmp_path)
+    monkeypatch.setattr(correlation, "FEWEST", 3)
+    monkeypatch.setattr(correlation, "VARIANCE", 0.0)  # so that n - 4 may be below 0
     found = compared(*paths, flags=CHEAP)
     sgd, sam = (row["numbers"] for row in found["rows"])
     losses, bests = ([*sgd[key]["values"], *sam[key]["values"]] for key in ("loss", "best"))
@@ -374,8 +377,11 @@ def test_it_is_said_how_measures_rank_the_runs_if_they_are_enough(
         (losses[i] < losses[j]) == (bests[i] < bests[j])
         for i, j in ((0, 1), (0, 2), (1, 2))
     ]
-    assert found["ranking"]["loss"]["runs"]["tau"] == pytest.approx(2 * sum(signs) / 3 - 1)
-    assert "| loss | " in report(tmp_path).partition("## Ranking")[2]
+    assert found["correlation"]["loss"]["runs"]["tau"] == pytest.approx(
+        2 * sum(signs) / 3 - 1
+    )
+    assert "| loss | " in report(tmp_path).partition("## Rank correlation")[2]
+    assert (tmp_path / "compare" / "correlation.png").stat().st_size
 
 
 def test_a_checkpoint_that_cannot_be_read_is_told_and_the_others_measured(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from recipes.study.ranking import Rank, Ranks, plain, rank, ranks, table
+from recipes.study.correlation import Rank, Ranks, plain, rank, ranks, table
 
 
 def tau_b(pairs):

@@ -64,20 +64,21 @@ def rank(pairs: Sequence[tuple[float, float]], lost: int = 0) -> Rank | None:
 
 def ranks(groups: Sequence[Group], measure: Value, accuracy: Value) -> Ranks:
     """Return how a measure orders the runs of groups, and the seeds of each."""
-    rows = [
-        [
-            (float(one), float(other))
-            for run in group.counted
-            if (one := measure(run)) is not None and (other := accuracy(run)) is not None
-        ]
-        for group in groups
-    ]
-    rows = [row for row in rows if row]
+    rows = [row for group in groups if (row := pairs(group, measure, accuracy))]
     alone = [pair for row in rows if len(row) > 1 for pair in _less_its_mean(row)]
     means = sum(len(row) > 1 for row in rows)
     return Ranks(
         rank([pair for row in rows for pair in row]), rank(alone, max(means - 1, 0))
     )
+
+
+def pairs(group: Group, measure: Value, accuracy: Value) -> list[tuple[float, float]]:
+    """Return both numbers of the runs of a group that have both."""
+    return [
+        (float(one), float(other))
+        for run in group.counted
+        if (one := measure(run)) is not None and (other := accuracy(run)) is not None
+    ]
 
 
 def _less_its_mean(row: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

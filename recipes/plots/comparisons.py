@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from recipes.plots.style import BLUE, GREY, STYLES, Style, save, shortened
 
@@ -156,8 +157,10 @@ def correlation(
             axes.scatter(x, y, s=24, color=colour, marker=marker, label=shortened(label))
         if all(x > 0 for found in of.values() for x, _ in found):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.12g}")
+            axes.minorticks_off()
         axes.tick_params(labelsize=8)
-        axes.tick_params(which="minor", labelsize=6)
         axes.set_xlabel(measure, fontsize=9)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

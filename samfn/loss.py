@@ -5,11 +5,12 @@ alone or together with an `Aux`. It reads no other state and changes nothing. An
 will do; a `Loss` is one of which more is known.
 """
 
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from functools import partial, wraps
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ WRITES = (
     "the loss function writes to a tensor that it was given, in params, buffers or the"
     " batch, or to one that it keeps: let it write to a copy, and return new buffers in Aux"
 )
+Result = TypeVar("Result")
 LossFn = Callable[[Params, Params, Batch], "Tensor | tuple[Tensor, Aux]"]
 
 
@@ -197,6 +199,25 @@ def evaluate(
     return Pass(loss, aux.outputs, dict(aux.buffers), grads, aux.losses)
 
 
+def leaving(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a function leave all of its contexts where Ctrl-C ends it.
+
+    Between a context's own code and what it is around, Ctrl-C leaves a generator waiting,
+    as long as the frames of the traceback are kept: what it would put back is not.
+    """
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                traceback.clear_frames(error.__traceback__)
+            raise
+
+    return call
+
+
 @contextmanager
 def _unwritten(given: Any) -> Iterator[None]:
     """Raise where tensors are written to inside, as torch.func does.
@@ -288,6 +309,7 @@ def share_of(value: Tensor, share: float | Tensor) -> Tensor:
     return torch.where(share > 0, wide, 0) if isinstance(share, Tensor) else wide
 
 
+@leaving
 def _by_autograd(
     differentiating: Callable[..., AbstractContextManager[Any]],
     params: Params,

@@ -23,6 +23,7 @@ from samfn.loss import (
     as_loss,
     dense,
     explained,
+    leaving,
     loss_and_aux,
     own_leaves,
     require_gradients_here,
@@ -187,6 +188,7 @@ def _product_by_func(
     return product
 
 
+@leaving
 def _product_by_autograd(
     loss_fn: Loss,
     params: Params,

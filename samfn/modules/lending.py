@@ -157,20 +157,32 @@ class Lender:
             if dry or not self._kept[0].module.training:
                 keeping = _as_they_are(self.modules())
         whole = False
-        self.put(given)
         try:
+            self.put(given)
             with keeping:
                 yield
             if eager:
                 self._require_same()
             whole = True
         finally:
-            if eager:
-                for kept in self._kept:
-                    if kept.cached or not whole:
-                        kept.put_back()
-            for place in self.places:
-                place.put(place.own)
+            if not eager:
+                self._put_own()
+            else:
+                try:
+                    self._take_back(whole)
+                except BaseException:  # Ctrl-C in the middle of it.
+                    self._take_back(False)
+                    raise
+
+    def _take_back(self, whole: bool) -> None:
+        for kept in self._kept:
+            if kept.cached or not whole:
+                kept.put_back()
+        self._put_own()
+
+    def _put_own(self) -> None:
+        for place in self.places:
+            place.put(place.own)
 
     def modules(self) -> list[nn.Module]:
         """Return the modules of the model."""
@@ -243,12 +255,31 @@ def _as_they_are(modules: list[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, attributes in zip(modules, before, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
-        for value, old in held:
-            value.clear()
-            value.extend(old) if isinstance(value, list) else value.update(old)
+        try:
+            _put_back(modules, before, held)
+        except BaseException:  # Ctrl-C in the middle of it.
+            _put_back(modules, before, held)
+            raise
+
+
+def _put_back(modules: list[nn.Module], before: list[Any], held: list[Any]) -> None:
+    for module, attributes in zip(modules, before, strict=True):
+        _become(vars(module), attributes)
+    for value, old in held:
+        if isinstance(value, list):
+            value[:] = old
+        elif isinstance(value, dict):
+            _become(value, old)
+        else:
+            value |= old
+            value &= old
+
+
+def _become(value: dict[Any, Any], old: dict[Any, Any]) -> None:
+    # Whole at any moment, as where Ctrl-C comes in between.
+    value.update(old)
+    for key in value.keys() - old.keys():
+        del value[key]
 
 
 def _places(modules: list[tuple[str, nn.Module]]) -> Iterator[Place]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from samfn import checks
 from samfn.batches import VALUES, keyed, pair_of
-from samfn.loss import Aux, Loss, graph, is_reentrant
+from samfn.loss import Aux, Loss, graph, is_reentrant, leaving
 from samfn.modules import weighing
 from samfn.modules.gathering import Gathering
 from samfn.modules.lending import (
@@ -83,8 +83,15 @@ class _Supervised:
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         """Return the loss and, beside it, the model's outputs and new buffers."""
+        if torch.compiler.is_compiling():
+            with self._forward(params, buffers, batch) as found:
+                return found
+        return self._eagerly(params, buffers, batch)
+
+    @leaving
+    def _eagerly(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
         recorded = torch.is_grad_enabled() and any(w.requires_grad for w in params.values())
-        if not recorded or torch.compiler.is_compiling():
+        if not recorded:
             with self._forward(params, buffers, batch) as found:
                 return found
         forbidden = disable_saved_tensors_hooks(RECOMPUTES)

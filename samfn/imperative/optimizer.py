@@ -421,6 +421,15 @@ class SAM(torch.optim.Optimizer):
                 return self.base_optimizer.step()
             self._scaled_second_step()
             return None
+        try:
+            return self._step_by(closure)
+        except BaseException:  # Ctrl-C, too, wherever it comes.
+            if self._clean is not None:
+                self.restore()
+            raise
+
+    def _step_by(self, closure: Callable[[], Any]) -> Any:
+        """Take both steps by a closure, or the second one."""
         if hasattr(self, "found_inf"):
             self._refuse(
                 "GradScaler.step cannot take a closure: scaled gradients would be used as"
@@ -451,7 +460,7 @@ class SAM(torch.optim.Optimizer):
 
     def _closed(self, closure: Callable[[], Any]) -> Any:
         """Take the second pass by a closure, and the second step."""
-        with self.restore_on_error(), torch.enable_grad():
+        with torch.enable_grad():
             loss = closure()
         self._second_step()
         return loss

@@ -4,7 +4,9 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -221,6 +223,43 @@ def test_a_closure_that_raises_leaves_the_weights_where_they_were(passes):
     optimizer.zero_grad()
     optimizer.step(closure)  # It can go on.
     assert not torch.equal(weights(model)["0.weight"], before["0.weight"])
+
+
+def test_after_ctrl_c_at_any_call_of_a_step_by_a_closure_no_weight_is_perturbed():
+    model = net()
+    optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    before, folder, left = copy.deepcopy(model.state_dict()), samfn.__path__[0], 0
+
+    def closure():
+        loss = F.cross_entropy(model(data()[0][0]), data()[0][1])
+        loss.backward()
+        return loss
+
+    def trace(frame, event, _):
+        nonlocal left
+        left -= frame.f_code.co_filename.startswith(folder)
+        if left == 0:
+            raise KeyboardInterrupt
+
+    optimizer.step(closure)
+    ends = before, copy.deepcopy(model.state_dict())
+    former = sys.gettrace()
+    for after in itertools.count(1):
+        model.load_state_dict(before)
+        optimizer.zero_grad()
+        left = after
+        sys.settrace(trace)
+        try:
+            optimizer.step(closure)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(former)
+        assert not optimizer.perturbed
+        now = model.state_dict()
+        assert any(all(torch.equal(now[n], end[n]) for n in now) for end in ends), after
+    assert after > 20
 
 
 def test_what_it_cannot_train_is_refused_when_it_is_made():

@@ -17,16 +17,16 @@ class SAMModule:
         """Take the first pass of the last micro-batch; the second is Lightning's."""
         with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
             closure()
-        sam.first_step(zero_grad=True)
-        super().optimizer_step(epoch, index, sam, closure)  # type: ignore[misc]
-
-    def on_train_batch_end(self: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Run a micro-batch again that Lightning has accumulated: the second pass."""
-        loop, sam = self.trainer.fit_loop, self.trainer.optimizers[0]
-        if loop._should_accumulate():
+        with sam.restore_on_error():
             sam.first_step(zero_grad=True)
+            super().optimizer_step(epoch, index, sam, closure)  # type: ignore[misc]
+
+    def on_train_batch_end(self: Any, outputs: Any, *seen: Any) -> None:
+        """Run an accumulated micro-batch again, `seen` with its index: the second pass."""
+        loop, sam = self.trainer.fit_loop.epoch_loop, self.trainer.optimizers[0]
+        if loop._should_accumulate():
             with sam.restore_on_error():
-                again = loop.epoch_loop._build_kwargs({}, batch, batch_idx)
-                loop.epoch_loop.automatic_optimization.run(sam, batch_idx, again)
+                sam.first_step(zero_grad=True)
+                loop.automatic_optimization.run(sam, seen[1], loop._build_kwargs({}, *seen))
             sam.keep_step(zero_grad=True)
-        super().on_train_batch_end(outputs, batch, batch_idx)  # type: ignore[misc]
+        super().on_train_batch_end(outputs, *seen)  # type: ignore[misc]

@@ -163,6 +163,24 @@ def test_weights_are_put_back_where_a_pass_fails(accumulate, number):
     torch.testing.assert_close(by_hand.flat(module), expected)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weights_are_put_back_where_it_ends_right_after_the_first_step(accumulate):
+    class Interrupted(samfn.SAM):
+        def first_step(self, zero_grad=False):
+            super().first_step(zero_grad)
+            raise KeyError("here")  # As Ctrl-C, at which Lightning ends the process.
+
+    class Fails(WithMixin):
+        def configure_optimizers(self):
+            return Interrupted(self.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+
+    module = Fails()
+    before = by_hand.flat(module)
+    with pytest.raises(KeyError, match="here"):
+        fit(module, accumulate_grad_batches=accumulate)
+    assert by_hand.flat(module).equal(before)
+
+
 def test_a_mixin_that_comes_too_late_is_an_error():
     from recipes.trainers.lightning import SAMModule
 

@@ -280,6 +280,8 @@ def _become(value: dict[Any, Any], old: dict[Any, Any]) -> None:
     value.update(old)
     for key in value.keys() - old.keys():
         del value[key]
+    for key in old if [*value] != [*old] else ():  # as that of a cache by last use
+        value[key] = value.pop(key)
 
 
 def _places(modules: list[tuple[str, nn.Module]]) -> Iterator[Place]:

@@ -647,6 +647,28 @@ def test_what_a_model_keeps_in_evaluation_is_not_read_at_other_parameters():
     assert model.seen == []
 
 
+class Recent(nn.Linear):
+    """Keeps in order what it used last."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.used = dict.fromkeys("abc")
+
+    def forward(self, inputs):
+        self.used["a"] = self.used.pop("a")
+        return super().forward(inputs)
+
+
+def test_what_a_model_keeps_in_evaluation_keeps_its_order():
+    model = Recent().eval()
+    batch = torch.randn(2, 4), torch.tensor([0, 1])
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    samfn.evaluate(loss_fn, *samfn.split(model), batch)
+    assert [*model.used] == ["a", "b", "c"]
+    model(batch[0])
+    assert [*model.used] == ["b", "c", "a"]
+
+
 def test_a_dry_run_leaves_nothing_in_what_a_model_keeps():
     model = Keeping()
     model.register_forward_hook(lambda module, _, outputs: module.seen.append(outputs))

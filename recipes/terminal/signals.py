@@ -1,7 +1,8 @@
 """SIGINT, SIGTERM, SIGHUP and SIGUSR1, and what they ask of a run.
 
 While a run trains, a handler only takes a note, which the loop reads between two steps.
-Before and after that nothing can be lost, and all but SIGUSR1 end the program at once.
+Before and after that nothing can be lost, and all but SIGUSR1 end the program at once; once
+it is about to end, another Ctrl-C alone does.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ class Signals:
     def __init__(self) -> None:
         self.stop: int | None = None
         """The signal that asks to end, if one does."""
-        self._save = self._deferred = False
+        self._save = self._deferred = self._raised = False
         self._asked = 0.0
 
     def take_save(self) -> bool:
@@ -51,8 +52,11 @@ class Signals:
         if number == signal.SIGUSR1:
             self._save = True
             return
+        heeded = self.stop is not None and not self._raised
+        if heeded and number != signal.SIGINT:
+            return  # torchrun tells each rank, as soon as one of them has ended.
         if not self._deferred:
-            self.stop = number  # Should something swallow what is raised.
+            self.stop, self._raised = number, True  # Should something swallow it.
             raise Stopped(number)
         now = time.monotonic()
         if self.stop is None:
@@ -60,7 +64,7 @@ class Signals:
             # Nothing else may be printed here: this runs in the middle of anything.
             text = b"\nstopping after this step; Ctrl-C again stops at once\n"
             _write_error(text)
-        elif number == signal.SIGINT and now - self._asked > AGAIN:
+        elif now - self._asked > AGAIN:
             raise Stopped(number)
 
 

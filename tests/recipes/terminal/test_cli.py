@@ -118,6 +118,20 @@ def test_a_closed_terminal_ends_a_command_unless_nohup_says_no():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_run_that_is_about_to_end_is_ended_at_once_by_ctrl_c_alone():
+    with watched() as signals:
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(
+            os.getpid(), signal.SIGTERM
+        )  # As torchrun does, if another rank was faster.
+        with pytest.raises(Stopped, match="SIGINT"):
+            os.kill(os.getpid(), signal.SIGINT)
+        # What was raised may have been swallowed.
+        with pytest.raises(Stopped, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.parametrize("command", [compare, sharpness, landscape])
 def test_a_command_that_looks_at_runs_speaks_of_no_checkpoint(command, capsys, monkeypatch):
     monkeypatch.setattr(command, "among", lambda *_: os.kill(os.getpid(), signal.SIGTERM))

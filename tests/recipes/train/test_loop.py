@@ -509,7 +509,7 @@ def test_a_step_has_the_dials_of_its_position():
         ("--epochs 900", "yes", "yes: 9,900 steps on a CPU pay for it"),
         ("--epochs 900 --sam-last 0.9", "no", "no: 9,900 steps on a CPU would not pay"),
         ("--epochs 900 --sam-last 0.9 --rho 0", "yes", "yes: 9,900 steps on a CPU pay"),
-        ("--model wrn-28-10", "no", "no: a CPU spends its time in the convolutions either"),
+        ("--epochs 900 --model wrn-28-10", "no", "no: a CPU spends its time in the convol"),
         ("--compile yes", "yes", "yes"),
         ("--compile no --epochs 2000", "no", "no"),
     ],

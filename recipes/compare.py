@@ -19,7 +19,7 @@ from recipes.errors import ConfigError
 from recipes.settings.resolve import choose_device
 from recipes.sharpness import Measuring, Record
 from recipes.study import correlation, report
-from recipes.study.correlation import Ranks
+from recipes.study.correlation import Pairs, Ranks
 from recipes.study.groups import Group, Value, best, grouped, last
 from recipes.study.report import EXPLAINED, TABLES, Page, Tables, numeric
 from recipes.study.runs import among, checkpoint_of, labels, real, validate
@@ -75,11 +75,14 @@ def compare(settings: Settings, command: str, display: Display) -> int:
     records = measure(groups, settings, display) if settings.sharpness else {}
     tables = tables_of(settings, records)
     page = page_of(settings, groups, tables, records)
-    ranks = ranks_of(settings, page, tables)
+    points = points_of(settings, page, tables)
+    ranks = {name: correlation.ranks(rows.values()) for name, rows in points.items()}
     page = with_ranks(page, tables, ranks)
     try:
         if HEADING in page.parts:
-            draw(settings, page, tables, output / PICTURE)
+            heads = {tables["sharpness"][name].head: rows for name, rows in points.items()}
+            title = f"{'last' if settings.last else 'best'} epochs"
+            plots.correlation(heads, output / PICTURE, title)
         written = report.write(
             page,
             command,
@@ -173,21 +176,18 @@ def page_of(
     return page._replace(remarks=remarks)
 
 
-def ranks_of(settings: Settings, page: Page, tables: Tables) -> dict[str, Ranks]:
-    """Return how each measure orders the runs that can be compared."""
+def points_of(
+    settings: Settings, page: Page, tables: Tables
+) -> dict[str, dict[str, Pairs]]:
+    """Return each measure with test accuracy, of the runs of rows that can be compared."""
     accuracy = last if settings.last else best
-    groups = comparable(page)
+    marked = {note.name for note in page.notes if note.table in ("accuracy", "sharpness")}
+    groups = [group for group in page.groups if group.name not in marked]
     return {
-        name: correlation.ranks(groups, column.value, accuracy)
+        name: {g.name: correlation.pairs(g, column.value, accuracy) for g in groups}
         for name, column in tables.get("sharpness", {}).items()
         if column.value
     }
-
-
-def comparable(page: Page) -> list[Group]:
-    """Return the rows whose accuracy and sharpness can be held against each other."""
-    marked = {note.name for note in page.notes if note.table in ("accuracy", "sharpness")}
-    return [group for group in page.groups if group.name not in marked]
 
 
 def with_ranks(page: Page, tables: Tables, ranks: dict[str, Ranks]) -> Page:
@@ -198,20 +198,6 @@ def with_ranks(page: Page, tables: Tables, ranks: dict[str, Ranks]) -> Page:
         return page
     text = f"{correlation.EXPLAINED}\n\n![{HEADING.capitalize()}]({PICTURE})"
     return page._replace(parts={**page.parts, HEADING: (text, table)})
-
-
-def draw(settings: Settings, page: Page, tables: Tables, path: Path) -> None:
-    """Draw each measure against test accuracy, a point a run."""
-    accuracy = last if settings.last else best
-    points = {
-        column.head: {
-            group.name: correlation.pairs(group, column.value, accuracy)
-            for group in comparable(page)
-        }
-        for column in tables["sharpness"].values()
-        if column.value
-    }
-    plots.correlation(points, path, f"{'last' if settings.last else 'best'} epochs")
 
 
 if __name__ == "__main__":

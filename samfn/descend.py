@@ -179,7 +179,7 @@ def _checked(
     """Return options as a class completes them, which raises ValueError at bad ones."""
 
     class Empty(optimizer_class):  # type: ignore[misc, valid-type]
-        """Adds no group: at the first, PyTorch imports its compiler, in two seconds."""
+        """Takes groups as they are: to check one, PyTorch imports its compiler."""
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
             self.param_groups.append(self.defaults | param_group)

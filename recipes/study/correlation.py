@@ -5,10 +5,13 @@ among those that differ in the seed alone, whom no setting makes both flat and a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from recipes.study.groups import MISSING, Group, Value
+
+Pairs = Sequence[tuple[float, float]]
+"""(measure, accuracy) of each run."""
 
 FEWEST = 5  # The interval is of n - 4.
 WIDTH = 1.96  # standard errors to both sides of a 95 % interval
@@ -26,14 +29,15 @@ class Rank(NamedTuple):
     """Kendall's tau of runs, and its interval of 95 %; of a perfect order there is none."""
 
     tau: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     runs: int
     """Of as many runs, less a row's mean for each row but one, if means are taken off."""
 
     def __str__(self) -> str:
         """Return it as a table shows it."""
-        return f"{self.tau:.2f} ({self.low:.2f} to {self.high:.2f}), n {self.runs}"
+        within = "" if self.low is None else f" ({self.low:.2f} to {self.high:.2f})"
+        return f"{self.tau:.2f}{within}, n {self.runs}"
 
 
 class Ranks(NamedTuple):
@@ -43,7 +47,7 @@ class Ranks(NamedTuple):
     seeds: Rank | None
 
 
-def rank(pairs: Sequence[tuple[float, float]], lost: int = 0) -> Rank | None:
+def rank(pairs: Pairs, lost: int = 0) -> Rank | None:
     """Return the rank correlation of pairs: tau_b, so that equal ones count for neither.
 
     tanh(artanh tau ± 1.96 sqrt(0.437 / (n - 4))) is the interval, with n - `lost` for n.
@@ -56,15 +60,14 @@ def rank(pairs: Sequence[tuple[float, float]], lost: int = 0) -> Rank | None:
 
     tau = round(float(kendalltau(*zip(*pairs, strict=True)).statistic), 12)
     if abs(tau) == 1:
-        return Rank(tau, tau, tau, count)
+        return Rank(tau, None, None, count)
     reach = WIDTH * math.sqrt(VARIANCE / (count - 4))
     low, high = (math.tanh(math.atanh(tau) + sign * reach) for sign in (-1, 1))
     return Rank(tau, low, high, count)
 
 
-def ranks(groups: Sequence[Group], measure: Value, accuracy: Value) -> Ranks:
-    """Return how a measure orders the runs of groups, and the seeds of each."""
-    rows = [row for group in groups if (row := pairs(group, measure, accuracy))]
+def ranks(rows: Collection[Pairs]) -> Ranks:
+    """Return how a measure orders the runs of rows, and the seeds of each."""
     alone = [pair for row in rows if len(row) > 1 for pair in _less_its_mean(row)]
     means = sum(len(row) > 1 for row in rows)
     return Ranks(
@@ -72,7 +75,7 @@ def ranks(groups: Sequence[Group], measure: Value, accuracy: Value) -> Ranks:
     )
 
 
-def pairs(group: Group, measure: Value, accuracy: Value) -> list[tuple[float, float]]:
+def pairs(group: Group, measure: Value, accuracy: Value) -> Pairs:
     """Return both numbers of the runs of a group that have both."""
     return [
         (float(one), float(other))
@@ -81,7 +84,7 @@ def pairs(group: Group, measure: Value, accuracy: Value) -> list[tuple[float, fl
     ]
 
 
-def _less_its_mean(row: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _less_its_mean(row: Pairs) -> Pairs:
     middle = [math.fsum(side) / len(row) for side in zip(*row, strict=True)]
     return [(one - middle[0], other - middle[1]) for one, other in row]
 

@@ -64,7 +64,7 @@ class Signals:
             # Nothing else may be printed here: this runs in the middle of anything.
             text = b"\nstopping after this step; Ctrl-C again stops at once\n"
             _write_error(text)
-        elif now - self._asked > AGAIN:
+        elif number == signal.SIGINT and now - self._asked > AGAIN:
             raise Stopped(number)
 
 

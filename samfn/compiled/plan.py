@@ -42,7 +42,7 @@ LEAN: dict[str, Any] = {
 }
 if "TORCHINDUCTOR_VEC_ISA_OK" not in os.environ:
     # What the processor says of its vector registers holds: PyTorch would find out by a
-    # program for each of their widths, and until 2.12 load them anew in every process.
+    # program for each of their widths, and 2.11 loads them anew in every process.
     LEAN["cpp.vec_isa_ok"] = True
 if shutil.which("openssl") is None:  # by which PyTorch tells precompiled headers apart
     LEAN["cpp_cache_precompile_headers"] = False

@@ -422,6 +422,8 @@ def test_ten_steps_of_muon_are_those_of_torch_in_its_precision(name):
     try:
         reference = torch.optim.Muon(own.values(), lr=0.05, **MUONS[name])
     except ValueError as error:  # PyTorch 2.11 has fewer of them.
+        if "is not supported" not in str(error):
+            raise
         pytest.skip(str(error))
     optimizer = samfn.muon(**MUONS[name], dtype=torch.bfloat16)
     opt_state = optimizer.init(params)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from recipes.study.correlation import Rank, Ranks, plain, rank, ranks, table
+from recipes.study.correlation import Rank, Ranks, pairs, plain, rank, ranks, table
 
 
 def tau_b(pairs):
@@ -34,7 +34,7 @@ def test_it_is_kendalls_tau_within_an_interval(values):
 
 def test_of_few_runs_or_equal_ones_nothing_is_known():
     pairs = [(float(i), float(-i)) for i in range(5)]
-    assert rank(pairs) == Rank(-1, -1, -1, 5)
+    assert rank(pairs) == Rank(-1, None, None, 5)
     assert rank(pairs[:4]) is None
     assert rank([(1.0, y) for _, y in pairs]) is None
     assert rank([(x, 1.0) for x, _ in pairs]) is None
@@ -52,10 +52,12 @@ def test_a_method_that_is_flat_and_accurate_says_nothing_of_its_seeds():
     ahead = Row([(1.0, 90.0), (2.0, 91.0), (3.0, 92.0)])
     behind = Row([(11.0, 80.0), (12.0, 81.0), (13.0, 82.0), (None, 83.0)])
     rows = [ahead, behind, Row([(20.0, 70.0)])]
-    found = ranks(rows, itemgetter(0), itemgetter(1))
+    found = ranks([pairs(row, itemgetter(0), itemgetter(1)) for row in rows])
     assert found.runs.tau < 0
     assert found.runs.runs == 6 + 1
-    assert found.seeds == Rank(1, 1, 1, 5)  # of two rows; that of one run has no seeds
+    assert found.seeds == Rank(
+        1, None, None, 5
+    )  # of two rows; that of one run has no seeds
 
 
 def test_a_table_leaves_out_measures_of_which_nothing_is_known():
@@ -65,4 +67,5 @@ def test_a_table_leaves_out_measures_of_which_nothing_is_known():
     assert head == ["", "τ, all runs", "τ, seeds of a row"]
     assert rows == [["λ1", "-0.50 (-0.75 to 0.12), n 9", "-"]]
     of_all = {"tau": -0.5, "low": -0.75, "high": 0.125, "runs": 9}
+    assert str(Rank(1, None, None, 5)) == "1.00, n 5"
     assert plain(found)["λ1"] == {"runs": of_all, "seeds": None}

@@ -1,5 +1,6 @@
 """Ways to take the same step: samfn's own, its rejected designs, and the peers."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -97,6 +98,8 @@ class Candidate(NamedTuple):
     first_call_seconds: float
     apart: float
     """From eager samfn after three calls, relative to the way that it went."""
+    from_float32: float
+    """From eager samfn in float32 likewise; nan where all are in float32."""
     bytes: int
     """Reserved on the GPU for it at its peak; 0 on a CPU."""
 
@@ -198,6 +201,8 @@ def candidates(
             made = {name: make for name, make in made.items() if name in only}
         start = samfn.split(network.model)[0]
         reached: dict[int, dict[str, Tensor]] = {}  # by the first of them: steps -> weights
+        full = partial(Samfn, network, None, RHO if sam else 0.0, None)
+        exact: dict[int, dict[str, Tensor]] = {}  # by eager samfn in float32
         for name, make in made.items():
             before = measure.start_of_peak()
             runner, seconds = started(make)
@@ -209,13 +214,18 @@ def candidates(
                 reached[count] = runner.weights()
             elif count not in reached:
                 reached[count] = _trained(next(iter(made.values())), count)
-            apart = measure.distance(start, runner.weights(), reached[count])
+            if dtype is not None and count not in exact:
+                exact[count] = _trained(full, count)
+            weights = runner.weights()
+            apart = measure.distance(start, weights, reached[count])
+            beside = exact.get(count)
+            rounded = measure.distance(start, beside, weights) if beside else math.nan
             # Untuned peers compute in float32 whatever the others do.
             allowed = TOLERANCE["bf16" if "untuned" in name else precision]
             assert apart < (tolerance or allowed), (
                 f"{name} is {apart:.2g} away from {next(iter(made))}"
             )
-            found.append(Candidate(name, runner, seconds, apart, taken))
+            found.append(Candidate(name, runner, seconds, apart, rounded, taken))
     return found
 
 

@@ -187,7 +187,7 @@ class Steps(Cost):
                 # A backward pass is two forward ones.
                 "of peak": (3 if "SGD" in c.name else 6) * flops / median / peak,
                 "of samfn": measure.ratios(times[c.name], times[OURS])["median"],
-                "kernels": measure.kernels(c.runner.step) / c.runner.steps,
+                "kernels": len(measure.kernels(c.runner.step)) / c.runner.steps,
                 "apart": c.apart,
                 "first s": c.first_call_seconds,
             }

@@ -180,15 +180,16 @@ def resident(what: str = "VmRSS") -> int:
     raise OSError(f"/proc/self/status has no {what}")
 
 
-def kernels(step: Callable[[], Any]) -> int:
-    """Count what a step runs: kernels on a GPU, calls of operators on a CPU."""
+def kernels(step: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Return names and seconds of the kernels of a step, on a CPU of its operators."""
     kind = "CUDA" if torch.cuda.is_available() else "CPU"
     activity = getattr(torch.profiler.ProfilerActivity, kind)
     with torch.profiler.profile(activities=[activity]) as profile:
         step()
         synchronize()
     events: Any = profile.events()
-    return sum(e.device_type.name == kind and not e.cpu_parent for e in events)
+    own = [e for e in events if e.device_type.name == kind and not e.cpu_parent]
+    return [(e.name, (e.device_time if kind == "CUDA" else e.cpu_time) / 1e6) for e in own]
 
 
 def forward_operations(model: torch.nn.Module, inputs: Tensor) -> int:

@@ -287,7 +287,8 @@ def take_step(
         params, seen.grads, opt_state, optimizer=optimizer, lr=lr
     )
     grad_norm = tree.norm(seen.clean.grads) if seen.grad_norm is None else seen.grad_norm
-    descent_norm = tree.norm(seen.grads)
+    known = seen.grad_norm is None and _are(seen.grads, seen.clean.grads)
+    descent_norm = grad_norm if known else tree.norm(seen.grads)
     looked_at = [seen.clean.loss, grad_norm, seen.perturbed_loss, descent_norm]
     if seen.beside is not None:
         require_bounded(optimizer, beside=True)
@@ -314,6 +315,13 @@ def take_step(
         finite=finite,
         layers=None if seen.watched is None else seen.watched(new_params),
     )
+
+
+def _are(tree: Params, other: Params) -> bool:
+    """Return whether two mappings hold the same tensors, as those of a plain step do."""
+    # PyTorch 2.11 cannot ask in a graph whether they are the same mapping.
+    alike = len(tree) == len(other)
+    return alike and all([leaf is other.get(name) for name, leaf in tree.items()])
 
 
 def _all_finite(*values: Tensor) -> Tensor:

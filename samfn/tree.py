@@ -4,7 +4,7 @@ Every function is pure: it reads mappings and returns new dicts. The `_foreach_`
 operations of PyTorch handle all tensors in one call, without a Python loop.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
@@ -30,6 +30,10 @@ def norm(tree: Params) -> Tensor:
     """
     if not tree:
         raise ValueError("norm needs at least one tensor, got an empty mapping")
+    leaves = list(tree.values())
+    if torch.compiler.is_compiling() and not any_sharded(leaves):
+        # To stack n numbers would take n kernels of a GPU; to add them up takes one.
+        return _sum([part.square() for part in _norms(leaves)]).sqrt()
     length: Tensor = torch.linalg.vector_norm(norms(tree))
     return length
 
@@ -62,19 +66,13 @@ def norms(tree: Params, wholes: Params | None = None) -> Tensor:
     """
     leaves = list(tree.values())
     owners = leaves if wholes is None else [wholes[name] for name in tree]
-    dtype = reduce(torch.promote_types, {leaf.dtype for leaf in leaves}, torch.float32)
     if any_sharded(owners):
-        here = [local(leaf) for leaf in leaves]
+        here, dtype = [local(leaf) for leaf in leaves], _wide(leaves)
         if dtype.is_complex:
             here, dtype = [part.abs() for part in here], dtype.to_real()
         squares = [part.to(dtype).square().sum() for part in here]
         return _completed(squares, owners).sqrt()
-    if torch.compiler.is_compiling() and leaves[0].device.type == "cpu":
-        # Sums fuse with what makes the leaves; _foreach_norm would be a call from Python
-        # for every leaf, a quarter of the step of a small network.
-        squares = [leaf.to(dtype).square().sum() for leaf in leaves]
-        return torch.stack(squares).sqrt()
-    return torch.stack(torch._foreach_norm(leaves, 2, dtype=dtype))
+    return torch.stack(_norms(leaves))
 
 
 def dot(left: Params, right: Params) -> Tensor:
@@ -230,6 +228,25 @@ def local(leaf: Any) -> Tensor:
     """Return this rank's part of a DTensor, in its memory, and another tensor as it is."""
     found: Tensor = leaf.to_local() if is_sharded(leaf) else leaf
     return found
+
+
+def _norms(leaves: list[Tensor]) -> list[Tensor]:
+    dtype = _wide(leaves)
+    if torch.compiler.is_compiling() and leaves[0].device.type == "cpu":
+        # Sums fuse with what makes the leaves; _foreach_norm would be a call from Python
+        # for every leaf, a quarter of the step of a small network.
+        return [leaf.to(dtype).square().sum().sqrt() for leaf in leaves]
+    return list(torch._foreach_norm(leaves, 2, dtype=dtype))
+
+
+def _wide(leaves: Iterable[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, {leaf.dtype for leaf in leaves}, torch.float32)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors, added in pairs so that rounding does not grow."""
+    half = len(parts) // 2
+    return _sum(parts[:half]) + _sum(parts[half:]) if half else parts[0]
 
 
 def _completed(sums: list[Tensor], leaves: list[Any]) -> Tensor:

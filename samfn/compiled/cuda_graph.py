@@ -41,18 +41,25 @@ class StaticState:
         lr: float | Tensor,
     ) -> tuple[TrainState, Metrics]:
         """Take a step on the state of its own."""
+        origin = None
         if self._state is None:
-            self._state = _copy(state)
+            self._state, origin = _copy(state), state
             for leaf in pytree.tree_leaves(self._state):
                 # Tells Inductor's own CUDA graphs not to copy it in at every step.
                 torch._dynamo.mark_static_address(leaf)
         elif state is not self._state:
             _overwrite(self._state._asdict(), state._asdict())
-        return self._state, self._take(in_place, self._state, batch, rho, lr)
+        return self._state, self._take(in_place, self._state, origin, batch, rho, lr)
 
     def _take(
-        self, in_place: Callable[..., Metrics], state: TrainState, batch: Any, *dials: Any
+        self,
+        in_place: Callable[..., Metrics],
+        state: TrainState,
+        origin: TrainState | None,
+        batch: Any,
+        *dials: Any,
     ) -> Metrics:
+        """Take a step on a state, maybe the first, of the copy of an origin."""
         return in_place(state, batch, *dials)
 
 
@@ -69,14 +76,20 @@ class CudaGraphed(StaticState):
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Any, Metrics]] = {}
 
     def _take(
-        self, in_place: Callable[..., Metrics], state: TrainState, batch: Any, *dials: Any
+        self,
+        in_place: Callable[..., Metrics],
+        state: TrainState,
+        origin: TrainState | None,
+        batch: Any,
+        *dials: Any,
     ) -> Metrics:
         inputs = keyed(batch), *dials  # Tensors in other mappings would not be found.
         leaves, structure = pytree.tree_flatten(inputs)
         key = in_place, str(structure), tuple(map(_kind, leaves))
         with torch.cuda.device(state.step.device):
             if key not in self._graphs:
-                self._graphs[key] = self._record(in_place, state, _copy(inputs))
+                before = origin or _copy(state)
+                self._graphs[key] = self._record(in_place, state, before, _copy(inputs))
             graph, own, metrics = self._graphs[key]
             for old, new in zip(pytree.tree_leaves(own), leaves, strict=True):
                 if isinstance(old, Tensor):
@@ -85,9 +98,13 @@ class CudaGraphed(StaticState):
         return Metrics(*_copy(tuple(metrics)))  # The next replay writes over them.
 
     def _record(
-        self, in_place: Callable[..., Metrics], state: TrainState, inputs: Any
+        self,
+        in_place: Callable[..., Metrics],
+        state: TrainState,
+        before: TrainState,
+        inputs: Any,
     ) -> tuple[torch.cuda.CUDAGraph, Any, Metrics]:
-        before, random = _copy(state), torch.cuda.get_rng_state()
+        random = torch.cuda.get_rng_state()
         here = torch.cuda.current_stream()
         aside: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(here)

@@ -6,10 +6,12 @@ compiled, and where the results are kept.
 
 import importlib.util
 import logging
+import traceback
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -349,7 +351,12 @@ def _reason(error: BaseException) -> str:
     said, *_ = str(error.__cause__ or error).partition("from user code:")
     lines = [line.strip() for line in said.split("\n")]
     told = [line for line in lines if line and not line.endswith("raised:")]
-    return told[0] if told else type(error).__name__
+    reason = told[0] if told else type(error).__name__
+    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    if not reason.removesuffix(":").isidentifier() or not frames:
+        return reason
+    where = "/".join(Path(frames[-1].filename).parts[-3:])  # of an assertion without words
+    return f"{reason.removesuffix(':')} at {where}:{frames[-1].lineno}"
 
 
 def _import_quietly() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -10,8 +12,14 @@ import pytest
 import torch
 
 import samfn
-from bench import candidates, cost, gpu, measure, scaling
+from bench import candidates, cost, measure, scaling
 from bench.candidates import Samfn
+from bench.gpu import cases as gpu_cases
+from bench.gpu import together
+from bench.gpu.checks import one_rank
+from bench.gpu.report import read, report
+from bench.gpu.setup import SMOKE
+from bench.gpu.speed import agrees, peak
 from bench.networks import Network, Transformer, build
 from bench.peers import SEVERAL, installed, peers
 from tests import ROOT, commands
@@ -33,7 +41,7 @@ def test_everything_a_gpu_must_show_runs_on_a_cpu_and_goes_on_where_it_stopped(t
     assert not lines.exists()
     bench("gpu", *options, "--minutes", 60, cwd=tmp_path)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert {row["case"] for row in rows} == gpu.cases(gpu.SMOKE).keys()
+    assert {row["case"] for row in rows} == gpu_cases.cases(SMOKE).keys()
     assert not [row for row in rows if "failed" in row]
     assert all(row["passed"] for row in rows if "passed" in row)
     before = lines.read_text()
@@ -122,8 +130,8 @@ def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(monkeypatc
 @pytest.mark.slow
 def test_one_rank_takes_the_steps_of_none_also_of_weights_that_are_channels_last():
     """Where convolutions are; the step of DTensors, and samfn.SAM on `fully_shard`."""
-    setup = gpu.SMOKE._replace(networks={"small": "wrn-10-1 8x8"}, steps=3)
-    compiled, sharded = gpu.one_rank(setup)
+    setup = SMOKE._replace(networks={"small": "wrn-10-1 8x8"}, steps=3)
+    compiled, sharded = one_rank(setup)
     assert compiled["placement"] == "sharded"
     assert sharded["placement"] == "fully_shard, samfn.SAM"
     for row in (compiled, sharded):
@@ -227,14 +235,67 @@ def test_a_failed_case_is_recorded_and_the_others_run(tmp_path, monkeypatch):
     def failing(setup):
         raise RuntimeError("no such kernel")
 
-    both = {"bad": failing, "peak": gpu.peak}
-    monkeypatch.setattr(gpu, "cases", lambda setup: both)
+    both = {"bad": failing, "peak": peak}
+    monkeypatch.setattr(gpu_cases, "cases", lambda setup: both)
     path = tmp_path / "lines.jsonl"
-    assert gpu.run_cases(gpu.SMOKE, path, float("inf")) == []
-    bad, good = gpu.read(path)
+    gpu_cases.run_cases(SMOKE, path, float("inf"), both)
+    bad, good = read(path)
     assert bad["failed"] == "RuntimeError: no such kernel"
     assert good["TFLOP/s"] > 0
-    assert "no such kernel" in gpu.report(gpu.read(path), gpu.SMOKE)
+    assert "no such kernel" in report(read(path), SMOKE)
+
+
+def test_cases_side_by_side_measure_one_after_another(tmp_path):
+    lines = tmp_path / "smoke.jsonl"
+    own = ("--smoke", "--together", 60, "--output", tmp_path, "--report", tmp_path)
+    wanted = ("--case", "data path", "--case", "peak", "--case", "convolutions")
+    bench("gpu", *own, *wanted, cwd=tmp_path)
+    assert {row["case"] for row in read(lines)} == {"data path", "peak", "convolutions"}
+    before = lines.read_text()
+    assert "not run yet" not in bench("gpu", *own, *wanted, cwd=tmp_path)
+    assert lines.read_text() == before
+    result = commands.run("-m", "bench.gpu", "--smoke", "--case", "pique", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "--case: expected one of ['peak', " in result.stderr
+
+
+def test_a_turn_begins_when_all_are_ready_and_no_other_has_one(tmp_path):
+    order = []
+
+    def measured(name):
+        with together.turn(tmp_path, name):
+            order.append(f"{name} begins")
+            time.sleep(0.2)
+            order.append(f"{name} ends")
+
+    threads = [threading.Thread(target=measured, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    assert not order
+    (tmp_path / "go").touch()
+    for thread in threads:
+        thread.join()
+    first, second = order[0][0], order[2][0]
+    assert order == [
+        f"{first} begins",
+        f"{first} ends",
+        f"{second} begins",
+        f"{second} ends",
+    ]
+
+
+def test_in_bf16_what_is_as_far_from_float32_as_eager_samfn_agrees():
+    def found(name, apart, far):
+        return candidates.Candidate(name, None, 0.0, apart, far, 0)
+
+    eager, slow = found("samfn eager", 0.0, 0.4), found("samfn SGD eager", 0.0, 0.1)
+    others = (eager, slow)
+    assert agrees(found("samfn compiled", 0.1, 0.9), others, "bf16")
+    assert agrees(found("samfn compiled", 0.4, 0.45), others, "bf16")
+    assert not agrees(found("samfn compiled", 0.4, 0.55), others, "bf16")
+    assert not agrees(found("samfn SGD compiled", 0.4, 0.45), others, "bf16")
+    assert not agrees(found("samfn compiled", 0.1, float("nan")), others, "float32")
 
 
 def small_transformer():

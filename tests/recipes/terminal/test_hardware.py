@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bench import cost, gpu, measure
+from bench import cost, measure
+from bench.gpu.setup import GPU, SMOKE
 from recipes.cifar_wrn import main
 from recipes.settings.resolve import configure
 from recipes.terminal import hardware
@@ -98,7 +99,7 @@ def test_the_smoke_test_computes_in_what_the_cpu_has(cpu):
     found = []
     for native in (False, True):
         cpu(OLD | {"avx512_bf16": native})
-        found += [gpu.SMOKE.precision, gpu.SMOKE.dtype, gpu.GPU.precision]
+        found += [SMOKE.precision, SMOKE.dtype, GPU.precision]
     assert found == ["float32", torch.float32, "bf16", "bf16", torch.bfloat16, "bf16"]
 
 

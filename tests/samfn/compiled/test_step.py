@@ -345,6 +345,14 @@ def test_the_reason_is_what_is_wrong_and_not_where(said, reason):
     assert step_module._reason(AssertionError(said)) == reason
 
 
+@pytest.mark.parametrize("said", ["", "AssertionError:", "AssertionError: \n"])
+def test_the_reason_of_an_assertion_without_words_is_where_it_is(said):
+    with pytest.raises(AssertionError) as caught:
+        raise AssertionError(said)
+    found = step_module._reason(caught.value)
+    assert re.fullmatch(r"AssertionError at samfn/compiled/test_step\.py:\d+", found)
+
+
 def test_a_backend_that_does_not_exist_is_an_error():
     state, step, _ = task(tiny(), plan="gradient", backend="indoctor")
     with pytest.raises(Exception, match="indoctor"):

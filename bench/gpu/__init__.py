@@ -1,0 +1,1 @@
+"""The suite of a GPU: `python -m bench.gpu`."""

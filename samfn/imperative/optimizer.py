@@ -628,7 +628,9 @@ class SAM(torch.optim.Optimizer):
         shared = {name: vars(self)[name] for name in ("state", "param_groups")}
         self.base_optimizer.__setstate__(shared)
         self.skipped = skipped
+        used = self._used  # Gradients of the step before are still no new ones.
         self._start()
+        self._used = used
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied: the base optimizer, too.

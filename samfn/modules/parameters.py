@@ -91,7 +91,8 @@ def load(model: nn.Module, params: Params, buffers: Params) -> None:
 def state_dict(model: nn.Module, params: Params, buffers: Params) -> dict[str, Tensor]:
     """Return what `model.load_state_dict` takes, made of parameters and buffers.
 
-    As in `load`, tensors are plain or DTensors as the model's own are.
+    As in `load`, tensors are plain or DTensors as the model's own are. Extra state of its
+    modules is the model's own.
 
     Raises:
         ValueError: names, shapes or dtypes are not those of `split(model)`.
@@ -100,8 +101,9 @@ def state_dict(model: nn.Module, params: Params, buffers: Params) -> dict[str, T
     require_layout(own_params, params, "params")
     require_layout(own_buffers, buffers, "buffers")
     given, tied = {**params, **buffers}, _tied(model)
+    values = {name: given.get(tied.get(name, name)) for name in model.state_dict()}
     return {
-        name: placed_alike(given[tied.get(name, name)], own)
+        name: own if (value := values[name]) is None else placed_alike(value, own)
         for name, own in model.state_dict().items()
     }
 

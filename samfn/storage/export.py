@@ -1,6 +1,7 @@
 """A trained model for those who have no samfn: plain weights, and torch.export programs."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,17 @@ def export_weights(
         buffers: as `TrainState.buffers`.
 
     Raises:
-        ValueError: names, shapes or dtypes are not those of `samfn.split(model)`.
+        ValueError: names, shapes or dtypes are not those of `samfn.split(model)`, or a
+            module has extra state that is no tensor.
         OSError: the file cannot be written.
     """
-    tensorfile.write(Path(path), parameters.state_dict(model, params, buffers), {})
+    values = parameters.state_dict(model, params, buffers)
+    if others := [name for name, value in values.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"expected tensors to write, got a {type(values[others[0]]).__name__} as"
+            f" {others[0]}: the module's get_extra_state has to give a tensor"
+        )
+    tensorfile.write(Path(path), values, {})
 
 
 def export_program(
@@ -48,8 +56,9 @@ def export_program(
     """Write the model as a program that `torch.export.load(path).module()` runs.
 
     It evaluates: batch statistics are those of `buffers`, and there is no dropout. The
-    batch may have any length. What was written is read back and run, and replaces
-    `path` only if it gives the model's outputs.
+    batch may have any length, unless a warning says which it may not, as of a model whose
+    forward pass depends on it. What was written is read back and run, and replaces `path`
+    only if it gives the model's outputs.
 
     Args:
         path: where to, usually `*.pt2`; its directory exists.
@@ -77,16 +86,49 @@ def export_program(
         with temporary.open("wb") as file:
             torch.export.save(program, file)
         with temporary.open("rb") as file:
-            found = torch.export.load(file).module()(*given, **named)
+            loaded: Any = torch.export.load(file).module()
+        found = loaded(*given, **named)
         expected = network(*given, **named)
         if not _close(found, expected):
             raise ExportError(f"the program written to {path} gives other outputs")
+        if counts := " or ".join(map(str, _refused(loaded, given, named))):
+            warnings.warn(
+                f"the program written to {path} takes no batch of {counts} examples, as"
+                " the model's forward pass depends on how many there are",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _close(found: Any, expected: Any) -> bool:
     pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
-    return all(
-        not isinstance(old, Tensor)
-        or bool((new - old).abs().max() <= 1e-5 * old.abs().max().clamp(min=1))
-        for new, old in pairs
-    )
+    return all(_alike(new, old) if isinstance(old, Tensor) else True for new, old in pairs)
+
+
+def _alike(new: Tensor, old: Tensor) -> bool:
+    """Return whether values differ by little, and none is inf or nan in one place alone."""
+    if new.shape != old.shape or not old.is_floating_point():
+        return torch.equal(new, old)
+    finite = old.isfinite()
+    most = old[finite].abs().max() if finite.any() else torch.ones(())
+    near = 1e-5 * float(most.clamp(min=1))
+    return torch.allclose(new, old, rtol=0.0, atol=near, equal_nan=True)
+
+
+def _refused(program: Any, given: tuple[Any, ...], named: dict[str, Any]) -> list[int]:
+    """Return of some other numbers of examples those that a program does not take."""
+    first = next(x for x in pytree.tree_leaves((given, named)) if isinstance(x, Tensor))
+    count, refused = len(first), []
+
+    def rows(leaf: Any, wanted: int) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != count:
+            return leaf
+        return leaf[torch.arange(wanted, device=leaf.device) % count]
+
+    for wanted in sorted({1, count + 1} - {count}):
+        own = pytree.tree_map(lambda leaf, n=wanted: rows(leaf, n), (given, named))
+        try:
+            program(*own[0], **own[1])
+        except Exception:
+            refused.append(wanted)
+    return refused

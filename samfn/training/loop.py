@@ -48,9 +48,14 @@ class Training:
     """Set it to have a checkpoint written after this step."""
     stop: str | None = None
     """Set it to end the run before its budget is spent: why."""
+    untold: bool = False
+    """Whether there is something that not all callbacks were told of, as where Ctrl-C came
+    in the middle. `run` refuses to go on then: what callbacks average or count would lack
+    it."""
 
     def count(self, state: TrainState) -> None:
         """Count a step that led to `state`; the callbacks are to be told."""
+        self.untold = True
         self.state, self.step, self.batch = state, self.step + 1, self.batch + 1
 
 
@@ -123,7 +128,14 @@ def run(
 
     Raises:
         ValueError: there is no budget, or an epoch has no batches.
+        RuntimeError: the run was left while its callbacks were told of something.
     """
+    if training.untold:
+        raise RuntimeError(
+            f"this run was left while its callbacks were told of step {training.step}, and"
+            " some were not: go on from a checkpoint, by callbacks.resume, or begin anew;"
+            " to go on as it is, set training.untold = False"
+        )
     if epochs is None and steps is None:
         raise ValueError("expected a budget of epochs, steps or both, got none")
     both = {"rho": rho, "lr": lr}
@@ -282,8 +294,10 @@ def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
 
 def tell(callbacks: Sequence[Callback], event: Event) -> None:
     """Call every callback, in their order."""
+    event.training.untold = True
     for callback in callbacks:
         callback(event)
+    event.training.untold = False
 
 
 def _spent(training: Training, epochs: int | None, steps: int | None) -> bool:

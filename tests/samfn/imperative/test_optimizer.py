@@ -876,3 +876,32 @@ def test_one_autocast_around_a_loop_hides_no_weights_that_were_put_back():
         assert not torch.equal(model(inputs), before)
         optimizer.restore()
         assert torch.equal(model(inputs), before)
+
+
+def test_going_back_to_a_state_that_was_kept_forgets_no_gradient_that_was_used():
+    # As skorch's Checkpoint(load_best=True) does, and then goes on.
+    ends = []
+    for goes_back in (False, True):
+        torch.manual_seed(0)
+        model, batch = nn.Linear(8, 3), (torch.randn(9, 8), torch.randint(3, (9,)))
+        given = {"lr": 0.1, "momentum": 0.9}
+        optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, **given)
+
+        def closure(model=model, optimizer=optimizer, batch=batch):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        if goes_back:
+            kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            optimizer.step(closure)
+            model.load_state_dict(kept[0])
+            optimizer.load_state_dict(kept[1])
+        optimizer.step(closure)
+        ends.append(model.weight.detach())
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        with pytest.raises(RuntimeError, match="gradients of a backward pass outside"):
+            optimizer.step(closure)
+    assert torch.equal(*ends)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import samfn
 from recipes.models.wide_resnet import WideResNet
+from samfn.storage import export as export_module
 from tests.reference import batches, small_network
 
 
@@ -135,3 +136,79 @@ def test_a_program_may_take_several_inputs_and_give_several_outputs(tmp_path):
     inputs = torch.randn(5, 3), torch.randn(5, 2)
     found = torch.export.load(path).module()(*inputs)
     torch.testing.assert_close(found, model.eval()(*inputs))
+
+
+class Gives(nn.Module):
+    """A layer, and what a function makes of its outputs."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.layer, self.make = nn.Linear(3, 2), make
+
+    def forward(self, x):
+        return self.make(self.layer(x), x)
+
+
+def export(path, model, inputs):
+    samfn.export_program(path, model, *samfn.split(model), inputs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y, x: y.masked_fill(torch.tensor([True, False]), float("-inf")),
+        lambda y, x: y / torch.tensor([0.0, 1.0]) * 0.0,  # nan
+        lambda y, x: (y, y > 0),
+        lambda y, x: (y, y.argmax(1)),
+        lambda y, x: (y, x[:, :0]),
+    ],
+)
+def test_outputs_may_be_infinite_booleans_whole_numbers_or_empty(tmp_path, make):
+    export(tmp_path / "model.pt2", Gives(make), torch.randn(4, 3))
+
+
+def test_other_infinities_are_other_outputs():
+    inf, one = torch.tensor([1.0, float("inf")]), torch.tensor([1.0, 1.0])
+    close = export_module._close
+    assert close(inf, inf.clone())
+    assert close(one, one + 1e-6)
+    for other in (one, -inf, torch.tensor([1.0, float("nan")]), inf[:1], inf + 1e-4):
+        assert not close(other, inf)
+    assert not close(torch.tensor([True]), torch.tensor([False]))
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "refused"),
+    [
+        (lambda y, x: torch.stack([2 * row for row in y]), 4, "1 or 5"),
+        (lambda y, x: y if x.shape[0] > 3 else 2 * y, 4, "1"),
+        (lambda y, x: y, 1, "2"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*specialized")
+def test_a_program_that_takes_no_batch_of_any_length_says_so(
+    tmp_path, make, given, refused
+):
+    with pytest.warns(RuntimeWarning, match=f"takes no batch of {refused} examples"):
+        export(tmp_path / "model.pt2", Gives(make), torch.randn(given, 3))
+
+
+class Extra(nn.Linear):
+    """A layer with extra state."""
+
+    extra = torch.ones(2)
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def test_extra_state_is_written_where_it_is_a_tensor_and_named_where_it_is_none(tmp_path):
+    path, model = tmp_path / "model.safetensors", nn.Sequential(Extra(3, 2))
+    samfn.export_weights(path, model, *samfn.split(model))
+    nn.Sequential(Extra(3, 2)).load_state_dict(load_file(path), strict=True)
+    model[0].extra = {"scale": 1}
+    with pytest.raises(ValueError, match=r"got a dict as 0\._extra_state"):
+        samfn.export_weights(path, model, *samfn.split(model))

@@ -69,6 +69,40 @@ def test_a_run_is_a_loop_over_epochs_and_batches():
     assert (training.epoch, training.batch, training.step) == (3, 0, 3 * BATCHES)
 
 
+@pytest.mark.parametrize("kind", [Start, Step, Evaluation, Epoch])
+def test_a_run_that_was_left_amid_its_callbacks_is_not_gone_on_with_unseen(tmp_path, kind):
+    # A cell of a notebook, run again after Ctrl-C: the average would lack a step.
+    def interrupting(event):
+        if isinstance(event, kind) and event.training.step == BATCHES * (kind is not Start):
+            raise KeyboardInterrupt
+
+    training, options = problem()
+    kept = samfn.Checkpoints(tmp_path)
+    own = [callbacks.ema(0.9), callbacks.saving(kept, every=2)]
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(training, **options, epochs=2, callbacks=[interrupting, *own])
+    assert training.untold
+    with pytest.raises(RuntimeError, match="was left while its callbacks were told"):
+        loop.run(training, **options, epochs=2, callbacks=own)
+    if callbacks.resume(kept, training):
+        loop.run(training, **options, epochs=2, callbacks=own)
+        whole, options = problem()
+        loop.run(whole, **options, epochs=2, callbacks=[callbacks.ema(0.9)])
+        ends = [callbacks.ema_of(one)[0] for one in (training, whole)]
+        assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    else:
+        assert kind is Start
+        training.untold = False
+        loop.run(training, **options, epochs=1)
+
+
+def test_a_run_that_was_left_between_a_step_and_its_callbacks_is_known():
+    training, options = problem()
+    training.count(training.state)
+    with pytest.raises(RuntimeError, match="step 1, and some were not"):
+        loop.run(training, **options, epochs=1)
+
+
 def test_callbacks_are_told_of_everything_in_order():
     seen = []
 

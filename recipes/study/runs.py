@@ -104,11 +104,22 @@ def among(paths: Iterable[Path], display: Display) -> tuple[Path, ...]:
     """
     found = []
     for path in paths:
-        if path.is_dir() and not os.path.lexists(path / CONFIG_FILE):
+        if os.path.isdir(path) and not _may_hold(path / CONFIG_FILE):
             display.warn(f"{path} is no run: it holds no {CONFIG_FILE}; left out")
         else:
             found.append(path)
     return tuple(found)
+
+
+def _may_hold(file: Path) -> bool:
+    """Return whether a file is there, or its directory may not be looked into."""
+    try:
+        file.lstat()
+    except PermissionError:  # Who reads it tells that.
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def real(path: Path) -> Path:

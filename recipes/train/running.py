@@ -1,6 +1,7 @@
 """A run from its settings to its summary: train, evaluate the best, or try one step."""
 
 import contextlib
+import os
 import re
 import signal
 import time
@@ -49,6 +50,7 @@ from recipes.train.loggers import logged
 from recipes.train.loop import evaluate, fit, prepare, step
 from recipes.train.pretrained import begin
 from samfn import distributed
+from samfn.storage import files
 from samfn.training.loop import Training
 
 # How the optimizers are called in sentences.
@@ -288,6 +290,9 @@ def _export(
     if task.config.recording.export:
         inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
         samfn.export_program(directory.program, *trained, inputs)
+    elif os.path.lexists(directory.program):
+        aside = files.put_aside(directory.program, "superseded")
+        display.warn(f"without --export: {directory.program} of before is {aside.name} now")
     return best.row
 
 

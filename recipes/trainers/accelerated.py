@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recipes.trainers import sam_of
+
 
 def two_passes(
     accelerator: Any, model: nn.Module, optimizer: Any, loss_of: Callable[[], Tensor]
@@ -26,8 +28,15 @@ def two_passes(
 
     Returns:
         The loss of the first pass.
+
+    Raises:
+        TypeError: the optimizer is another, or is not prepared.
     """
-    sam = optimizer.optimizer
+    sam = sam_of(optimizer)
+    if sam is optimizer:
+        raise TypeError(
+            "expected what accelerator.prepare returns, got the samfn.SAM itself"
+        )
     with sam.restore_on_error():
         with nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model):
             loss = loss_of()

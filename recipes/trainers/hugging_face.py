@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recipes.trainers import sam_of
+
 
 class SAMTrainer:
     """Lets a Trainer take the two passes of samfn.SAM: a mixin, to be named before it.
@@ -20,7 +22,7 @@ class SAMTrainer:
         self: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> Tensor:
         """Take both passes of a micro-batch; return the loss of the first."""
-        one_pass, sam = super().training_step, self.optimizer.optimizer  # type: ignore[misc]
+        one_pass, sam = super().training_step, sam_of(self.optimizer)  # type: ignore[misc]
         alone = nullcontext if self.accelerator.is_fsdp2 else self.accelerator.no_sync
         with sam.restore_on_error():
             with alone(model):

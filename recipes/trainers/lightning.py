@@ -3,6 +3,8 @@
 from contextlib import nullcontext
 from typing import Any
 
+from recipes.trainers import sam_of
+
 
 class SAMModule:
     """Lets Lightning accumulate gradients of samfn.SAM: a mixin, named before a module.
@@ -17,13 +19,14 @@ class SAMModule:
         """Take the first pass of the last micro-batch; the second is Lightning's."""
         with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
             closure()
-        with sam.restore_on_error():
-            sam.first_step(zero_grad=True)
+        own = sam_of(sam)
+        with own.restore_on_error():
+            own.first_step(zero_grad=True)
             super().optimizer_step(epoch, index, sam, closure)  # type: ignore[misc]
 
     def on_train_batch_end(self: Any, outputs: Any, *seen: Any) -> None:
         """Run an accumulated micro-batch again, `seen` with its index: the second pass."""
-        loop, sam = self.trainer.fit_loop.epoch_loop, self.trainer.optimizers[0]
+        loop, sam = self.trainer.fit_loop.epoch_loop, sam_of(self.trainer.optimizers[0])
         if loop._should_accumulate():
             with sam.restore_on_error():
                 sam.first_step(zero_grad=True)

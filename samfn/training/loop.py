@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from samfn import checks
 from samfn.batches import length_of, pair_of
 from samfn.loss import LossFn, as_loss
 from samfn.loss import evaluate as evaluate_loss
@@ -127,7 +128,7 @@ def run(
         `training`.
 
     Raises:
-        ValueError: there is no budget, or an epoch has no batches.
+        ValueError: there is no budget in whole numbers, or an epoch has no batches.
         RuntimeError: the run was left while its callbacks were told of something.
     """
     if training.untold:
@@ -138,6 +139,9 @@ def run(
         )
     if epochs is None and steps is None:
         raise ValueError("expected a budget of epochs, steps or both, got none")
+    for name, budget in {"epochs": epochs, "steps": steps}.items():
+        if budget is not None:
+            checks.require_count(name, budget, least=0)
     both = {"rho": rho, "lr": lr}
     given = {name: dial for name, dial in both.items() if dial is not None}
     while not training.stop and not _spent(training, epochs, steps):

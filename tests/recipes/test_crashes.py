@@ -374,6 +374,16 @@ def test_a_run_exports_its_best_model(tmp_path):
     assert program(torch.randn(3, 1, 8, 8)).shape == (3, 10)
 
 
+def test_a_program_of_weights_before_does_not_stay_beside_others(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train(run, "--export") == 0
+    before = (run / "model.pt2").read_bytes()
+    assert main(["--resume", str(run), "--epochs", "4", "--resume-override"]) == 0
+    assert not (run / "model.pt2").exists()
+    assert (run / "model.pt2.superseded").read_bytes() == before
+    assert "model.pt2 of before is model.pt2.superseded now" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, monkeypatch):
     real = loop.step
 

@@ -5,6 +5,9 @@ import re
 import pytest
 import torch
 
+import samfn
+from recipes.trainers import sam_of
+from recipes.trainers.accelerated import two_passes
 from tests import ROOT
 from tests.recipes.trainers.in_accelerate import accelerator
 
@@ -20,3 +23,22 @@ def test_examples_train(example, tmp_path, monkeypatch):
     accelerator()  # Settings of the tests before are forgotten.
     exec(example, scope := {"__name__": "example"})
     assert all(torch.isfinite(p).all() for p in scope["model"].parameters())
+
+
+class Wrapped:
+    """What trainers put around an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+def test_the_optimizer_of_a_trainer_has_to_be_samfn_sam():
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    sam = samfn.SAM(weights, torch.optim.SGD, lr=0.1)
+    assert sam_of(sam) is sam
+    assert sam_of(Wrapped(sam)) is sam
+    for other in (torch.optim.SGD(weights), Wrapped(torch.optim.SGD(weights))):
+        with pytest.raises(TypeError, match=r"expected samfn\.SAM .* got SGD"):
+            sam_of(other)
+    with pytest.raises(TypeError, match=r"expected what accelerator\.prepare returns"):
+        two_passes(None, None, sam, None)

@@ -162,6 +162,15 @@ def test_dials_follow_the_run():
     assert seen == [(0.1 * (i // BATCHES), 1 / (1 + i)) for i in range(2 * BATCHES)]
 
 
+@pytest.mark.parametrize("budget", [float("nan"), 1.5, "3", -1, True])
+@pytest.mark.parametrize("name", ["epochs", "steps"])
+def test_a_budget_is_a_whole_number(name, budget):
+    training, options = problem()
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        loop.run(training, **options, **{name: budget})
+    assert training.step == 0
+
+
 def test_a_run_without_budget_or_batches_is_refused():
     training, options = problem()
     with pytest.raises(ValueError, match="a budget of epochs, steps or both, got none"):

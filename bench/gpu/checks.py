@@ -94,6 +94,7 @@ def methods(setup: Setup) -> list[Row]:
     given = {
         "accumulated": samfn.accumulated(samfn.sam(), 5),
         "ae_sam": samfn.ae_sam(7),
+        "esam": samfn.esam(beta=1.0),  # A graph draws by other kernels: no draws.
         "every": samfn.every(samfn.sam(), 2),
         "loss_scaled": samfn.loss_scaled(samfn.sam()),
         "on_parameters": samfn.on_parameters(samfn.sam(), ("0.weight", "3.bias")),

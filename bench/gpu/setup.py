@@ -71,6 +71,5 @@ SMOKE = Setup(
     backend="aot_eager",
     methods=("esam", "looksam", "sam"),
 )
-# The candidates of a speed case; each but the eager ones costs a compilation.
 Case = Callable[[Setup], list[Row]]
 """Measures, and returns rows of the report."""

@@ -16,6 +16,7 @@ from bench.gpu.setup import Case, Row, Setup
 from bench.networks import RHO, Network, build
 from recipes.data import augment
 
+# The candidates of a speed case; each but the eager ones costs a compilation.
 TIMED = (
     "samfn eager",
     "samfn compiled",

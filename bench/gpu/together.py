@@ -6,11 +6,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock
-
+import samfn
 from bench.gpu.report import finished
 
 
@@ -63,7 +62,12 @@ def turn(turns: Path, name: str) -> Iterator[None]:
     _waiting(turns, name).touch()
     while not (turns / "go").exists():
         time.sleep(0.05)
-    with FileLock(turns / "lock"):
+    with ExitStack() as turn_of_this_one:
+        while True:
+            with suppress(samfn.InUseError):
+                turn_of_this_one.enter_context(samfn.held(turns))
+                break
+            time.sleep(0.05)
         yield
 
 

@@ -32,11 +32,7 @@ def two_passes(
     Raises:
         TypeError: the optimizer is another, or is not prepared.
     """
-    sam = sam_of(optimizer)
-    if sam is optimizer:
-        raise TypeError(
-            "expected what accelerator.prepare returns, got the samfn.SAM itself"
-        )
+    sam = sam_of(optimizer, prepared=True)
     with sam.restore_on_error():
         with nullcontext() if accelerator.is_fsdp2 else accelerator.no_sync(model):
             loss = loss_of()

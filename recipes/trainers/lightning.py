@@ -19,8 +19,7 @@ class SAMModule:
         """Take the first pass of the last micro-batch; the second is Lightning's."""
         with getattr(self.trainer.strategy, "block_backward_sync", nullcontext)():
             closure()
-        own = sam_of(sam)
-        with own.restore_on_error():
+        with (own := sam_of(sam)).restore_on_error():
             own.first_step(zero_grad=True)
             super().optimizer_step(epoch, index, sam, closure)  # type: ignore[misc]
 

@@ -26,6 +26,8 @@ IN_PARTS = (
 )
 OF_DTENSOR = "torch.distributed.tensor"  # where its hooks are from
 
+EXTRA = "_extra_state"  # how torch.nn calls it in a state_dict
+
 
 def split(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copy out of a model what trains and what does not.
@@ -95,16 +97,22 @@ def state_dict(model: nn.Module, params: Params, buffers: Params) -> dict[str, T
     modules is the model's own.
 
     Raises:
-        ValueError: names, shapes or dtypes are not those of `split(model)`.
+        ValueError: names, shapes or dtypes are not those of `split(model)`, or hooks of the
+            model give its tensors other names.
     """
     own_params, own_buffers = references(model)
     require_layout(own_params, params, "params")
     require_layout(own_buffers, buffers, "buffers")
-    given, tied = {**params, **buffers}, _tied(model)
-    values = {name: given.get(tied.get(name, name)) for name in model.state_dict()}
+    given, tied, found = {**params, **buffers}, _tied(model), model.state_dict()
+    extra = {name for name in found if name.rpartition(".")[2] == EXTRA}
+    if others := [n for n in found if n not in extra and tied.get(n, n) not in given]:
+        raise ValueError(
+            f"model.state_dict() holds {others[0]}, which is none of its parameters and"
+            " buffers: hooks that rename or add tensors are not known here"
+        )
     return {
-        name: own if (value := values[name]) is None else placed_alike(value, own)
-        for name, own in model.state_dict().items()
+        name: own if name in extra else placed_alike(given[tied.get(name, name)], own)
+        for name, own in found.items()
     }
 
 

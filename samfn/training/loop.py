@@ -178,6 +178,7 @@ def end_epoch(
     row = {"epoch": training.epoch + 1, "step": training.step, **(found or {})}
     tell(callbacks, Evaluation(training, row))
     if not training.stop:
+        training.untold = True
         training.epoch, training.batch, training.row = training.epoch + 1, 0, row
         tell(callbacks, Epoch(training))
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils import _pytree as pytree
 
 import samfn
+from samfn.methods import two_pass
 from tests.reference import batches, overwriting_sam_step, small_network
 
 SGD = samfn.sgd(0.9, weight_decay=5e-3)
@@ -360,3 +361,30 @@ def test_a_dial_that_requires_grad_leaves_no_graph_behind(name):
             state, None, loss_fn=loss_fn, optimizer=optimizer, **dials
         )
     assert not metrics.perturbation_norm.requires_grad
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_the_norm_of_the_descent_is_that_of_all_it_descends_with(bad):
+    # The first tensor descends with the clean gradient, the second with the perturbed one.
+    def loss_fn(params, buffers, batch):
+        return params["a"].square().sum() + params["b"].pow(4).sum()
+
+    def combine(clean, worst):
+        second = worst["b"] * (float("nan") if bad else 1.0)
+        return {"a": clean["a"], "b": second}, None
+
+    method, optimizer = two_pass(combine=combine), samfn.sgd()
+    start = {"a": torch.ones(2), "b": torch.ones(2)}
+    state = samfn.init(start, {}, optimizer=optimizer, method=method)
+    common = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    after, metrics = samfn.sam_update(state, None, **common, rho=0.5, lr=0.1)
+    assert bool(metrics.finite) is not bad
+    if bad:
+        assert_close(after.params, start, rtol=0, atol=0)
+    else:
+        moved = [(start[name] - after.params[name]) / 0.1 for name in start]
+        assert_close(metrics.descent_norm, torch.cat(moved).norm())
+        assert metrics.descent_norm > metrics.grad_norm
+    plain, seen = samfn.sam_update(state, None, **common, rho=0, lr=0.1)
+    assert seen.descent_norm is seen.grad_norm
+    assert plain.step == 1

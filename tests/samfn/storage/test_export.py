@@ -212,3 +212,13 @@ def test_extra_state_is_written_where_it_is_a_tensor_and_named_where_it_is_none(
     model[0].extra = {"scale": 1}
     with pytest.raises(ValueError, match=r"got a dict as 0\._extra_state"):
         samfn.export_weights(path, model, *samfn.split(model))
+
+
+def test_a_hook_that_renames_weights_is_told_and_writes_none_of_the_models_own(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.register_state_dict_post_hook(
+        lambda module, found, *_: found.update({"0.w2": found.pop("0.weight")})
+    )
+    with pytest.raises(ValueError, match=r"holds 0\.w2, which is none of its parameters"):
+        samfn.export_weights(tmp_path / "m.safetensors", model, *samfn.split(model))
+    assert not (tmp_path / "m.safetensors").exists()

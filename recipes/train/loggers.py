@@ -79,7 +79,7 @@ class WandB:
         import wandb
 
         before = sorted(path.glob("wandb/offline-run-*-*"))
-        shutil.rmtree(path / "wandb", ignore_errors=True)
+        _remove(path / "wandb", "offline-run-*", "latest-run", "debug*.log", "logs")
         self._run = wandb.init(
             project=PROJECT,
             id=before[-1].name.split("-", 3)[3] if before else None,
@@ -120,7 +120,7 @@ class Trackio:
 
         if directory != trackio.TRACKIO_DIR:
             raise RuntimeError(f"this process writes to {trackio.TRACKIO_DIR} already")
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory, f"{PROJECT}.*")
         self._trackio = trackio
         with _silence():
             trackio.init(
@@ -236,6 +236,15 @@ def _scalars(row: Row) -> dict[str, float]:
             found[name] = value
     found.pop("step", None)
     return found
+
+
+def _remove(directory: Path, *patterns: str) -> None:
+    """Remove what a logger wrote before, and nothing that somebody else put there."""
+    for found in [path for pattern in patterns for path in directory.glob(pattern)]:
+        if found.is_dir() and not found.is_symlink():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            found.unlink(missing_ok=True)
 
 
 def _require_own(place: Path) -> None:

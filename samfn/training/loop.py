@@ -7,6 +7,7 @@ function of an event, told in turn. What callbacks must not forget they keep in
 is the run that never stopped.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -112,7 +113,8 @@ def run(
     since the steps are spent, is evaluated too; one that a callback stops is not counted.
 
     Args:
-        training: where the run starts or goes on; changed.
+        training: where the run starts or goes on; changed. One that was stopped stays as it
+            is, with a warning.
         batches: -> what is left of the epoch that `training` is in. The same order every
             time it is asked at one point, or runs that go on differ from those that did
             not stop. With a length, callbacks know which step is the last.
@@ -128,7 +130,8 @@ def run(
         `training`.
 
     Raises:
-        ValueError: there is no budget in whole numbers, or an epoch has no batches.
+        ValueError: there is no budget in whole numbers, an epoch has no batches, or what
+            `evaluate` returns holds "epoch" or "step".
         RuntimeError: the run was left while its callbacks were told of something.
     """
     if training.untold:
@@ -142,6 +145,9 @@ def run(
     for name, budget in {"epochs": epochs, "steps": steps}.items():
         if budget is not None:
             checks.require_count(name, budget, least=0)
+    if training.stop and not _spent(training, epochs, steps):
+        text = f"the run has ended: {training.stop}. training.stop = None lets it go on"
+        warnings.warn(text, stacklevel=2)
     both = {"rho": rho, "lr": lr}
     given = {name: dial for name, dial in both.items() if dial is not None}
     while not training.stop and not _spent(training, epochs, steps):
@@ -174,8 +180,15 @@ def end_epoch(
 
     The callbacks are told `Evaluation`, with a row that begins with what is `found`; and
     `Epoch`, unless one of them stopped the run.
+
+    Raises:
+        ValueError: "epoch" or "step" is among what is `found`.
     """
-    row = {"epoch": training.epoch + 1, "step": training.step, **(found or {})}
+    row = {"epoch": training.epoch + 1, "step": training.step}
+    if taken := row.keys() & (found or {}).keys():
+        came = checks.some(sorted(taken))
+        raise ValueError(f"evaluate returned {came}: the engine's own")
+    row |= found or {}
     tell(callbacks, Evaluation(training, row))
     if not training.stop:
         training.untold = True
@@ -208,9 +221,11 @@ def evaluate(
         measures: by name, (outputs, batch) -> a value for each example, as `accuracy`.
 
     Raises:
-        ValueError: there are no batches, no example in them counts in the loss, or a
-            measure does not give a value for each example.
+        ValueError: there are no batches, no example in them counts in the loss, a measure
+            is called "loss", or does not give a value for each example.
     """
+    if "loss" in (measures or {}):
+        raise ValueError('a measure is called "loss": that is the name of the mean loss')
     sums: dict[str, Tensor] = {}
     over: dict[str, Tensor] = {}
     known = as_loss(loss_fn)

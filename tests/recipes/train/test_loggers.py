@@ -122,6 +122,8 @@ def written(tmp_path_factory):
             args = str(path), str(seen), NAMES, SETTINGS, kept, rows
             done.append(call(WRITE, *args, **environment))
             ids += [file.stem for file in path.glob("wandb/offline-run-*/*.wandb")]
+            for name in () if kept else NAMES:
+                (path / name / "notes.txt").write_text("mine")
     calls = seen.read_text().splitlines()
     return SimpleNamespace(path=path, home=home, calls=calls, done=done, ids=ids)
 
@@ -217,6 +219,11 @@ def test_settings_are_logged(written, name):
 def test_a_run_stays_the_same_for_wandb(written):
     before, now = written.ids
     assert before == now
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_user_put_beside_a_log_stays(written, name):
+    assert (written.path / name / "notes.txt").read_text() == "mine"
 
 
 def test_wandb_is_told_nothing_of_the_machine_or_the_code(written):

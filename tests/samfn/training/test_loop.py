@@ -179,6 +179,24 @@ def test_a_run_without_budget_or_batches_is_refused():
         loop.run(training, **options | {"batches": lambda t: []}, epochs=1)
 
 
+@pytest.mark.parametrize("name", ["epoch", "step"])
+def test_an_evaluation_returns_nothing_that_the_engine_counts(name):
+    training, options = problem()
+    options["evaluate"] = lambda t: {name: 7, "score": 1.0}
+    with pytest.raises(ValueError, match=f"evaluate returned {name}: the engine's own"):
+        loop.run(training, **options, epochs=1)
+
+
+def test_a_run_that_was_stopped_says_so_and_stays():
+    training, options = problem()
+    loop.run(training, **options, epochs=1)
+    training.stop = "no better score for 2 epochs"
+    loop.run(training, **options, epochs=1)  # Its budget is spent: nothing to say.
+    with pytest.warns(UserWarning, match="has ended: no better score for 2 epochs"):
+        loop.run(training, **options, epochs=2)
+    assert training.epoch == 1
+
+
 def test_evaluation_is_a_mean_over_examples():
     model = nn.Linear(4, 3)
     params, buffers = samfn.split(model)
@@ -208,6 +226,14 @@ def test_evaluation_is_a_mean_over_examples():
             [(inputs[:4], labels[:4])],
             loss_fn=samfn.supervised(model, F.cross_entropy),
             measures={"mean": lambda outputs, batch: outputs.mean()},
+        )
+    with pytest.raises(ValueError, match='a measure is called "loss"'):
+        loop.evaluate(
+            params,
+            buffers,
+            [(inputs[:4], labels[:4])],
+            loss_fn=samfn.supervised(model, F.cross_entropy),
+            measures={"loss": loop.accuracy},
         )
     with pytest.raises(ValueError, match="at least one batch, got none"):
         loop.evaluate(params, buffers, [], loss_fn=samfn.supervised(model, F.mse_loss))

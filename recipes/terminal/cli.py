@@ -115,46 +115,52 @@ def run(
                 raise Stopped(signals.stop) from error
     except Failed as error:
         return error.code
-    except samfn.CheckpointWriteError as error:
-        gone = os.strerror(errno.ENOENT) in str(error)
-        before = "was it deleted, or moved?" if gone else "checkpoints before are whole"
-        display.fail(f"{error}; {before}")
-        return NOT_WRITTEN
-    except samfn.ExportError as error:
-        display.fail(str(error))
-        return NOT_WRITTEN
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, distributed.RanksDifferError):
-            display.fail(f"{error}; the last checkpoint is older")
-            return RANK_LOST
-        if "EADDRINUSE" in str(error):
-            display.fail("MASTER_PORT is in use by another program: choose another")
-            return WRONG_INPUT
-        if distributed.is_lost(error):
-            display.fail("another rank ended, or did not answer in time; torchrun ends all")
-            return RANK_LOST
-        if lacks_threads(error):
-            display.fail(f"{error}: expected memory for its stack, and ulimit -u above it")
-            return OUT_OF_MEMORY
-        if not lacks_memory(error):
+    except (Exception, Stopped) as error:
+        if (known := _ending(error, left)) is None:
             raise
+        code, message = known
+        display.fail(message)
+        return code
+
+
+def _ending(error: Exception | Stopped, left: str) -> tuple[int, str] | None:
+    """Return the exit code and the line that end a command; None for what is a fault."""
+    match error:
+        case samfn.CheckpointWriteError():
+            gone = os.strerror(errno.ENOENT) in str(error)
+            before = "was it deleted, or moved?" if gone else "checkpoints before are whole"
+            return NOT_WRITTEN, f"{error}; {before}"
+        case samfn.ExportError():
+            return NOT_WRITTEN, str(error)
+        case distributed.RanksDifferError():
+            return RANK_LOST, f"{error}; the last checkpoint is older"
+        case MemoryError() | RuntimeError():
+            return _ending_of_the_machine(error)
+        case ConfigError() | DataError() | OSError():
+            return WRONG_INPUT, str(error)
+        case ValueError() if "embedded null" in str(error):
+            return WRONG_INPUT, "a path holds a NUL character, which no file's name does"
+        case DivergedError() | samfn.NonFiniteError():
+            return DIVERGED, str(error)
+        case Stopped():
+            return 128 + error.number, f"{error} ended this; {left}"
+    return None
+
+
+def _ending_of_the_machine(error: MemoryError | RuntimeError) -> tuple[int, str] | None:
+    """Return how a lack of memory, threads or ranks ends a command."""
+    if "EADDRINUSE" in str(error):
+        return WRONG_INPUT, "MASTER_PORT is in use by another program: choose another"
+    if distributed.is_lost(error):
+        text = "another rank ended, or did not answer in time; torchrun ends all"
+        return RANK_LOST, text
+    if lacks_threads(error):
+        text = f"{error}: expected memory for its stack, and ulimit -u above it"
+        return OUT_OF_MEMORY, text
+    if lacks_memory(error):
         about = f" {error}" if isinstance(error, MemoryError) and str(error) else ""
-        display.fail(f"out of memory{about}{peak()}")
-        return OUT_OF_MEMORY
-    except (ConfigError, DataError, OSError) as error:
-        display.fail(str(error))
-        return WRONG_INPUT
-    except ValueError as error:
-        if "embedded null" not in str(error):
-            raise
-        display.fail("a path holds a NUL character, which no file's name does")
-        return WRONG_INPUT
-    except (DivergedError, samfn.NonFiniteError) as error:
-        display.fail(str(error))
-        return DIVERGED
-    except Stopped as error:
-        display.fail(f"{error} ended this; {left}")
-        return 128 + error.number
+        return OUT_OF_MEMORY, f"out of memory{about}{peak()}"
+    return None
 
 
 def peak() -> str:

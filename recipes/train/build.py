@@ -24,15 +24,14 @@ from recipes.data.sources import (
     statistics,
 )
 from recipes.errors import ConfigError
-from recipes.models import airbench, networks
-from recipes.settings import method_expression
+from recipes.models import networks
 from recipes.settings.config import Config
-from recipes.settings.groups import DTYPES, Descent
+from recipes.settings.groups import DTYPES
 from recipes.train.compiling import decide
+from recipes.train.step import ingredients, lr_of, rho_of
 from samfn import distributed, schedules
 from samfn.compiled import operations
 from samfn.loss import Aux, LossFn, evaluate
-from samfn.step import require_bounded
 from samfn.tree import Params
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]
@@ -103,55 +102,37 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
             such images.
         DataError: the validation set would be empty.
     """
-    digest = fingerprint(dataset)
-    device = torch.device(config.device)
+    digest, device = fingerprint(dataset), torch.device(config.device)
     _choose_kernels(config.arithmetic.deterministic, device)
     dataset, chosen_by, test = _splits(config, dataset)
-    steps_per_epoch = len(dataset.train_labels) // config.batch_size
-    if not steps_per_epoch:
-        raise ConfigError(
-            f"--batch-size: expected at most the {len(dataset.train_labels)} training"
-            f" images, got {config.batch_size}"
-        )
+    per_epoch = _steps_per_epoch(config, dataset)
     _require_room(config.augmentation, dataset)
     mean, std = _normalisation(config, dataset)
     model = _model(config, dataset).to(device).to(memory_format=torch.channels_last)
-    steps = config.epochs * steps_per_epoch
-    descent, whitened = config.descent, config.network.whitening_epochs
-    optimizer, method = _optimizer(descent, model), _method(config, model, steps)
-    if whitened is not None:
-        ends = whitened * steps_per_epoch
-        optimizer = samfn.frozen_after(optimizer, ends, [airbench.WHITENING_BIAS])
-    try:
-        require_bounded(optimizer, method.beside)
-    except ValueError as error:
-        raise ConfigError(f"--clip-norm: {error}") from error
-    try:
-        state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
-    except ValueError as error:  # It names parameters that the network does not have.
-        raise ConfigError(f"--method: {error}") from error
-    dtype = DTYPES[config.arithmetic.precision]
-    loss_fn = _loss_fn(descent, model, dtype)
+    loss_fn, optimizer, method = ingredients(config, model, per_epoch)
+    state = _initial(model, optimizer, method)
     sharing, mesh = _sharing(config, device)
     if config.recording.monitor:
         method = samfn.watched(method)
     if sharing is not None and mesh is None:
         method = distributed.placed(method, config.ranks.placement)
     make: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
-    some = dataset.train_images[: config.batch_size], dataset.train_labels
-    images, labels = distributed.share((some[0], some[1][: config.batch_size]))
-    batch = images.to(device).float(), labels.to(device)
-    lr = _lr(config, steps_per_epoch)
-    rho = _rho(config, lr, steps)
+    lr = lr_of(config, per_epoch)
+    rho = rho_of(config, lr, config.epochs * per_epoch)
 
     def find_nonfinite(state: samfn.TrainState, batch: Any) -> str | None:
         given: Any = {"loss_fn": loss_fn, "method": method}
         return samfn.find_nonfinite(state, batch, **given, rho=rho(int(state.step) - 1))
 
+    def work() -> int:
+        return operations(loss_fn, state, _first_batch(config, dataset, device))
+
+    compiles, why = decide(config, config.epochs * per_epoch, device, work)
     eval_fn = samfn.supervised(
-        model, partial(F.cross_entropy, reduction="none"), dtype=dtype
+        model,
+        partial(F.cross_entropy, reduction="none"),
+        dtype=DTYPES[config.arithmetic.precision],
     )
-    compiles, why = decide(config, steps, device, lambda: operations(loss_fn, state, batch))
     task = Task(
         config=config.replace(compile="yes" if compiles else "no"),
         device=device,
@@ -160,14 +141,11 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         train_labels=dataset.train_labels.to(device),
         chosen_by=_to(chosen_by, device),
         test=_to(test, device),
-        # A channel that never varies is only centred.
         mean=mean.to(device),
-        std=torch.where(std > 0, std, 1.0).to(device),
+        std=std.to(device),
         eval_fn=eval_fn,
         views_fn=_by_views(eval_fn, config.images.views),
-        update=samfn.compile_update(**make)
-        if compiles
-        else partial(samfn.sam_update, **make),
+        update=(samfn.compile_update if compiles else _eagerly)(**make),
         find_nonfinite=find_nonfinite,
         sharing=sharing,
         mesh=mesh,
@@ -175,10 +153,44 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         lr=lr,
         rho=rho,
         classes=len(dataset.classes),
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=per_epoch,
         fingerprint=digest,
     )
     return task, state
+
+
+def _eagerly(**make: Any) -> Update:
+    return partial(samfn.sam_update, **make)
+
+
+def _steps_per_epoch(config: Config, dataset: Dataset) -> int:
+    images = len(dataset.train_labels)
+    if images < config.batch_size:
+        raise ConfigError(
+            f"--batch-size: expected at most the {images} training images, got"
+            f" {config.batch_size}"
+        )
+    return images // config.batch_size
+
+
+def _initial(
+    model: torch.nn.Module, optimizer: samfn.Optimizer, method: samfn.Method
+) -> samfn.TrainState:
+    params, buffers = samfn.split(model)
+    try:
+        return samfn.init(params, buffers, optimizer=optimizer, method=method)
+    except ValueError as error:  # It names parameters that the network does not have.
+        raise ConfigError(f"--method: {error}") from error
+
+
+def _first_batch(
+    config: Config, dataset: Dataset, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return a batch of this rank's size."""
+    some = slice(config.batch_size)
+    whole = dataset.train_images[some], dataset.train_labels[some]
+    images, labels = distributed.share(whole)
+    return images.to(device).float(), labels.to(device)
 
 
 def placed(task: Task, whole: samfn.TrainState) -> samfn.TrainState:
@@ -301,19 +313,11 @@ def _model(config: Config, dataset: Dataset) -> torch.nn.Module:
 def _normalisation(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return the mean and deviation that a network's weights are for; else the data's."""
     if config.network.weights == "none" or not networks.is_published(config.model):
-        return statistics(dataset.train_images)
+        own, spread = statistics(dataset.train_images)
+        # A channel that never varies is only centred.
+        return own, torch.where(spread > 0, spread, 1.0)
     _, mean, std = networks.photographs(config.model)
     return torch.tensor(mean), torch.tensor(std)
-
-
-def _loss_fn(descent: Descent, model: torch.nn.Module, dtype: torch.dtype | None) -> LossFn:
-    smoothing = descent.label_smoothing
-    criterion = partial(F.cross_entropy, label_smoothing=smoothing, reduction="none")
-    loss_fn: LossFn = samfn.supervised(model, criterion, dtype=dtype)
-    if descent.decay_in_loss:
-        spared = _spared(descent, model)
-        loss_fn = samfn.l2_regularized(loss_fn, descent.weight_decay, without=spared)
-    return loss_fn
 
 
 def _by_views(loss_fn: LossFn, count: int) -> LossFn:
@@ -333,118 +337,6 @@ def _by_views(loss_fn: LossFn, count: int) -> LossFn:
         return F.cross_entropy(outputs, labels), Aux(outputs, buffers)
 
     return of_mean
-
-
-def _optimizer(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:
-    if descent.optimizer == "muon":
-        return _clipped(descent, _muon(descent, model))
-    if descent.optimizer == "sgd":
-        make = partial(samfn.sgd, descent.momentum, descent.nesterov)
-    else:
-        makers = {"adam": samfn.adam, "adamw": samfn.adamw, "nadam": samfn.nadam}
-        first, second = descent.betas
-        make = partial(makers[descent.optimizer], (first, second))
-    decay = 0.0 if descent.decay_in_loss else descent.weight_decay
-    factor = descent.norm_bias_lr
-    quick = {*_norm_biases(model)} if factor != 1 else set()
-    spared = {*_spared(descent, model)} if decay else set()
-    own = 0.0 if quick <= spared else decay / factor
-    groups = (
-        (spared - quick, make(weight_decay=0.0)),
-        (quick, samfn.scaled_lr(make(weight_decay=own), factor)),
-    )
-    optimizer, apart = make(weight_decay=decay), [group for group in groups if group[0]]
-    return _clipped(descent, samfn.grouped(optimizer, *apart) if apart else optimizer)
-
-
-def _norm_biases(model: torch.nn.Module) -> tuple[str, ...]:
-    return tuple(n for n in samfn.norm_parameters(model) if n.endswith(".bias"))
-
-
-def _clipped(descent: Descent, optimizer: samfn.Optimizer) -> samfn.Optimizer:
-    if descent.clip_norm is None:
-        return optimizer
-    return samfn.clipped(optimizer, descent.clip_norm)
-
-
-def _muon(descent: Descent, model: torch.nn.Module) -> samfn.Optimizer:
-    """Return Muon for the hidden layers and AdamW for the rest, with one learning rate."""
-    decay = 0.0 if descent.decay_in_loss else descent.weight_decay
-    first, second = descent.betas
-    spared, rest = {*_spared(descent, model)}, _not_hidden(model)
-    groups = (
-        (rest - spared, samfn.adamw((first, second), weight_decay=decay)),
-        (rest & spared, samfn.adamw((first, second), weight_decay=0.0)),
-    )
-    optimizer = samfn.muon(weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return samfn.grouped(optimizer, *(group for group in groups if group[0]))
-
-
-def _not_hidden(model: torch.nn.Module) -> set[str]:
-    """Return the names of vectors, tokens, embeddings and the layer of the outputs."""
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    embeddings = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    apart = {id(layer.weight) for layer in layers[-1:] + embeddings}
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and (parameter.ndim not in (2, 4) or id(parameter) in apart)
-    }
-
-
-def _spared(descent: Descent, model: torch.nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters that weight decay leaves alone."""
-    return () if descent.decay_norm else samfn.no_decay_parameters(model)
-
-
-def _method(config: Config, model: torch.nn.Module, steps: int) -> samfn.Method:
-    names = samfn.norm_parameters(model)
-    method = method_expression.parse(config.method, steps=steps, norm_layers=names)
-    if config.perturbation.same_dropout:
-        method = samfn.same_randomness(method)
-    return samfn.loss_scaled(method) if config.arithmetic.precision == "fp16" else method
-
-
-def _lr(config: Config, steps_per_epoch: int) -> schedules.Schedule:
-    lr, steps, how = config.lr, config.epochs * steps_per_epoch, config.learning_rate
-    match how.schedule:
-        case "cosine":
-            schedule = schedules.cosine(lr, steps, how.lr_final)
-        case "polynomial":
-            schedule = schedules.polynomial(lr, steps, final=how.lr_final)
-        case "one-cycle":
-            schedule = schedules.one_cycle(lr, steps)
-        case "warm-restarts":
-            period = how.restart_epochs * steps_per_epoch
-            schedule = schedules.warm_restarts(lr, period, how.restart_growth, how.lr_final)
-        case "step" if how.milestones is not None:
-            milestones = [epoch * steps_per_epoch for epoch in how.milestones]
-            schedule = schedules.multi_step(lr, milestones, how.step_factor)
-        case "step":
-            schedule = schedules.step_decay(lr, steps, factor=how.step_factor)
-        case "wsd":
-            schedule = schedules.stable_decay(lr, steps, how.cooldown, how.lr_final)
-        case "triangle":
-            ends = how.rise_from * lr, how.fall_to * lr
-            schedule = schedules.triangle(lr, steps, how.rise, *ends)
-        case "constant":
-            schedule = schedules.constant(lr)
-    return schedules.warmup(schedule, round(how.warmup_epochs * steps_per_epoch))
-
-
-def _rho(config: Config, lr: schedules.Schedule, steps: int) -> schedules.Schedule:
-    """Return the radius over time; the number 0, and one pass a step, where it is 0."""
-    rho, how = config.rho, config.perturbation
-    if rho == 0 or how.rho_schedule == "constant":
-        schedule = schedules.constant(rho)
-    elif how.rho_schedule == "linear":
-        schedule = schedules.linear(rho, how.rho_final, steps)
-    else:
-        schedule = schedules.proportional(
-            lr, lr_max=config.lr, peak=rho, final=how.rho_final
-        )
-    return schedule if how.sam_last == 1 else schedules.tail(schedule, steps, how.sam_last)
 
 
 def first_perturbed(task: Task) -> int:

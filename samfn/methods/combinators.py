@@ -56,12 +56,12 @@ def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn"
             total: Pass | None = None
             seen, parts, weights = [], cut(batch, size), None
             slopes = _cut_alike(slope_at, size, parts)
-            for index, (micro_batch, rows) in enumerate(parts):
+            for index, (micro_batch, _) in enumerate(parts):
                 where = {} if slope_at is None else {"slope_at": slopes[index]}
                 part = evaluate(params, buffers, micro_batch, **where, **how)
                 weights = weights or _weights(parts, point.weigh)
                 total = _add_pass(total, part, weights[index])
-                seen.append((part.buffers, rows))
+                seen.append((part.buffers, weights[index]))
                 if statistics == "in turn":
                     buffers = part.buffers
             joined = _joined(total)
@@ -92,8 +92,9 @@ def per_micro_batch(
         statistics: what becomes of the buffers, and of what the method remembers. "in
             turn": they pass through the clean passes one after the other, so that BatchNorm
             counts each micro-batch, and so do `unified_sam` and `ae_sam`. "averaged": each
-            starts from those before the step, and their mean is kept, so that the step
-            counts once, as on several devices.
+            starts from those before the step, and their mean, weighted likewise, is kept,
+            so that the step counts once, as on several devices. A micro-batch in which
+            nothing counts leaves what is remembered as it was.
 
     Source:
         Foret et al., 2021, arXiv:2010.01412, section 4.1; Andriushchenko and
@@ -106,16 +107,17 @@ def per_micro_batch(
         total: Descent | None = None
         buffers, seen, memories = point.buffers, [], []
         parts, weights = cut(point.batch, size), None
-        for index, (micro_batch, rows) in enumerate(parts):
+        for index, (micro_batch, _) in enumerate(parts):
             part, new = method.descent(
                 evaluate, point._replace(batch=micro_batch, buffers=buffers), memory
             )
             weights = weights or _weights(parts, point.weigh)
             total = _add_descent(total, part, weights[index])
-            seen.append((part.clean.buffers, rows))
-            memories.append((new, rows))
+            seen.append((part.clean.buffers, weights[index]))
+            memories.append((new, weights[index]))
             if statistics == "in turn":
-                buffers, memory = part.clean.buffers, new
+                buffers = part.clean.buffers
+                memory = _if_counting(weights[index], new, memory)
         assert total is not None  # There is at least one micro-batch.
         clean = _joined(total.clean)
         if statistics == "averaged":
@@ -456,7 +458,7 @@ def _weights(
     return [weight / total for weight in weights]
 
 
-def _averaged(parts: list[tuple[Any, float]]) -> Any:
+def _averaged(parts: list[tuple[Any, float | Tensor]]) -> Any:
     """Return the weighted mean of nested mappings; whole numbers are alike in all."""
     first = parts[0][0]
     if isinstance(first, Mapping):
@@ -465,7 +467,7 @@ def _averaged(parts: list[tuple[Any, float]]) -> Any:
         }
     if not first.is_floating_point():
         return first
-    return torch.stack([weight * part for part, weight in parts]).sum(0)
+    return torch.stack([_counting(part, weight) * weight for part, weight in parts]).sum(0)
 
 
 def _add_pass(total: Pass | None, part: Pass, weight: float | Tensor) -> Pass:
@@ -499,6 +501,13 @@ def _counting(part: Tensor, weight: float | Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, part, 0)
     return part if weight else torch.zeros_like(part)
+
+
+def _if_counting(weight: float | Tensor, new: MethodState, old: MethodState) -> MethodState:
+    """Return what is remembered after a part, which leaves it as it was if none counts."""
+    if isinstance(weight, Tensor):
+        return tree.select(weight > 0, new, old)
+    return new if weight else old
 
 
 def _add(total: Tensor | None, part: Tensor, weight: float | Tensor) -> Tensor:

@@ -115,7 +115,9 @@ def train(method, *, batch_norm=True, placement=None, rows=ROWS, steps=STEPS, **
     params, buffers = samfn.split(model)
     optimizer = how.pop("optimizer", optimizer_of("others"))
     given = {
-        "loss_fn": samfn.supervised(model, criterion, dtype=how.pop("dtype", None)),
+        "loss_fn": samfn.supervised(
+            model, how.pop("criterion", criterion), dtype=how.pop("dtype", None)
+        ),
         "optimizer": optimizer,
         "method": method,
     }
@@ -191,6 +193,32 @@ def test_ranks_take_the_step_of_one_process(count, placement, name, batch_norm):
         for field in ("loss", "perturbed_loss", "perturbation_norm", "descent_norm"):
             left, right = (float(getattr(one, field)) for one in (found, wanted))
             assert math.isclose(left, right, rel_tol=2e-6, abs_tol=1e-7), field
+
+
+IGNORING = nn.CrossEntropyLoss(ignore_index=0)  # a fifth, and not as many on each rank
+REMEMBERING = {
+    "sam": samfn.sam(),
+    "vasso": samfn.vasso(),
+    "looksam": samfn.looksam(2),
+    "momentum_sam": samfn.momentum_sam(),
+}
+
+
+def train_ignoring(placement=None):
+    """Train with targets that are ignored, on a rank or as all ranks do."""
+    found = {}
+    for name, method in REMEMBERING.items():
+        here = method if placement else on_one(method, ROWS // 2, "replica", 2)
+        found[name] = train(here, placement=placement, criterion=IGNORING)[0]
+    return found
+
+
+def test_replicas_weigh_by_what_counts_as_parts_of_one_process_do():
+    found, _ = on_ranks(2, train_ignoring, "replica")
+    for name, expected in train_ignoring().items():
+        assert difference(found[name].params, expected.params) < 1e-6, name
+        floating = {n: b for n, b in expected.buffers.items() if b.is_floating_point()}
+        assert difference(found[name].buffers, floating) < 1e-6, name
 
 
 def train_by_draws(placement=None, count=1):

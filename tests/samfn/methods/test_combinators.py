@@ -163,6 +163,46 @@ def test_memory_passes_through_the_micro_batches_in_turn_or_is_averaged():
     assert_close(memory_after(averaged, [batch]), mean)
 
 
+def masked(outputs, targets):
+    """Return the mean over the examples of a mask, NaN if there are none."""
+    wanted, mask = targets.unbind(1)
+    return ((outputs[:, 0] - wanted).square() * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("statistics", ["in turn", "averaged"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(samfn.vasso, samfn.friendly_sam, samfn.momentum_sam, samfn.s2_sam),
+        *(samfn.light_sam, samfn.looksam, samfn.unified_sam),
+        lambda: samfn.ae_sam(9),
+        lambda: samfn.sam(samfn.preconditioned()),
+    ],
+)
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_part_in_which_nothing_counts_is_as_if_it_were_not_there(make, statistics, part):
+    model = nn.Linear(3, 1).double()
+    loss_fn = samfn.supervised(model, masked, weigh=lambda batch: batch[1][:, 1].sum())
+    inputs, wanted = torch.randn(8, 3).double(), torch.randn(8).double()
+    mask = torch.ones(8).double()
+    mask[4 * part : 4 * part + 4] = 0
+    counting = mask.bool()
+    whole = inputs, torch.stack([wanted, mask], 1)
+    rest = inputs[counting], torch.stack([wanted, mask], 1)[counting]
+    optimizer = samfn.sgd()
+    method = samfn.per_micro_batch(make(), 4, statistics=statistics)
+
+    def after(batches):
+        state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+        how = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method, "lr": 0.1}
+        for batch in batches:
+            state, metrics = samfn.sam_update(state, batch, **how)
+            assert metrics.finite
+        return state
+
+    assert_close(after([whole, rest]), after([rest, rest]))
+
+
 def test_running_statistics_can_be_averaged_instead_and_count_once():
     model = small_network()
     params, buffers = samfn.split(model)

@@ -506,7 +506,8 @@ def _counting(part: Tensor, weight: float | Tensor) -> Tensor:
 def _if_counting(weight: float | Tensor, new: MethodState, old: MethodState) -> MethodState:
     """Return what is remembered after a part, which leaves it as it was if none counts."""
     if isinstance(weight, Tensor):
-        return tree.select(weight > 0, new, old)
+        kept: MethodState = tree.select(weight > 0, new, old)
+        return kept
     return new if weight else old
 
 

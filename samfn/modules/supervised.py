@@ -127,7 +127,7 @@ class _Supervised:
         criterion = self._criterion
         if isinstance(criterion, nn.Module) and [*criterion.parameters()]:
             return None
-        return criterion and self._loss_at
+        return None if criterion is None else self._loss_at
 
     def _loss_at(self, outputs: Any, batch: Batch) -> Tensor:
         targets = None if self._call else pair_of(keyed(batch))[1]

@@ -14,7 +14,28 @@ from samfn.modules.labels import Labels, Trail
 from samfn.modules.memory import address
 from samfn.tree import Batch
 
-LOSSES = "torch.nn.functional", "torch.nn.modules.loss"
+# PyTorch's losses that are means over examples, or over entries of which each has as many.
+OF_EXAMPLES = {
+    "l1_loss": "L1Loss",
+    "mse_loss": "MSELoss",
+    "smooth_l1_loss": "SmoothL1Loss",
+    "huber_loss": "HuberLoss",
+    "binary_cross_entropy": "BCELoss",
+    "binary_cross_entropy_with_logits": "BCEWithLogitsLoss",
+    "kl_div": "KLDivLoss",
+    "poisson_nll_loss": "PoissonNLLLoss",
+    "gaussian_nll_loss": "GaussianNLLLoss",
+    "hinge_embedding_loss": "HingeEmbeddingLoss",
+    "margin_ranking_loss": "MarginRankingLoss",
+    "cosine_embedding_loss": "CosineEmbeddingLoss",
+    "soft_margin_loss": "SoftMarginLoss",
+    "multi_margin_loss": "MultiMarginLoss",
+    "multilabel_margin_loss": "MultiLabelMarginLoss",
+    "multilabel_soft_margin_loss": "MultiLabelSoftMarginLoss",
+    "triplet_margin_loss": "TripletMarginLoss",
+    "triplet_margin_with_distance_loss": "TripletMarginWithDistanceLoss",
+    "ctc_loss": "CTCLoss",
+}
 IGNORED = -100  # by the losses of PyTorch, unless they are told another
 
 SAY = (
@@ -57,11 +78,24 @@ class Reduction(NamedTuple):
     """Whether the entries are those that a mask has picked."""
 
 
+REDUCED = "reduced"
+"""A number that a sum or a mean gave."""
+COUNT = "count"
+"""One that a sum or a mean of the batch itself gave, as of a mask, or of what is whole."""
+INVERSE = "inverse"
+"""One over such a count."""
+PICKED = "picked"
+"""What is made of a mean over what a mask picks."""
+SHARE = "share"
+"""What is made of a sum over such a count."""
+
 ATEN = torch.ops.aten
 KERNELS = ATEN.nll_loss_forward.default, ATEN.nll_loss2d_forward.default
-SUMS = ATEN.sum.default, ATEN.sum.dim_IntList
+SUMS = ATEN.sum.default, ATEN.sum.dim_IntList, ATEN.nansum.default
 MEANS = ATEN.mean.default, ATEN.mean.dim
 WHOLE = torch.int64, torch.int32
+BY = {ATEN.div.Tensor: COUNT, ATEN.mul.Tensor: INVERSE}
+"""What a sum is divided by, or multiplied with, to be a mean over a count."""
 BY_NUMBERS = ATEN.index.Tensor, ATEN.index_select.default
 
 
@@ -73,12 +107,17 @@ class Reductions:
     """
 
     def __init__(self, batch: Batch) -> None:
+        leaves = [x for x in pytree.tree_leaves(keyed(batch)) if isinstance(x, Tensor)]
+        self._of_batch = {address(x): x for x in leaves}  # They are kept: see below.
+        self._facts: dict[int | None, tuple[Tensor, set[str]]] = {}
+        self._sizes: set[int] = set()  # Of what a mask of examples picked, and is summed.
         self.of_classes: list[OfClasses] = []
         """The losses of classes among them."""
         self.numbers: set[float] = set()
         """Those that whole numbers were made with."""
         self._all: list[Reduction] = []
-        self._picked: dict[int | None, Tensor] = {}  # They are kept, and so their memory.
+        # They are kept, and so their memory; and whether a mask of examples picked them.
+        self._picked: dict[int | None, tuple[Tensor, bool]] = {}
         self._places: dict[int | None, Tensor] = {}  # That a mask is true at.
         self._trail = Trail(batch)
 
@@ -94,10 +133,16 @@ class Reductions:
         self._trail.note(operation, named, result)
         reduction = named.get("reduction")
         summed = operation in SUMS or (bool(args) and reduction == 2)
+        found = None
         if summed or operation in MEANS or (bool(args) and reduction == 1):
             value = result[0] if isinstance(result, tuple) else result
-            picked = self.is_picked(named.get("target", args[0]))
-            self._all.append(Reduction(value, summed, args[0].numel(), picked))
+            picked = self.is_picked(named.get("target", args[0])) or (
+                self.is_picked(args[0], of_examples=True)
+            )
+            found = Reduction(value, summed, args[0].numel(), picked)
+            self._all.append(found)
+        if isinstance(result, Tensor):
+            self._note_shares(operation, args, result, found)
 
     def _note_classes(self, named: Mapping[str, Any]) -> None:
         target, ignored = named["target"], named["ignore_index"]
@@ -115,25 +160,75 @@ class Reductions:
         """Look for what a mask picks, and what is made of that, entry by entry or row."""
         if operation is ATEN.nonzero.default:
             self._places[address(result)] = result
-        picks = operation is ATEN.masked_select.default
-        if operation in BY_NUMBERS:
-            by = named["indices"] if "indices" in named else [named["index"]]
-            picks = any(i is not None and self._is_of_mask(i) for i in by)
-        if picks or self._is_of_picked(operation, args, result):
-            self._picked[address(result)] = result
+        by: list[Tensor] = []
+        if operation is ATEN.masked_select.default:
+            by = [args[1]]
+        elif operation in BY_NUMBERS:
+            given = named["indices"] if "indices" in named else [named["index"]]
+            by = [index for index in given if index is not None]
+        if any(map(self._is_of_mask, by)):
+            self._picked[address(result)] = result, [index.ndim for index in by] == [1]
+        elif of := self._of_picked(operation, args, result):
+            self._picked[address(result)] = result, self.is_picked(of[0], of_examples=True)
 
     def _is_of_mask(self, index: Tensor) -> bool:
         return index.dtype is torch.bool or (
             (own := address(index)) is not None and own in self._places
         )
 
-    def _is_of_picked(self, operation: Any, args: Sequence[Any], result: Any) -> bool:
+    def _of_picked(self, operation: Any, args: Sequence[Any], result: Any) -> list[Tensor]:
+        """Return what was picked, and that the result is made of, if of that alone."""
         if not isinstance(result, Tensor) or not result.ndim:
-            return False
+            return []
         tensors = [x for x in args if isinstance(x, Tensor) and x.ndim]
         rows = [x for x in tensors if len(x) == len(result) and self.is_picked(x)]
         others = [x for x in tensors if x.shape == result.shape and not self.is_picked(x)]
-        return bool(rows) and not others and not operation._schema.is_mutable
+        return [] if others or operation._schema.is_mutable else rows
+
+    def _note_shares(
+        self, operation: Any, args: Sequence[Any], result: Tensor, found: Reduction | None
+    ) -> None:
+        """Follow the numbers that sums and means give, to quotients of two of them."""
+        given = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        facts = set[str]().union(*map(self._facts_of, given))
+        if found:
+            facts = (facts & {PICKED, SHARE}) | {REDUCED}
+            facts |= {COUNT} if self._is_of_batch(args[0]) else set()
+            facts |= {PICKED} if found.picked and not found.summed else set()
+            if found.summed and self.is_picked(args[0], of_examples=True):
+                self._sizes |= {args[0].numel(), len(args[0])}
+        elif operation is ATEN.reciprocal.default and COUNT in facts:
+            facts |= {INVERSE}
+        elif operation in BY and self._is_share(args[0], args[1], BY[operation]):
+            facts |= {SHARE}
+        elif given and all(map(self._is_of_batch, given)):
+            self._of_batch[address(result)] = result
+        if facts and (found or result.numel() == 1):
+            self._facts[address(result)] = result, facts
+
+    def _is_share(self, one: Any, other: Any, fact: str) -> bool:
+        """Return whether a quotient or product of two numbers is a sum over a count."""
+        if REDUCED not in self._facts_of(one):
+            return False
+        if isinstance(other, Tensor):
+            return fact in self._facts_of(other)
+        return fact == COUNT and other in self._sizes
+
+    def _facts_of(self, given: Any) -> set[str]:
+        own = address(given) if isinstance(given, Tensor) else None
+        return self._facts[own][1] if own in self._facts else set()
+
+    def _is_of_batch(self, given: Tensor) -> bool:
+        """Return whether it is made of the batch alone, or whole numbers, or of a mask."""
+        return not given.is_floating_point() or address(given) in self._of_batch
+
+    def is_part(self, loss: Tensor) -> bool:
+        """Return whether a loss is made of a mean over what a mask picks, or counts.
+
+        Beside losses of classes, quotients are theirs, as where labels are smoothed.
+        """
+        facts = self._facts_of(loss)
+        return PICKED in facts or (SHARE in facts and not self.of_classes)
 
     def _note_numbers(self, operation: Any, args: Sequence[Any], result: Any) -> None:
         if not isinstance(result, Tensor) or result.dtype not in WHOLE:
@@ -143,10 +238,11 @@ class Reductions:
         elif operation is not ATEN.constant_pad_nd.default:  # Labels end with it.
             self.numbers.update(x for x in args if type(x) in (int, float))
 
-    def is_picked(self, given: Any) -> bool:
-        """Return whether it is what a mask has picked, or made of that alone."""
+    def is_picked(self, given: Any, *, of_examples: bool = False) -> bool:
+        """Return whether it is what a mask has picked, of examples, or made of that."""
         own = address(given) if isinstance(given, Tensor) else None
-        return own is not None and own in self._picked
+        known = own is not None and own in self._picked
+        return known and (self._picked[own][1] or not of_examples)
 
     def that_gave(self, loss: Tensor) -> Reduction | None:
         """Return the reduction whose result is the loss, if one is."""
@@ -166,7 +262,8 @@ def seen(taken: Reductions, loss: Tensor, losses: Tensor | None, batch: Batch) -
     last, found = taken.that_gave(loss), taken.of_classes
     if last and last.summed and losses is None and _is_of_rows(last.entries, batch):
         return Weighing(_refused_sum)
-    if (last and last.picked) or any(one.picked for one in found):
+    picked = (last and last.picked) or any(one.picked for one in found)
+    if picked or taken.is_part(loss):
         return Weighing(partial(_refused, "the examples, those that a mask picks"))
     if not found:
         return Weighing()
@@ -181,7 +278,7 @@ def seen(taken: Reductions, loss: Tensor, losses: Tensor | None, batch: Batch) -
     if labels and alike and not (weighted or summed):
         return of_classes(lambda: {"ignore_index": next(iter(ignored))}, labels.of)
     if any(not one.labels and one.ignores for one in found) or (
-        IGNORED in taken.numbers and not all(one.labels for one in found)
+        taken.numbers & {IGNORED, -IGNORED} and not all(one.labels for one in found)
     ):  # They were made to be ignored, as where a mask of the batch is 0.
         return Weighing(partial(_refused, "the targets, which the model makes"))
     if weighted or ignored != {IGNORED}:
@@ -219,7 +316,7 @@ def _rows_of_whole(batch: Batch) -> int | Tensor:
     whole = [
         (leaf != IGNORED).all()
         for leaf in pytree.tree_leaves(keyed(batch))
-        if isinstance(leaf, Tensor) and leaf.dtype is torch.int64  # as ignored targets are
+        if isinstance(leaf, Tensor) and leaf.dtype is not torch.bool
     ]
     length = length_of(batch)
     if not whole:
@@ -237,9 +334,11 @@ def of_criterion(criterion: Any) -> Weighing | None:
     if type(criterion) in (nn.CrossEntropyLoss, nn.NLLLoss):
         known = "ignore_index", "reduction", "weight"  # They may be set anew.
         return of_classes(lambda: {key: getattr(criterion, key) for key in known})
-    if criterion in (nn.functional.cross_entropy, nn.functional.nll_loss):
+    if any(criterion is f for f in (nn.functional.cross_entropy, nn.functional.nll_loss)):
         return of_classes(lambda: given)
-    if getattr(criterion, "__module__", None) not in LOSSES:
+    functions = [getattr(nn.functional, name) for name in OF_EXAMPLES]
+    modules = [getattr(nn, name) for name in OF_EXAMPLES.values()]
+    if type(criterion) not in modules and not any(criterion is f for f in functions):
         return None
 
     def weigh(batch: Batch) -> int:

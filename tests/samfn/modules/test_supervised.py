@@ -877,3 +877,23 @@ def test_after_ctrl_c_at_any_line_the_model_is_what_it_was(trains):
     assert after > 100
     grads = samfn.evaluate(loss_fn, *given).grads
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
+
+
+class Empty(nn.Sequential):
+    """A criterion whose length is 0."""
+
+    def forward(self, outputs, targets):
+        return F.mse_loss(outputs, targets)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [Empty(), torch.compile(nn.MSELoss(), backend="eager")],
+    ids=["empty", "compiled"],
+)
+def test_a_criterion_of_any_length_is_one(criterion):
+    model = nn.Linear(3, 2)
+    loss_fn = samfn.supervised(model, criterion)
+    outputs, targets = torch.randn(4, 2), torch.randn(4, 2)
+    found = loss_fn.criterion(outputs, (torch.randn(4, 3), targets))
+    assert_close(found, F.mse_loss(outputs, targets))

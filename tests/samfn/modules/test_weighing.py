@@ -1,7 +1,7 @@
 """What a loss is a mean over is known, told, or an error; it is never guessed wrong."""
 
 from collections import UserDict
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -53,6 +53,8 @@ CRITERIA = {
     "with a penalty": lambda out, y: (
         F.cross_entropy(out, y, ignore_index=PAD, label_smoothing=0.1) + 1
     ),
+    "of the same name": partial(torch.compiler.disable(F.cross_entropy), ignore_index=PAD),
+    "of the same module": wraps(F.l1_loss)(partial(F.cross_entropy, ignore_index=PAD)),
 }
 
 
@@ -157,6 +159,22 @@ def test_a_sum_that_is_a_mean_over_examples_is_one(criterion):
         lambda out, y: F.l1_loss(
             out[:, 0].index_select(0, (y != PAD).nonzero()[:, 0]), y[y != PAD].double()
         ),
+        lambda out, y: -out.log_softmax(1)[:, 0][y != PAD].mean(),
+        lambda out, y: out.square().mean(1).masked_select(y != PAD).mean() / 2 + 1,
+        lambda out, y: out[y != PAD].square().mean(0).sum(),
+        lambda out, y: F.mse_loss(out[y != PAD], F.one_hot(y[y != PAD], 3).double()),
+        lambda out, y: F.kl_div(
+            out[y != PAD], out[y != PAD].detach().exp(), reduction="batchmean"
+        ),
+        lambda out, y: out[y != PAD].square().sum() / len(y[y != PAD]),
+        masked,
+        lambda out, y: (
+            (F.cross_entropy(out, y, ignore_index=PAD, reduction="none")).sum()
+            / (y != PAD).sum().clamp(min=1)
+        ),
+        lambda out, y: (out[:, 0] * (y != PAD)).mean() / (y != PAD).double().mean(),
+        lambda out, y: (out[:, 0] * (y != PAD)).sum() * (1 / (y != PAD).sum()),
+        lambda out, y: torch.where(y != PAD, out[:, 0], torch.nan).nanmean(),
     ],
 )
 def test_a_mean_over_what_a_mask_picks_is_an_error_where_it_matters(criterion):
@@ -184,6 +202,38 @@ def test_targets_that_were_changed_are_counted_until_some_may_be_ignored():
     stepped(*problem(ignored=0), criterion, method)
     with pytest.raises(ValueError, match="a mean over some of its targets"):
         stepped(*problem(ignored=-100), criterion, method)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int16, torch.int32, torch.int64, torch.float32, torch.float64]
+)
+def test_labels_in_a_column_are_counted_until_some_are_ignored(dtype):
+    model, (inputs, labels) = problem(ignored=0)
+    loss_fn = samfn.supervised(
+        model, lambda out, columns: F.cross_entropy(out, columns[:, 0].long())
+    )
+    whole = torch.stack([labels, labels], 1).to(dtype)
+    loss_fn(*samfn.split(model), (inputs, whole))
+    assert loss_fn.weigh((inputs, whole)) == len(labels)
+    whole[0] = -100
+    with pytest.raises(ValueError, match="a mean over some of its targets"):
+        loss_fn.weigh((inputs, whole))
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda out, y: F.mse_loss(out, y) / out.new_ones(3).square().sum(),
+        lambda out, y: F.mse_loss(out, y) * y.mean(),
+        lambda out, y: F.mse_loss(out, y) + y.sum() / 9,
+    ],
+)
+def test_numbers_beside_a_mean_over_examples_leave_it_one(criterion):
+    model, (inputs, targets) = problem(ignored=0)
+    loss_fn = samfn.supervised(model, criterion)
+    batch = inputs, F.one_hot(targets, 3).double()
+    loss_fn(*samfn.split(model), batch)
+    assert loss_fn.weigh(batch) == len(inputs)
 
 
 @pytest.mark.parametrize("criterion", [masked, partial(shifted, PAD)])
@@ -353,6 +403,7 @@ MASKED = {
     "written to": written,
     "filled": lambda y, mask: y.masked_fill(mask == 0, -100),
     "a number or another": lambda y, mask: torch.where(mask == 1, y, -100),
+    "arithmetic": lambda y, mask: y * mask - 100 * (1 - mask),
     "one tensor or another": lambda y, mask: torch.where(
         mask == 1, y, torch.full_like(y, -100)
     ),

@@ -1,7 +1,6 @@
 """Batches: nested tensors with one row for each example, and what holds many of them."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import ceil
 from typing import Any
 
 from torch import Tensor
@@ -115,7 +114,7 @@ def _is_column(node: Any) -> bool:
 
 def first_rows(batch: Batch, share: float) -> Batch:
     """Return the first rows of every tensor of a batch, that share of them, rounded up."""
-    return rows_of(batch, slice(max(1, ceil(share * length_of(batch)))))
+    return rows_of(batch, slice(max(1, checks.rounded_up(share, length_of(batch)))))
 
 
 def cut(batch: Batch, size: int) -> list[tuple[Batch, float]]:

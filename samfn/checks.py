@@ -6,6 +6,7 @@ the values of tensors, which would make a GPU wait.
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from math import ceil
 from numbers import Real
 from typing import Any
 
@@ -98,6 +99,17 @@ def require_same_names(expected: Params, given: Params, *, names: str) -> None:
             f"{names} must have the same names: {some(missing)} missing,"
             f" {some(unexpected)} unexpected"
         )
+
+
+def require_no_text(names: Collection[str], *, what: str) -> None:
+    """Raise TypeError for a text in the place of names: its letters would be taken."""
+    if isinstance(names, str):
+        raise TypeError(f"{what}: expected names of parameters, got the text {names!r}")
+
+
+def rounded_up(share: float, count: int) -> int:
+    """Return ceil(share * count), where 0.07 of 100 is 7, which floats make more of."""
+    return ceil(round(share * count, 9))
 
 
 def require_names_of(params: Params, names: Collection[str], *, what: str) -> None:

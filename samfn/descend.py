@@ -357,13 +357,14 @@ def muon(
             to 30 times as long.
 
     Raises:
-        ValueError: `momentum` or `adjust_lr_fn` is not as described. When a state is made:
+        ValueError: a number or `adjust_lr_fn` is not as described. When a state is made:
             a parameter is no matrix.
 
     Source:
         Jordan, 2024, kellerjordan.github.io/posts/muon; `torch.optim.Muon`.
     """
     checks.require_below_one("momentum", momentum)
+    checks.require_dial("weight_decay", weight_decay)
     if adjust_lr_fn not in ADJUSTS:
         raise ValueError(f"adjust_lr_fn must be one of {[*ADJUSTS]}, got {adjust_lr_fn!r}")
 
@@ -452,10 +453,12 @@ def frozen_after(optimizer: Optimizer, steps: int, names: Collection[str]) -> Op
         names: of these parameters.
 
     Raises:
+        TypeError: `names` is a text.
         ValueError: `steps` is no positive number. When a state is made or checked: there is
             no such parameter.
     """
     checks.require_count("steps", steps)
+    checks.require_no_text(names, what="frozen_after")
     names = tuple(names)  # Gone through in each step.
 
     def init(params: Params) -> OptState:
@@ -547,8 +550,8 @@ def grouped(
 
 
 def _require_apart(groups: list[Collection[str]]) -> None:
-    if texts := [names for names in groups if isinstance(names, str)]:
-        raise TypeError(f"grouped: expected names of parameters, got the text {texts[0]!r}")
+    for names in groups:
+        checks.require_no_text(names, what="grouped")
     if not all(groups):
         raise ValueError("grouped: an exception names no parameter")
     counts = Counter(name for names in groups for name in names)

@@ -586,6 +586,7 @@ def l2_regularized(
             gives; where all are, nothing does.
 
     Raises:
+        TypeError: `without` is a text.
         ValueError: `weight_decay` is negative; in a step, `without` names what is no
             parameter.
 
@@ -594,6 +595,7 @@ def l2_regularized(
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    checks.require_no_text(without, what="without")
     spared = frozenset(without)
 
     loss_fn = as_loss(loss_fn)

@@ -7,6 +7,8 @@ stays at its last value.
 import math
 from collections.abc import Callable, Sequence
 
+from samfn import checks
+
 Schedule = Callable[[int], float]
 
 
@@ -195,7 +197,7 @@ def step_decay(
     _require_positive(steps)
     if outside := [m for m in milestones if not 0 <= m <= 1]:
         raise ValueError(f"milestones are fractions of the steps, got {outside}")
-    return multi_step(peak, [math.ceil(m * steps) for m in milestones], factor)
+    return multi_step(peak, [checks.rounded_up(m, steps) for m in milestones], factor)
 
 
 def proportional(

@@ -10,7 +10,7 @@ from tests import ROOT
 
 # Files and packages, each with those below it that it may import before it.
 ORDER = {
-    "samfn": "tree nested schedules checks batches collectives orthogonal loss perturb"
+    "samfn": "tree nested checks schedules batches collectives orthogonal loss perturb"
     " methods descend modules distributed step imperative storage training measure"
     " compiled",
     "recipes": "errors roles trainers terminal plots data models settings train study"

@@ -223,7 +223,11 @@ class CompiledUpdate:
                 _import_quietly()
             random, put_back = random_state(), remembered(as_loss(self._loss_fn).function)
             for number, (plan, how) in enumerate(self._plans(state, batch)):
-                run = self._compile(plan, how, device, kind)
+                try:
+                    run = self._compile(plan, how, device, kind)
+                except OSError as error:  # There is no place for what is compiled.
+                    reason = _reason(error)
+                    break
                 found, reason = _attempt(run, plan, state, batch, *dials)
                 if found is not None:
                     self._runs[kind], self.plan = run, plan

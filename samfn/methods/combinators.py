@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Collection, Hashable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from math import nan
+from math import inf, nan
 from typing import Any, Literal
 
 import numpy
@@ -376,9 +376,9 @@ def loss_scaled(
         Micikevicius et al., 2018, arXiv:1710.03740, section 3.2; numbers as in
         `torch.amp.GradScaler`.
     """
-    if not (initial > 0 and growth >= 1 and 0 < backoff < 1):
+    if not (0 < initial < inf and growth >= 1 and 0 < backoff < 1):
         raise ValueError(
-            "expected initial > 0, growth >= 1 and 0 < backoff < 1, got"
+            "expected a finite initial > 0, growth >= 1 and 0 < backoff < 1, got"
             f" {initial}, {growth} and {backoff}"
         )
     checks.require_count("interval", interval)

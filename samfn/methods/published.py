@@ -6,7 +6,6 @@ batch, g = grad L(w), and <- is what goes to the base optimizer.
 """
 
 from functools import partial
-from math import ceil
 from typing import Literal
 
 import torch
@@ -492,4 +491,4 @@ def _losses(seen: Pass) -> Tensor:
 def _largest(values: Tensor, share: float, rows: int) -> Tensor:
     if len(values) != rows:
         raise ValueError(f"esam needs {rows} losses, one for each example: {len(values)}")
-    return values.topk(ceil(share * rows)).indices
+    return values.topk(checks.rounded_up(share, rows)).indices

@@ -127,13 +127,16 @@ def lookahead(
         last: steps in the whole run. None leaves the end to be as any other step.
 
     Raises:
-        ValueError: when told of a step before the start of any epoch.
+        ValueError: `decay` is no such share; when told of a step before the start of any
+            epoch.
 
     Source:
         Zhang et al., 2019, arXiv:1907.08610, algorithm 1. There no buffers are averaged;
         they are in github.com/KellerJordan/cifar10-airbench, whose decay grows.
     """
     checks.require_count("every", every)
+    if not callable(decay):
+        checks.require_below_one("decay", decay)
     at = decay if callable(decay) else lambda step: decay
 
     def callback(event: Event) -> None:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 import samfn
 from recipes.cifar_wrn import main
+from samfn.training import callbacks
 from tests.reference import batches, small_network
 
 MODEL = small_network()
@@ -116,6 +117,30 @@ def test_pixels_that_are_no_numbers_are_skipped_and_counted():
     assert not metrics.finite
     assert new.skipped == 1
     assert all(torch.equal(w, new.params[name]) for name, w in state.params.items())
+
+
+OPTIONS = [
+    (lambda: samfn.muon(weight_decay=-1.0), ValueError, "weight_decay must be .* got -1"),
+    (lambda: samfn.muon(weight_decay=float("nan")), ValueError, "weight_decay .* got nan"),
+    (lambda: callbacks.lookahead(2.0), ValueError, "decay must be .* below 1, got 2.0"),
+    (lambda: callbacks.lookahead(float("nan")), ValueError, "decay must be .* got nan"),
+    (
+        lambda: samfn.l2_regularized(LOSS, 0.1, without="wb"),
+        TypeError,
+        "without: expected names of parameters, got the text 'wb'",
+    ),
+    (
+        lambda: samfn.frozen_after(OPTIMIZER, 3, "0.weight"),
+        TypeError,
+        "frozen_after: expected names of parameters, got the text '0.weight'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), OPTIONS)
+def test_wrong_options_are_refused_where_they_are_given(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 LOADED = [

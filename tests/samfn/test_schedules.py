@@ -171,8 +171,14 @@ def test_multi_step_changes_at_its_milestones_and_nowhere_else(peak, steps, fact
 def test_step_decay_is_multi_step_at_shares_of_the_whole(peak, steps, shares):
     schedule = schedules.step_decay(peak, steps, shares, 0.5)
     for step in range(steps):
-        passed = sum(step >= share * steps for share in shares)
+        passed = sum(step >= round(share * steps, 9) for share in shares)
         assert schedule(step) == peak * 0.5**passed
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.07, 100), (0.55, 100), (0.28, 25)])
+def test_a_share_that_is_a_whole_number_of_steps_is_that_number(share, steps):
+    schedule = schedules.step_decay(1.0, steps, (share,), 0.5)
+    assert [schedule(step) for step in range(steps)].count(1.0) == round(share * steps)
 
 
 def test_step_decay_multiplies_at_each_milestone():

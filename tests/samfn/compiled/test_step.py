@@ -1,6 +1,9 @@
 """The compiled step gives what the eager one gives, from graphs that are made once."""
 
+import os
 import re
+import subprocess
+import sys
 from collections import UserDict
 from contextlib import nullcontext
 
@@ -328,6 +331,43 @@ def test_what_the_compiler_cannot_do_is_said_and_done_without_it(monkeypatch, tm
     with patched, pytest.warns(RuntimeWarning, match="samfn goes on uncompiled: .*"):
         got = step(state, batch, rho=torch.tensor(0.1), lr=0.1)
     assert_close(got, eager(state, batch, rho=torch.tensor(0.1), lr=0.1))
+
+
+NOWHERE = """
+import sys, warnings
+import torch, samfn
+warnings.simplefilter("ignore")
+warnings.filterwarnings("error", message="samfn goes on uncompiled")
+model = torch.nn.Linear(3, 2)
+given = {"loss_fn": samfn.supervised(model, torch.nn.functional.cross_entropy)}
+given |= {"optimizer": samfn.sgd()}
+state = samfn.init(*samfn.split(model), optimizer=given["optimizer"])
+batch = torch.randn(8, 3), torch.randint(2, (8,))
+step = samfn.compile_update(**given)
+try:
+    step(state, batch, lr=0.1)
+except RuntimeWarning as warning:
+    print(warning)
+warnings.simplefilter("ignore")
+found = step(state, batch, lr=0.1)
+expected = samfn.sam_update(state, batch, **given, lr=0.1)
+torch.testing.assert_close(found, expected, rtol=0, atol=0)
+print(step.plan)
+"""
+
+
+def test_where_nothing_can_be_written_a_step_is_taken_uncompiled(tmp_path):
+    (tmp_path / "file").touch()
+    place = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file")}
+    run = [sys.executable, "-c", NOWHERE]
+    done = subprocess.run(
+        run, env=os.environ | place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said, plan = done.stdout.splitlines()
+    assert said.startswith("samfn goes on uncompiled: ")
+    assert str(tmp_path / "file") in said
+    assert plan == "eager"
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,16 @@ def test_the_ascent_sees_its_share_of_the_batch_rounded_up(share, rows):
         samfn.sub_batch_ascent(samfn.sam(), 0)
 
 
+@pytest.mark.parametrize(("share", "rows"), [(0.07, 7), (0.55, 55)])
+def test_a_share_that_is_a_whole_number_of_rows_is_that_number(share, rows):
+    model, batch = nn.Linear(3, 2), (torch.randn(100, 3), torch.randint(2, (100,)))
+    loss_fn = samfn.supervised(model, F.cross_entropy)
+    method = samfn.sub_batch_ascent(samfn.sam(), share)
+    params, buffers = samfn.split(model)
+    seen = descent_of(method, loss_fn, params, batch, buffers=buffers)
+    assert len(seen.clean.outputs) == rows
+
+
 def scaled_training(spoilt=(), steps=6, **settings):
     """Return the states after each step; the batches of `spoilt` steps hold a nan."""
     method = samfn.loss_scaled(samfn.friendly_sam(), 1024.0, **settings)
@@ -355,7 +365,8 @@ def test_a_scaled_loss_spares_float16_its_underflow():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: samfn.loss_scaled(samfn.sam(), 0.0), "expected initial > 0"),
+        (lambda: samfn.loss_scaled(samfn.sam(), 0.0), "expected a finite initial > 0"),
+        (lambda: samfn.loss_scaled(samfn.sam(), float("inf")), "got inf"),
         (lambda: samfn.loss_scaled(samfn.sam(), growth=0.5), "growth >= 1"),
         (lambda: samfn.loss_scaled(samfn.sam(), backoff=1.0), "0 < backoff < 1"),
         (

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from samfn.batches import keyed, length_of, pair_of
 from samfn.modules.labels import Labels, Trail
 from samfn.modules.memory import address
+from samfn.modules.shares import Shares
 from samfn.tree import Batch
 
 # PyTorch's losses that are means over examples, or over entries of which each has as many.
@@ -78,24 +79,11 @@ class Reduction(NamedTuple):
     """Whether the entries are those that a mask has picked."""
 
 
-REDUCED = "reduced"
-"""A number that a sum or a mean gave."""
-COUNT = "count"
-"""One that a sum or a mean of the batch itself gave, as of a mask, or of what is whole."""
-INVERSE = "inverse"
-"""One over such a count."""
-PICKED = "picked"
-"""What is made of a mean over what a mask picks."""
-SHARE = "share"
-"""What is made of a sum over such a count."""
-
 ATEN = torch.ops.aten
 KERNELS = ATEN.nll_loss_forward.default, ATEN.nll_loss2d_forward.default
 SUMS = ATEN.sum.default, ATEN.sum.dim_IntList, ATEN.nansum.default
 MEANS = ATEN.mean.default, ATEN.mean.dim
 WHOLE = torch.int64, torch.int32
-BY = {ATEN.div.Tensor: COUNT, ATEN.mul.Tensor: INVERSE}
-"""What a sum is divided by, or multiplied with, to be a mean over a count."""
 BY_NUMBERS = ATEN.index.Tensor, ATEN.index_select.default
 
 
@@ -107,10 +95,6 @@ class Reductions:
     """
 
     def __init__(self, batch: Batch) -> None:
-        leaves = [x for x in pytree.tree_leaves(keyed(batch)) if isinstance(x, Tensor)]
-        self._of_batch = {address(x): x for x in leaves}  # They are kept: see below.
-        self._facts: dict[int | None, tuple[Tensor, set[str]]] = {}
-        self._sizes: set[int] = set()  # Of what a mask of examples picked, and is summed.
         self.of_classes: list[OfClasses] = []
         """The losses of classes among them."""
         self.numbers: set[float] = set()
@@ -119,7 +103,7 @@ class Reductions:
         # They are kept, and so their memory; and whether a mask of examples picked them.
         self._picked: dict[int | None, tuple[Tensor, bool]] = {}
         self._places: dict[int | None, Tensor] = {}  # That a mask is true at.
-        self._trail = Trail(batch)
+        self._trail, self._shares = Trail(batch), Shares(batch)
 
     def note(self, operation: Any, args: Sequence[Any], result: Any) -> None:
         """Look at an operation, and what it gave."""
@@ -133,16 +117,17 @@ class Reductions:
         self._trail.note(operation, named, result)
         reduction = named.get("reduction")
         summed = operation in SUMS or (bool(args) and reduction == 2)
-        found = None
         if summed or operation in MEANS or (bool(args) and reduction == 1):
             value = result[0] if isinstance(result, tuple) else result
             picked = self.is_picked(named.get("target", args[0])) or (
                 self.is_picked(args[0], of_examples=True)
             )
-            found = Reduction(value, summed, args[0].numel(), picked)
-            self._all.append(found)
-        if isinstance(result, Tensor):
-            self._note_shares(operation, args, result, found)
+            self._all.append(Reduction(value, summed, args[0].numel(), picked))
+            self._shares.reduce(args[0], value, by_mask=picked and not summed)
+            if summed and self.is_picked(args[0], of_examples=True):
+                self._shares.pick(args[0])
+        elif isinstance(result, Tensor):
+            self._shares.note(operation, args, result)
 
     def _note_classes(self, named: Mapping[str, Any]) -> None:
         target, ignored = named["target"], named["ignore_index"]
@@ -185,50 +170,14 @@ class Reductions:
         others = [x for x in tensors if x.shape == result.shape and not self.is_picked(x)]
         return [] if others or operation._schema.is_mutable else rows
 
-    def _note_shares(
-        self, operation: Any, args: Sequence[Any], result: Tensor, found: Reduction | None
-    ) -> None:
-        """Follow the numbers that sums and means give, to quotients of two of them."""
-        given = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        facts = set[str]().union(*map(self._facts_of, given))
-        if found:
-            facts = (facts & {PICKED, SHARE}) | {REDUCED}
-            facts |= {COUNT} if self._is_of_batch(args[0]) else set()
-            facts |= {PICKED} if found.picked and not found.summed else set()
-            if found.summed and self.is_picked(args[0], of_examples=True):
-                self._sizes |= {args[0].numel(), len(args[0])}
-        elif operation is ATEN.reciprocal.default and COUNT in facts:
-            facts |= {INVERSE}
-        elif operation in BY and self._is_share(args[0], args[1], BY[operation]):
-            facts |= {SHARE}
-        elif given and all(map(self._is_of_batch, given)):
-            self._of_batch[address(result)] = result
-        if facts and (found or result.numel() == 1):
-            self._facts[address(result)] = result, facts
-
-    def _is_share(self, one: Any, other: Any, fact: str) -> bool:
-        """Return whether a quotient or product of two numbers is a sum over a count."""
-        if REDUCED not in self._facts_of(one):
-            return False
-        if isinstance(other, Tensor):
-            return fact in self._facts_of(other)
-        return fact == COUNT and other in self._sizes
-
-    def _facts_of(self, given: Any) -> set[str]:
-        own = address(given) if isinstance(given, Tensor) else None
-        return self._facts[own][1] if own in self._facts else set()
-
-    def _is_of_batch(self, given: Tensor) -> bool:
-        """Return whether it is made of the batch alone, or whole numbers, or of a mask."""
-        return not given.is_floating_point() or address(given) in self._of_batch
-
     def is_part(self, loss: Tensor) -> bool:
         """Return whether a loss is made of a mean over what a mask picks, or counts.
 
         Beside losses of classes, quotients are theirs, as where labels are smoothed.
         """
-        facts = self._facts_of(loss)
-        return PICKED in facts or (SHARE in facts and not self.of_classes)
+        return self._shares.are_by_mask(loss) or (
+            self._shares.are_by_count(loss) and not self.of_classes
+        )
 
     def _note_numbers(self, operation: Any, args: Sequence[Any], result: Any) -> None:
         if not isinstance(result, Tensor) or result.dtype not in WHOLE:

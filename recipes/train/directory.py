@@ -104,6 +104,7 @@ class RunDirectory:
             OSError: it cannot be written; it will be with the next one.
         """
         self._unwritten.append(row)
+        files.require_held(self.path)
         lines = "".join(f"{json.dumps(row)}\n" for row in self._unwritten)
         with self.metrics.open("ab+", buffering=0) as file:
             files.require_regular(file)

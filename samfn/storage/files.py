@@ -30,6 +30,10 @@ KINDS = {
 }
 
 
+_HELD: dict[str, tuple[int, int]] = {}
+"""Directories that this process holds, and how the kernel knows their lock files."""
+
+
 class InUseError(OSError):
     """Another process holds the directory."""
 
@@ -48,10 +52,12 @@ def replacing(path: Path, need: int = 0) -> Iterator[Path]:
         need: bytes that are to be written.
 
     Raises:
+        FileNotFoundError: as `require_held`.
         OSError: less than `need` is free, a call of the system failed, or another process
             swept the directory. `path` is what it was, or, if only its directory could not
             be synced, what it is to be; and nothing is left beside it.
     """
+    require_held(path)
     free = shutil.disk_usage(path.parent).free
     if free < need + MARGIN:
         raise OSError(
@@ -152,7 +158,13 @@ def _require_regular(path: str | os.PathLike[str], mode: int) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, to stay even if the power fails."""
+    """Make a directory and those above it, to stay even if the power fails.
+
+    Raises:
+        FileNotFoundError: as `require_held`.
+        OSError: it cannot be made.
+    """
+    require_held(path)
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in made:
@@ -165,8 +177,9 @@ def put_aside(path: Path, ending: str) -> Path:
     What has that name already keeps it, and the new name ends in a number.
 
     Raises:
-        OSError: it cannot be renamed, or is not there any more.
+        OSError: it cannot be renamed, or is not there any more; and as `require_held`.
     """
+    require_held(path)
     named = path.with_name(f"{path.name}.{ending}")
     aside = free_name(named, named)
     path.rename(aside)
@@ -198,7 +211,12 @@ def _is_part(name: str, folder: Path) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Delete a file, or a directory, which is gone at once; `sweep` takes what is left."""
+    """Delete a file, or a directory, which is gone at once; `sweep` takes what is left.
+
+    Raises:
+        OSError: it cannot be deleted; and as `require_held`.
+    """
+    require_held(path)
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -216,6 +234,9 @@ def held(
 ) -> Iterator[None]:
     """Keep other processes from holding a directory; the kernel frees what a dead one held.
 
+    It is the directory that is held, and not its name: where another one has taken this,
+    samfn writes nothing there, and raises a FileNotFoundError.
+
     Args:
         directory: made if it is not there; a file named ".samfn.lock" stays in it.
         wait: until nobody else holds it.
@@ -225,15 +246,42 @@ def held(
         InUseError: another process holds it, and `wait` is False; says which.
         OSError: no file can be made there, or that file is none of samfn's own.
     """
-    with locked(Path(directory, LOCK), str(directory), wait=wait, tell=tell):
-        yield
+    name = os.path.abspath(directory)
+    with locked(Path(directory, LOCK), str(directory), wait=wait, tell=tell) as identity:
+        _HELD[name] = identity
+        try:
+            yield
+        finally:
+            _HELD.pop(name, None)
+
+
+def require_held(path: str | os.PathLike[str]) -> None:
+    """Raise unless the directories of a path that this process holds have their names yet.
+
+    Raises:
+        FileNotFoundError: one was deleted or moved, whatever has its name now.
+    """
+    whole = Path(os.path.abspath(path))
+    for folder in (whole, *whole.parents):
+        if (identity := _HELD.get(str(folder))) is None:
+            continue
+        if _identity((folder / LOCK).stat()) != identity:
+            reason = f"{os.strerror(errno.ENOENT)} any more, but another of this name"
+            raise FileNotFoundError(errno.ENOENT, reason, str(folder))
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 @contextmanager
 def locked(
     path: Path, what: str, *, wait: bool, tell: Callable[[str], None]
-) -> Iterator[None]:
-    """Hold a lock file, which stays; as `held`, for what is called `what` in messages."""
+) -> Iterator[tuple[int, int]]:
+    """Hold a lock file, which stays; as `held`, for what is called `what` in messages.
+
+    Yields its device and inode.
+    """
     import filelock  # Only who locks needs it, and it takes a while.
 
     lock = filelock.FileLock(path)
@@ -245,8 +293,7 @@ def locked(
         tell(f"waiting for {what}, which process {_holder(path)} holds")
         lock.acquire()
     try:
-        _write_holder(path)
-        yield
+        yield _write_holder(path)
     finally:
         lock.release()
 
@@ -283,8 +330,12 @@ def _runs(number: str) -> bool:
     return True
 
 
-def _write_holder(path: Path) -> None:
-    """Say in a lock file which process holds it, unless it is another file's name too."""
+def _write_holder(path: Path) -> tuple[int, int]:
+    """Say in a lock file which process holds it, unless it is another file's name too.
+
+    Returns:
+        Its device and inode.
+    """
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     handle = os.open(path, os.O_WRONLY | flags)
     try:
@@ -294,6 +345,7 @@ def _write_holder(path: Path) -> None:
             raise OSError(errno.EMLINK, reason, os.fspath(path))
         os.ftruncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
+        return _identity(found)
     finally:
         os.close(handle)
 

@@ -97,6 +97,7 @@ class _Writer(StorageWriter):
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         place = self._path.parent
+        files.require_held(place)
         self._folder = Path(tempfile.mkdtemp(prefix=files.TEMPORARY, dir=place))
         mark = self._folder.name.removeprefix(files.TEMPORARY)
         new = self._folder / mark  # with the permissions that the user wants

@@ -70,6 +70,19 @@ def test_where_the_directory_is_gone_no_checkpoint_is_called_whole(tmp_path, cap
     assert "are whole" not in said
 
 
+def test_a_held_directory_that_is_gone_is_not_made_anew(tmp_path, capsys):
+    def body(display, signals):
+        with samfn.held(tmp_path / "run"):
+            shutil.rmtree(tmp_path / "run")
+            samfn.Checkpoints(tmp_path / "run" / "checkpoints").save(state)
+
+    state = samfn.init({"w": torch.ones(2)}, {}, optimizer=samfn.sgd())
+    assert cli.run(body) == 5
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("was it deleted, or moved?")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_that_nobody_reads_to_its_end_ends_quietly(command):
     assert ended("-m", command, "--help", out="pipe") == (0, "")

@@ -29,6 +29,15 @@ def test_settings_are_written(tmp_path):
     assert Config.of(read_toml(tmp_path / "run" / "config.toml")) == Config(preset="none")
 
 
+def test_no_epoch_is_added_to_another_run_of_that_name(tmp_path):
+    with RunDirectory.create(tmp_path / "run", Config()) as run:
+        run.path.rename(tmp_path / "moved")
+        filled(tmp_path / "other").path.rename(run.path)
+        with pytest.raises(FileNotFoundError, match="another of this name"):
+            run.append({"epoch": 4})
+        assert RunDirectory(run.path).rows() == rows(3)
+
+
 def test_a_line_that_was_cut_off_is_no_epoch(tmp_path):
     run = filled(tmp_path / "run")
     run.metrics.write_text(run.metrics.read_text()[:-5])

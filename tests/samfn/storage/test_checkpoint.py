@@ -772,6 +772,22 @@ def test_two_that_save_into_one_directory_are_told_what_keeps_others_out(
     record_property("trials", len(lines))
 
 
+def test_checkpoints_of_another_run_in_the_place_of_a_held_one_stay(tmp_path):
+    place = tmp_path / "run"
+    checkpoints = samfn.Checkpoints(place / "checkpoints")
+    with samfn.held(place):
+        checkpoints.save(counted(1))
+        place.rename(tmp_path / "moved")
+        with samfn.held(tmp_path / "other"):
+            others = samfn.Checkpoints(tmp_path / "other" / "checkpoints")
+            others.save(counted(7))
+        (tmp_path / "other").rename(place)
+        with pytest.raises(samfn.CheckpointWriteError, match="another of this name"):
+            checkpoints.save(counted(2))
+    found = [path.name for path in samfn.Checkpoints(place / "checkpoints").paths()]
+    assert found == ["step_000000007.safetensors"]
+
+
 def test_a_checkpoint_of_somebody_else_is_told_at_the_next_save(tmp_path):
     said = []
     checkpoints = samfn.Checkpoints(tmp_path, keep_last=3, warn=said.append)

@@ -155,6 +155,36 @@ def test_a_holder_that_has_not_written_its_number_yet_is_named(tmp_path, before)
         late.join()
 
 
+CHANGES = {
+    "replacing": lambda path: write(path, "new"),
+    "make_directory": lambda path: files.make_directory(path.with_name("made")),
+    "put_aside": lambda path: files.put_aside(path, "superseded"),
+    "discard": files.discard,
+}
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_directory_is_held_and_not_its_name(tmp_path, monkeypatch, change, replaced):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run" / "file"
+    with held("run"):
+        write(path, "old")
+        path.parent.rename("moved")
+        if replaced:
+            with holding(path.parent):
+                path.write_text("of others")
+        with pytest.raises(FileNotFoundError, match="No such file or directory"):
+            CHANGES[change](path)
+    assert path.parent.exists() == replaced
+    if replaced:
+        assert path.read_text() == "of others"
+        assert {found.name for found in path.parent.iterdir()} == {"file", files.LOCK}
+    write(tmp_path / "file", "new")  # Nothing else was held, and now nothing is.
+    files.make_directory(path.parent)
+    write(path, "new")
+
+
 def test_a_directory_where_no_file_can_be_made_cannot_be_held(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"), held(tmp_path / "file" / "directory"):

@@ -11,7 +11,7 @@ from recipes.errors import ConfigError
 from recipes.roles import flag
 from recipes.settings.config import SETTINGS, Config
 from recipes.settings.presets import preset_of
-from recipes.settings.saved import CONFIG_FILE, read_toml
+from recipes.settings.saved import CONFIG_FILE, read_toml, without_minus
 from recipes.terminal import cli
 
 PROGRAM = "python -m recipes.cifar_wrn"
@@ -49,7 +49,7 @@ def parse(
     flat = (tyro.conf.OmitArgPrefixes,)
     options = {"prog": program, "args": args, "default": default, "config": flat}
     values = cli.parsed(Config, **options).flat()
-    flags = {name: values[name] for name in _named(args)}
+    flags = {name: without_minus(values[name]) for name in _named(args)}
     for name, value in flags.items():
         if "\0" in str(value):
             raise ConfigError(

@@ -93,6 +93,16 @@ def run_of(path: Path) -> Path:
     return folder.parent
 
 
+def without_minus(value: Any) -> Any:
+    """Return what a setting has, but 0 in place of -0, which is another text.
+
+    Two runs are compared by their texts.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(without_minus, value))
+    return value + 0.0 if isinstance(value, float) else value
+
+
 def _typed(path: Path, key: str, value: Any) -> Any:
     """Return the value of a TOML key as its field wants it."""
     expected = SETTINGS[key].kind
@@ -119,6 +129,13 @@ def _as(kind: Any, value: Any) -> Any:
     fits = type(value) in ((int, float) if kind is float else (kind,))
     if not fits and value not in (get_args(kind) if get_origin(kind) is Literal else ()):
         raise TypeError
+    return _real(value) if kind is float else value
+
+
+def _real(value: Any) -> Any:
+    """Return a number as a float; one that no float holds stays, and no range has it."""
+    with contextlib.suppress(OverflowError):
+        return without_minus(float(value))
     return value
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from recipes.errors import ConfigError
 from recipes.roles import EXACT, KEPT, Role
 from recipes.settings import resolve
+from recipes.settings.command_line import parse
 from recipes.settings.config import SETTINGS, Config, differing, of_roles, plain_values
 from recipes.settings.presets import FAST, PRESETS
 from recipes.settings.resolve import choose_device, configure, require_same_settings
@@ -398,6 +399,16 @@ def test_settings_of_one_call_are_not_written(tmp_path):
         to_toml(Config().replace(output=tmp_path, resume=tmp_path, dry_run=True))
     )
     assert Config.of(read_toml(path)) == Config(preset="none")
+
+
+def test_equal_numbers_are_one_text_however_they_are_written(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("rho = 0\nlr = 1\nbetas = [0, 0.99]\nema_decay = -0.0\n")
+    expected = {"rho": 0.0, "lr": 1.0, "betas": (0.0, 0.99), "ema_decay": 0.0}
+    assert repr(read_toml(file)) == repr(expected)
+    flags = ["--rho", "-0.0", "--lr", "1", "--betas", "-0.0", "0.99", "--ema-decay", "-0.0"]
+    values = parse(flags).values
+    assert repr({name: values[name] for name in expected}) == repr(expected)
 
 
 def test_a_file_is_checked_with_the_flags_that_complete_it(tmp_path):

@@ -170,7 +170,7 @@ def train_and_report(
         best = _export(task, directory, state, display)
         facts = summarise(task, directory, best, seconds, program)
         if task.config.average.average_best is not None:
-            facts |= _average(task, directory, checkpoints, state)
+            facts |= _average(task, directory, checkpoints, state, display)
         display.facts("done", facts)
     return 0
 
@@ -290,10 +290,18 @@ def _export(
     if task.config.recording.export:
         inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
         samfn.export_program(directory.program, *trained, inputs)
-    elif os.path.lexists(directory.program):
-        aside = files.put_aside(directory.program, "superseded")
-        display.warn(f"without --export: {directory.program} of before is {aside.name} now")
+    else:
+        _supersede(directory.program, "--export", display)
+    if task.config.average.average_best is None:
+        _supersede(directory.average, "--average-best", display)
     return best.row
+
+
+def _supersede(path: Path, wanted: str, display: Display) -> None:
+    """Set aside what would stand beside a model of which it is not."""
+    if os.path.lexists(path):
+        aside = files.put_aside(path, "superseded")
+        display.warn(f"without {wanted}: {path} of before is {aside.name} now")
 
 
 def _average(
@@ -301,17 +309,35 @@ def _average(
     directory: RunDirectory,
     checkpoints: samfn.Checkpoints,
     like: samfn.TrainState,
+    display: Display,
 ) -> dict[str, str]:
     """Write the average of the best epochs' models; return what is said of it."""
     try:
         state, epochs = mean_of_best(task, checkpoints, like)
     except (OSError, ValueError, ConfigError) as error:  # They were whole when written.
         raise samfn.CheckpointWriteError(f"cannot average: {error}") from error
+    _tell_lacking(task, directory, epochs, display)
     samfn.export_weights(directory.average, task.model, state.params, state.buffers)
     loss, accuracy = evaluate(task, state, task.test, alone=True)
     listed = ", ".join(map(str, sorted(epochs)))
     text = f"test accuracy {accuracy:.2f} %, loss {loss:.4f}, of epochs {listed}"
     return {"average": text, "its model": str(directory.average)}
+
+
+def _tell_lacking(
+    task: Task, directory: RunDirectory, averaged: Sequence[int], display: Display
+) -> None:
+    """Warn unless the epochs that are averaged are the best, and as many as are wanted."""
+    count = task.config.average.average_best or 0
+    by = recorded.column(task.config, recorded.chosen_by(task.config))
+    rows = [row for row in _rows(task, directory) if by in row]
+    best = sorted(rows, key=lambda row: (-row[by], row["epoch"]))[:count]
+    left = {row["epoch"] for row in best} & {*averaged}
+    if len(left) < count:
+        display.warn(
+            f"--average-best {count}: only {len(left)} of the {count} best epochs have a"
+            f" checkpoint; the average is of {len(averaged)} epochs"
+        )
 
 
 def name(config: Config) -> str:

@@ -214,3 +214,18 @@ def test_a_file_of_a_run_says_nothing_of_a_number_that_is_text(study, capsys):
     (study / "sgd-seed0" / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert again(study) == 0
     assert "is not what checkpoints say of epochs 2, 3; they count" in said(capsys)
+
+
+def test_an_average_says_what_it_lacks_and_stays_beside_no_other_model(runs, capsys):
+    (run, _), average = runs, runs[0] / "average.safetensors"
+    for count, left, told in (("2", 2, False), ("5", 2, True), ("2", 1, True)):
+        if left == 1:
+            RunDirectory(run).checkpoints().paths()[0].unlink()
+        assert train(["--resume", str(run), "--average-best", count]) == 0
+        text = f"only {left} of the {count} best epochs have a checkpoint"
+        assert (f"--average-best {count}: {text}" in said(capsys)) == told
+    before = average.read_bytes()
+    assert train(["--resume", str(run), "--average-best", "None"]) == 0
+    assert "without --average-best" in said(capsys)
+    assert not average.exists()
+    assert (run / "average.safetensors.superseded").read_bytes() == before

@@ -277,10 +277,15 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
                 "--output: expected a new or empty directory, or that of such a run, got"
                 f" {run.path}, which holds {found[0]}"
             )
-        else:
-            with files.replacing(file) as temporary:
-                temporary.write_text(tomli_w.dumps(values), **AS_TOML)
         yield run
+
+
+def occupy(run: RunDirectory, settings: Settings) -> None:
+    """Write the settings of a new run: from then on the directory is that of no other."""
+    file = run.path / SETTINGS
+    if not file.exists():
+        with files.replacing(file) as temporary:
+            temporary.write_text(tomli_w.dumps(plain(settings)), **AS_TOML)
 
 
 def new_name(settings: Settings) -> Path:
@@ -311,7 +316,10 @@ def plain(settings: Settings) -> dict[str, Any]:
 def assemble(
     settings: Settings, run: RunDirectory, display: Display
 ) -> tuple[Task, samfn.TrainState]:
-    """Make of settings all that training needs; train the tiny model, if it is that."""
+    """Make of settings all that training needs; train the tiny model, if it is that.
+
+    The settings are written when nothing that was asked for can be refused any more.
+    """
     is_tiny = settings.model == TINY
     tokenize = text.Bytes() if is_tiny else language.tokenizer(settings.model)
     content = text.source_code() if settings.text is None else text.read(settings.text)
@@ -322,10 +330,14 @@ def assemble(
             f"--batch-size: expected at most the {len(data.train)} sequences, got"
             f" {settings.batch_size}"
         )
-    base = str(from_scratch(run, display)) if is_tiny else settings.model
+    base = settings.model
+    if is_tiny:
+        language.require_readable(language.tiny(), *data)
+        occupy(run, settings)
+        base = str(from_scratch(run, display))
     torch.manual_seed(seed(settings.seed, "adapters"))
     original = language.load(base)
-    language.require_readable(original, data.train, data.test)
+    language.require_readable(original, *data)
     model, pairs, scale = language.adapted(original, settings.rank)
     optimizer, method = samfn.adamw(weight_decay=0.0), samfn.sam()
     steps = settings.epochs * steps_per_epoch
@@ -344,6 +356,7 @@ def assemble(
     given: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
     state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
     update, lr = partial(samfn.sam_update, **given), schedules.cosine(settings.lr, steps)
+    occupy(run, settings)
     return Task(settings, model, data, loss_fn, update, rho, lr, steps_per_epoch), state
 
 

@@ -17,7 +17,7 @@ from recipes.terminal.console import Display
 from recipes.terminal.signals import Signals
 from samfn.loss import Pass
 from samfn.methods.base import Point
-from samfn.storage import tensorfile
+from samfn.storage import files, tensorfile
 from samfn.training.loop import Step
 
 peft = pytest.importorskip("peft")
@@ -126,6 +126,24 @@ def test_a_run_goes_on_with_no_other_text_than_it_was_begun_with(tmp_path, capsy
     assert main(flags) == errors.WRONG_INPUT
     told = " ".join(capsys.readouterr().err.split())
     assert "--text: the run was begun with other tokens" in told
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--text", "absent.txt"),
+        ("--length", "1500"),
+        ("--length", "10000"),
+        ("--batch-size", "99"),
+        ("--model", "./absent"),
+    ],
+)
+def test_a_run_that_is_refused_occupies_no_directory(tmp_path, wrong):
+    run = tmp_path / "run"
+    assert main([*FLAGS, *wrong, "--output", str(run)]) == errors.WRONG_INPUT
+    assert [path.name for path in run.iterdir()] == [files.LOCK]
+    with finetune_text.opened(Settings(output=run)):
+        pass
 
 
 @pytest.fixture

@@ -129,7 +129,10 @@ class Group(Options):
         cls.role, cls.choice = role, choice
 
     def unread(self) -> Iterator[Rule]:
-        """Yield that no field is given which the value of `choice` does not read."""
+        """Yield that nothing is given which the other values leave unread.
+
+        Those are, of all groups, fields that the value of `choice` does not read.
+        """
         for field in dataclasses.fields(cast(Any, self)):
             if readers := field.metadata.get("readers"):
                 read = getattr(self, self.choice) in readers

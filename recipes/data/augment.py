@@ -48,8 +48,9 @@ class Augmentation(Group, role=Role.RESULT):
     """Alpha of CutMix: a rectangle of another image is pasted into each training image, and
     the labels are mixed by area. 0 is off. With both on, each batch has one of them."""
 
-    def relations(self) -> Iterator[Rule]:
-        """Yield what holds of several values together."""
+    def unread(self) -> Iterator[Rule]:
+        """Yield that nothing is given which the other values leave unread."""
+        yield from super().unread()
         yield "alternate_flip", self.flip or not self.alternate_flip, "--flip with it"
         shifts = self.crop_padding > 0 or self.padding == "zeros"
         yield "padding", shifts, "--crop-padding with it"

@@ -60,8 +60,9 @@ class Images(Group, role=Role.FIXED):
     allow_modified_data: bool = setting(False, role=Role.FREE)
     """Use of CIFAR's files even if they are not the published ones."""
 
-    def relations(self) -> Iterator[Rule]:
-        """Yield what holds of several values together."""
+    def unread(self) -> Iterator[Rule]:
+        """Yield that nothing is given which the other values leave unread."""
+        yield from super().unread()
         holds = self.validation > 0 or not self.noisy_validation
         yield "noisy_validation", holds, "--validation above 0 with it"
 

@@ -47,8 +47,9 @@ class Network(Group, role=Role.FIXED):
     """Epochs after which the bias of airbench's whitening layer stays as it is. None is
     never."""
 
-    def relations(self) -> Iterator[Rule]:
-        """Yield what holds of several values together."""
+    def unread(self) -> Iterator[Rule]:
+        """Yield that nothing is given which the other values leave unread."""
+        yield from super().unread()
         yield "freeze", self.weights != "none" or not self.freeze, "--weights with it"
 
 

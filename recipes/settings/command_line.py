@@ -9,7 +9,7 @@ import tyro
 
 from recipes.errors import ConfigError
 from recipes.roles import flag
-from recipes.settings.config import SETTINGS, Config
+from recipes.settings.config import SETTINGS, Config, over
 from recipes.settings.presets import preset_of
 from recipes.settings.saved import CONFIG_FILE, read_toml, without_minus
 from recipes.terminal import cli
@@ -21,7 +21,8 @@ class Asked(NamedTuple):
     """The request of a command, in which "auto" is not resolved yet."""
 
     values: dict[str, Any]
-    """Settings that were given: those of a TOML file, and over them those of flags."""
+    """Settings that were given: those of a TOML file, and over them those of flags.
+    What of the file these leave unread is left out."""
     preset: str
     """Preset of the other settings. "auto" depends on the images."""
     run: Path | None
@@ -56,7 +57,7 @@ def parse(
                 f"{flag(name)}: expected a text without NUL, got {str(value)!r}"
             )
     run = _to_resume(flags, base)
-    given = (read_toml(flags["config"]) if flags.get("config") else {}) | flags
+    given = over(read_toml(flags["config"]) if flags.get("config") else {}, flags)
     preset = given.get("preset", base)
     preset_of(preset)
     return Asked(given, preset, run)

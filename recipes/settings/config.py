@@ -140,20 +140,33 @@ class Config(Group, role=Role.RESULT):
         marks = (0, *(rates.milestones or ()), self.epochs)
         rising = all(a < b for a, b in pairwise(marks))
         yield "milestones", rising, "rising epochs from 1 on, below --epochs, or None"
-        yield "ema_start", 0 <= average.ema_start <= self.epochs, "0 to all epochs"
+        begins = 0 <= average.ema_start < self.epochs
+        yield "ema_start", begins, "0 to below all epochs"
+        copies = (average.ema_copy or 0) <= self.epochs
+        yield "ema_copy", copies, "at most all epochs, or None"
         yield "eval_only", bool(self.resume) or not self.call.eval_only, "--resume with it"
-        how, averages = self.selection, average.ema_decay is not None
+        how = self.selection
         perturbs = self.rho > 0 and self.perturbation.sam_last == 1
         steep = how.select != "sharpness" or perturbs
         yield "select", steep, "--rho above 0, and --sam-last 1, with it"
-        averaged = how.select_with == "weights" or averages
-        yield "select_with", averaged, "--ema-decay with it"
         whole = average.lookahead is None or how.select == "all"
         yield "lookahead", whole, "--select all with it"
-        wide, network = networks.is_wide(self.model), self.network
-        known = network.weights != "default" or networks.is_published(self.model)
+        published = networks.is_published(self.model)
+        known = self.network.weights != "default" or published
         yield "weights", known, "none or a file, but for torchvision's networks"
+
+    def unread(self) -> Iterator[Rule]:
+        """Yield that nothing is given which other groups leave unread."""
+        yield from super().unread()
+        averages = self.average.ema_decay is not None
+        averaged = self.selection.select_with == "weights" or averages
+        yield "select_with", averaged, "--ema-decay with it"
+        network, wide = self.network, networks.is_wide(self.model)
         fast = networks.is_airbench(self.model)
+        # Some of torchvision's networks have a dropout of their own.
+        drops = network.dropout > 0 or not (wide or fast)
+        masks = drops or not self.perturbation.same_dropout
+        yield "same_dropout", masks, "--dropout above 0 with it"
         for kind, has, names in (
             ("wrn-<depth>-<width>", wide, ("layout", "zero_head", "dropout")),
             ("airbench94, 95 or 96", fast, ("widths", "whitening_epochs")),
@@ -161,6 +174,20 @@ class Config(Group, role=Role.RESULT):
             for name in names:
                 plain = getattr(network, name) == getattr(Network, name)
                 yield name, has or plain, f"--model {kind} with it"
+
+
+def over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is given over other settings, without what of these it leaves unread.
+
+    What these did not read themselves stays, for `validate` to name.
+    """
+    left = _unread({**base, **given}) - _unread(base)
+    return {**{n: v for n, v in base.items() if n not in left}, **given}
+
+
+def _unread(values: Mapping[str, Any]) -> set[str]:
+    rules = (rule for group in Config.of(values).groups() for rule in group.unread())
+    return {name for name, is_read, _ in rules if not is_read}
 
 
 class Setting(NamedTuple):
@@ -248,7 +275,9 @@ def changes(
 
 
 def validate(config: Config) -> None:
-    """Raise unless every value is in its range, and has an effect.
+    """Raise unless every value is in its range, and one that is given is read.
+
+    Not all that is read has an effect: studies let rho be 0 beside what shapes it.
 
     Raises:
         ConfigError: names the flag, what was expected and what came.

@@ -46,8 +46,9 @@ class Perturbation(Group, role=Role.RESULT):
     same_dropout: bool = False
     """One dropout mask for both passes of a step."""
 
-    def relations(self) -> Iterator[Rule]:
-        """Yield what holds of several values together."""
+    def unread(self) -> Iterator[Rule]:
+        """Yield that nothing is given which the other values leave unread."""
+        yield from super().unread()
         moves = self.rho_schedule != "constant" or self.rho_final == 0
         yield "rho_final", moves, "--rho-schedule linear or proportional with it"
 
@@ -84,9 +85,13 @@ class Descent(Group, role=Role.RESULT, choice="optimizer"):
 
     def relations(self) -> Iterator[Rule]:
         """Yield what holds of several values together."""
-        yield "nesterov", self.momentum > 0 or not self.nesterov, "momentum with it"
         apart = self.norm_bias_lr == 1 or not self.decay_in_loss
         yield "norm_bias_lr", apart, "1 with --decay-in-loss"
+
+    def unread(self) -> Iterator[Rule]:
+        """Yield that nothing is given which the other values leave unread."""
+        yield from super().unread()
+        yield "nesterov", self.momentum > 0 or not self.nesterov, "momentum with it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +159,9 @@ class Average(Group, role=Role.RESULT):
     """Number of best epochs whose weights are averaged at the end, with statistics of
     BatchNorm of their own, into average.safetensors. None is off."""
 
-    def relations(self) -> Iterator[Rule]:
-        """Yield what holds of several values together."""
+    def unread(self) -> Iterator[Rule]:
+        """Yield that nothing is given which the other values leave unread."""
+        yield from super().unread()
         for name in ("ema_start", "ema_copy"):
             averages = self.ema_decay is not None or not getattr(self, name)
             yield name, averages, "--ema-decay with it"

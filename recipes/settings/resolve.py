@@ -23,6 +23,7 @@ from recipes.settings.config import (
     SETTINGS,
     Config,
     changes,
+    over,
     plain_values,
     require_model,
     validate,
@@ -96,7 +97,7 @@ def _completed(asked: Asked, device: torch.device, source: Source) -> Config:
     preset = asked.preset
     if preset == "auto":
         preset = _suitable(asked.values.get("model"), device, source)
-    values = _over(PRESETS[preset], asked.values)
+    values = over(PRESETS[preset], asked.values)
     config = Config.of(values)
     published = networks.is_published(config.model)
     if preset == "finetune" and source == "folder" and published:
@@ -129,20 +130,13 @@ def _suitable(model: str | None, device: torch.device, source: Source) -> str:
     return "small" if model is None and source != "folder" else "small-wrn"
 
 
-def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is given over a preset, without what of it these leave unread."""
-    groups = Config.of({**preset, **given}).groups()
-    unread = {n for group in groups for n, is_read, _ in group.unread() if not is_read}
-    return {**{n: v for n, v in preset.items() if n not in unread}, **given}
-
-
 def _resumed(asked: Asked, run: Path) -> Config:
     """Return the settings of a run, which flags may repeat, and some of them change."""
     values, given = of_file(run), asked.values
     before = Config.of(values)
     if given.get("auto_resume"):  # Its command repeats all that it said at first.
-        given = _over(preset_of(asked.preset), given)
-    config = Config.of(values | given)
+        given = over(preset_of(asked.preset), given)
+    config = Config.of(over(values, given))
     unresolved = _unresolved(config)
     resolved = {n: value for n, value in before.flat().items() if n in unresolved}
     resolved |= {"resume": run, "weights": _absolute(config.network.weights)}

@@ -15,7 +15,7 @@ import samfn
 from recipes import errors
 from recipes.errors import ConfigError
 from recipes.settings.command_line import PROGRAM
-from recipes.settings.config import Config
+from recipes.settings.config import Config, validate
 from recipes.settings.groups import DTYPES
 from recipes.settings.presets import FAST
 from recipes.settings.resolve import configure
@@ -455,8 +455,6 @@ def summarise(
     if not rows:  # Someone took the log away.
         return {"files": str(directory.path), "model": str(directory.weights)}
     best = best if {by, test} <= best.keys() else max(rows, key=lambda row: row[by])
-    plain = f"plain {BASES[config.descent.optimizer]}"
-    other, compared = ("0", plain) if config.rho else ("0.05", "SAM")
     where, again = quoted(directory.path), quoted(directory.path / CONFIG_FILE)
     counted = [row for row in rows if "step" in row]
     spared = (
@@ -476,6 +474,20 @@ def summarise(
         "files": str(directory.path),
         "model": str(directory.weights),
         "picture": str(directory.curves),
-        f"try {compared}": f"{program} --config {again} --rho {other}",
+        **_counterpart(config, f"{program} --config {again}"),
         "evaluate": f"{program} --eval-only --resume {where}",
     }
+
+
+def _counterpart(config: Config, again: str) -> dict[str, str]:
+    """Return the command of the same run with SAM or without, unless it would be refused.
+
+    `again` is that of this run.
+    """
+    plain = f"plain {BASES[config.descent.optimizer]}"
+    rho, what = (0.0, plain) if config.rho else (0.05, "SAM")
+    try:
+        validate(config.replace(rho=rho))
+    except ConfigError:
+        return {}
+    return {f"try {what}": f"{again} --rho {rho:g}"}

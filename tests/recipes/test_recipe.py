@@ -114,6 +114,18 @@ def test_the_checkpoint_of_the_best_epoch_evaluates_to_what_was_recorded(tmp_pat
     assert said in capsys.readouterr().out
 
 
+def test_no_command_is_suggested_that_would_be_refused(tmp_path, capsys):
+    flags, run = ["--epochs", "1", "--batch-size", "256"], tmp_path / "run"
+    assert train(run, *flags, "--select", "sharpness") == 0
+    out = capsys.readouterr().out
+    assert "--eval-only" in out
+    assert "--rho" not in out
+    assert main(["--config", str(run / "config.toml"), "--rho", "0"]) == 2
+    again = [*flags, "--select", "all", "--resume-override"]
+    assert main(["--resume", str(run), *again]) == 0
+    assert f"--config {run / 'config.toml'} --rho 0" in capsys.readouterr().out
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         train(tmp_path / name, "--seed", seed, "--epochs", "1", "--dropout", "0.1")

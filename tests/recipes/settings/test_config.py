@@ -148,6 +148,7 @@ NEEDS = {
     "easy_scans": ["--select", "easy-skipped"],
     "easy_replay": ["--select", "easy-skipped"],
     "freeze": ["--weights", __file__],
+    "same_dropout": ["--dropout", "0.3"],
 }
 
 
@@ -411,6 +412,31 @@ def test_equal_numbers_are_one_text_however_they_are_written(tmp_path):
     assert repr({name: values[name] for name in expected}) == repr(expected)
 
 
+# Flags of before, one that needs them, what takes its need away, and its default.
+LEAVING = [
+    ("--select loss", "--select-every 1", "--select all", 5),
+    ("--ema-decay 0.9", "--ema-start 1", "--ema-decay None", 0.0),
+    ("--momentum 0.8", "--nesterov", "--momentum 0", False),
+    ("--flip", "--alternate-flip", "--no-flip", False),
+    ("--schedule step", "--step-factor 0.1", "--schedule wsd", 0.2),
+]
+
+
+@pytest.mark.parametrize(("before", "needing", "flags", "default"), LEAVING)
+@pytest.mark.parametrize("how", ["--config", "--resume"])
+def test_what_flags_leave_unread_is_left_out_unless_they_ask_for_it(
+    tmp_path, how, before, needing, flags, default
+):
+    file, (flag, *_) = tmp_path / "config.toml", needing.split()
+    file.write_text(to_toml(configure([*DIGITS, *before.split(), *needing.split()])))
+    given = [how, str(file if how == "--config" else tmp_path), *flags.split()]
+    given += ["--resume-override"] * (how == "--resume")
+    found = configure(given).flat()
+    assert found[flag.removeprefix("--").replace("-", "_")] == default
+    with pytest.raises(ConfigError, match=f"{flag}: expected"):
+        configure([*given, *needing.split()])
+
+
 def test_a_file_is_checked_with_the_flags_that_complete_it(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("warmup_epochs = 100\n")
@@ -663,6 +689,9 @@ def test_a_missing_file_is_named(tmp_path):
         ("--image-size 9", "--image-size: only folders are resized, not digits"),
         ("--data-dir here", "--data-dir: digits come with scikit-learn"),
         ("--warmup-epochs 999", "--warmup-epochs: expected 0 to all epochs"),
+        ("--ema-decay 0.9 --ema-start 16", "--ema-start: expected 0 to below all epochs"),
+        ("--ema-decay 0.9 --ema-copy 17", "--ema-copy: expected at most all epochs, or No"),
+        ("--same-dropout", "--same-dropout: expected --dropout above 0 with it, got True"),
         ("--eval-only", "--eval-only: expected --resume with it"),
         ("--model wrn-12-1", "--model: depth must be 10, 16"),
         ("--model resnt18", "--model: .*, got 'resnt18'; close to it: resnet18, "),

@@ -34,6 +34,7 @@ from recipes.terminal.signals import Signals, Stopped
 from recipes.train import recorded, running
 from recipes.train.build import Read, read_data
 from recipes.train.directory import RunDirectory
+from recipes.train.pretrained import digest
 from recipes.train.recorded import Recorded
 from samfn.storage import files
 
@@ -259,12 +260,14 @@ def read(cell: Cell, warn: Say) -> Recorded | None:
     """Return what came of a cell, or None if it has not ended; `warn` of what is odd.
 
     Raises:
-        ConfigError: its directory holds a run of other settings, or a damaged one.
+        ConfigError: its directory holds a run of other settings, of another file of
+            weights, or a damaged one.
     """
     directory = RunDirectory(cell.path)
     if not (cell.path / CONFIG_FILE).exists():
         return None
     _require_same_settings(cell)
+    _require_same_weights(cell)
     # It is written at the end.
     has_model = recorded.holds_best_model(directory, cell.config)
     if not has_model and not os.path.lexists(cell.path / recorded.DIVERGED):
@@ -286,6 +289,17 @@ def _require_same_settings(cell: Cell) -> None:
         raise ConfigError(
             f"{cell.path} holds a run of other settings: {listed}; move it"
             " away, or choose another --output"
+        )
+
+
+def _require_same_weights(cell: Cell) -> None:
+    if (file := digest(cell.config)) is None:
+        return
+    checkpoints = recorded.checkpoints_of(RunDirectory(cell.path), lambda line: None)
+    if {one.weights for one in checkpoints} - {file, None}:
+        raise ConfigError(
+            f"{cell.path} holds a run of other weights: {cell.config.network.weights} has"
+            " changed since; move it away, or choose another --output"
         )
 
 

@@ -200,6 +200,8 @@ def plain(value: Any) -> str:
 def settings_of(run: Recorded) -> dict[str, Any]:
     """Return the settings that decide on a run, and on what it costs, beside the seed."""
     values = of_roles(plain_values(run.config), EXACT) | {"device": run.config.device}
+    if run.weights is not None:
+        values["weights"] = f"{values['weights']} {run.weights[:12]}"
     return {key: values[key] for key in sorted(values.keys() - {"seed"})}
 
 

@@ -18,7 +18,7 @@ from recipes.train import recorded
 from recipes.train.batches import augmented
 from recipes.train.build import Task, assemble, placed, read_data
 from recipes.train.directory import RunDirectory
-from recipes.train.pretrained import begin
+from recipes.train.pretrained import begin, digest
 from recipes.train.recorded import best_by
 from samfn import distributed
 from samfn.training import callbacks
@@ -60,6 +60,14 @@ class Keeper:
                 raise
             self.missing = error
             self._warn(str(error))
+
+
+def begun(task: Task, whole: samfn.TrainState, display: Display) -> Training:
+    """Return a run at its beginning, which remembers of which file its weights are."""
+    training = Training(placed(task, begin(task, whole, display)))
+    if (known := digest(task.config)) is not None:
+        training.memory[recorded.WEIGHTS] = known
+    return training
 
 
 def ranks(task: Task) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def resume(
         raise ConfigError(f"--resume: {error}") from error
     if found is None:
         display.say(f"{run.path} holds no checkpoint: starting from the beginning")
-        return Training(placed(task, begin(task, like, display)))
+        return begun(task, like, display)
     training, metadata = _require_fitting(task, found), found.metadata
     require_same_settings(metadata["config"], task.config)
     if distributed.rank() == distributed.FIRST:
@@ -120,6 +128,10 @@ def resume(
                 run.keep_settings(metadata["config"])
             except OSError as error:
                 raise samfn.CheckpointWriteError(f"cannot write: {error}") from error
+    first = training.memory.get(recorded.WEIGHTS)
+    if first is not None and digest(task.config) not in (first, None):
+        text = f"{task.config.network.weights} is another file than the run began with"
+        display.warn(f"--weights: {text}: going on with what came of that one")
     now = versions(task)
     for name, before in metadata["versions"].items():
         if now.get(name) != before:

@@ -19,6 +19,8 @@ from recipes.data.download import DownloadError, download
 from recipes.data.sources import user_cache
 from recipes.errors import ConfigError
 from recipes.models import airbench, networks
+from recipes.settings.config import Config
+from recipes.settings.resolve import WEIGHTS
 from recipes.terminal.console import Display
 from recipes.train.build import Task, generator
 from samfn.storage import files, tensorfile
@@ -58,6 +60,14 @@ def begin(task: Task, state: samfn.TrainState, display: Display) -> samfn.TrainS
     return state._replace(
         params=filled(state.params, fitting), buffers=filled(state.buffers, fitting)
     )
+
+
+def digest(config: Config) -> str | None:
+    """Return the SHA-256 of the file that --weights names, if there is one."""
+    path = Path(config.network.weights)
+    if config.network.weights in WEIGHTS or not path.is_file():
+        return None
+    return sha256(path)
 
 
 def whitened(task: Task, state: samfn.TrainState) -> samfn.TrainState:
@@ -238,8 +248,13 @@ def is_whole(path: Path, begins: str) -> bool:
     """Return whether there is a file whose SHA-256 begins so."""
     if not path.is_file():
         return False
+    return sha256(path).startswith(begins)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest().startswith(begins)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listed(names: list[str]) -> str:

@@ -23,8 +23,11 @@ from recipes.settings.saved import CONFIG_FILE, of_run, read_toml, run_of
 from recipes.train.directory import Row, RunDirectory, parsed
 from recipes.train.layers import WHAT
 from samfn.storage import files, tensorfile
+from samfn.training.callbacks import MEMORY
 
 Warn = Callable[[str], None]
+WEIGHTS = "weights"  # in `Training.memory`: of which file a run had its first
+_FIRST = f"{MEMORY}{WEIGHTS}"
 DIVERGED = "diverged.txt"  # in the directory of a run of a study that did: why
 
 
@@ -42,6 +45,8 @@ class Said(NamedTuple):
     """Fingerprint of the images and labels."""
     versions: dict[str, str]
     """Versions of torch and hardware."""
+    weights: str | None
+    """SHA-256 of the file of the first weights, if there was one."""
 
 
 class Recorded(NamedTuple):
@@ -59,6 +64,8 @@ class Recorded(NamedTuple):
     """Versions of torch and hardware, if a checkpoint says them."""
     diverged: str | None = None
     """Why the run diverged, if it did in a study."""
+    weights: str | None = None
+    """SHA-256 of the file of the first weights, if a checkpoint says it."""
 
     @property
     def done(self) -> int:
@@ -103,6 +110,7 @@ def read(path: Path, warn: Warn) -> Recorded:
         newest and newest.data,
         newest.versions if newest else {},
         _diverged(path, config, newest, warn),
+        newest and newest.weights,
     )
 
 
@@ -195,13 +203,20 @@ def checkpoints_of(directory: RunDirectory, warn: Warn) -> list[Said]:
             warn(f"{error}; left out")
             continue
         _require_own(one, settings)
-        if found and one.data != found[0].data:
+        if found and (odd := _other_origin(one, found[0])):
             raise ConfigError(
-                f"{one.path} is not of this run: it was trained on other images or labels"
+                f"{one.path} is not of this run: it was trained {odd}"
                 f" than {found[0].path.name}; move away the one that does not belong here"
             )
         found.append(one)
     return found
+
+
+def _other_origin(one: Said, other: Said) -> str:
+    """Return what two checkpoints do not have in common, if they are of two runs."""
+    if one.data != other.data:
+        return "on other images or labels"
+    return "" if one.weights == other.weights else "from other weights"
 
 
 def holds_best_model(directory: RunDirectory, config: Config) -> bool:
@@ -252,13 +267,15 @@ def facts(path: Path, found: Mapping[str, Any]) -> Said:
     Raises:
         ConfigError: something is lacking, or is none of what a run writes; says what.
     """
-    given = {"row": {}, "versions": {}, "ranks": {}, **found}
+    given = {"row": {}, "versions": {}, "ranks": {}, _FIRST: None, **found}
     for name, is_one in FACTS.items():
         if name not in given or not is_one(given[name]):
             got = f"{given[name]!r:.60}" if name in given else "none"
             raise ConfigError(f"{path} is none of this recipe's: its {name} is {got}")
-    config, row, data, versions = (given[n] for n in ("config", "row", "data", "versions"))
-    return Said(path, config, given["progress"]["epoch"], row, data, versions)
+    names = ("row", "data", "versions", _FIRST)
+    row, data, versions, weights = (given[name] for name in names)
+    epoch = given["progress"]["epoch"]
+    return Said(path, given["config"], epoch, row, data, versions, weights)
 
 
 def _is_place(value: Any) -> bool:
@@ -297,6 +314,7 @@ FACTS: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
     ),
     "ranks": _is_sharing,
+    _FIRST: lambda value: value is None or isinstance(value, str),
 }
 """What a checkpoint says of its run, and how one knows that it is that."""
 

@@ -38,6 +38,7 @@ from recipes.train.build import (
 from recipes.train.callbacks import Interrupts, around
 from recipes.train.checkpoints import (
     Keeper,
+    begun,
     mean_of_best,
     model_of,
     ranks,
@@ -216,13 +217,13 @@ def _opened(
     """
     config, first = task.config, distributed.rank() == distributed.FIRST
     if config.resume is None:
-        state = placed(task, begin(task, state, display))
+        training = begun(task, state, display)
         if not first:
-            yield Unwritten(config.output or new_name(config)), Training(state)
+            yield Unwritten(config.output or new_name(config)), training
             return
         path = config.output or reserved(new_name(config))
         with RunDirectory.create(path, config) as directory:
-            yield directory, Training(state)
+            yield directory, training
         return
     if not first:
         directory = Unwritten(run_of(config.resume))

@@ -9,6 +9,10 @@ import pytest
 
 from recipes import compare, landscape, plots, sharpness, sweep
 from recipes.cifar_wrn import main as train
+from recipes.errors import ConfigError
+from recipes.study import grid
+from recipes.study.groups import differing, grouped
+from recipes.train import recorded
 from recipes.train.directory import RunDirectory
 from tests.recipes.train.test_recorded import CHEAP, COMMANDS, SMALL, edited, said
 from tests.special import make_special
@@ -229,3 +233,36 @@ def test_an_average_says_what_it_lacks_and_stays_beside_no_other_model(runs, cap
     assert "without --average-best" in said(capsys)
     assert not average.exists()
     assert (run / "average.safetensors.superseded").read_bytes() == before
+
+
+def test_weights_of_one_name_are_told_apart_by_what_they_are(runs, tmp_path, capsys):
+    file, paths = tmp_path / "w.safetensors", [tmp_path / name for name in "abc"]
+    for path, first in zip(paths[::2], runs, strict=True):
+        shutil.copy(first / "model.safetensors", file)
+        flags = ["--epochs", "1", "--weights", str(file), "--output", str(path)]
+        assert train([*SMALL, *flags]) == 0
+    shutil.copytree(paths[0], paths[1])
+    found = [recorded.read(path, print) for path in paths]
+    assert [len(group.runs) for group in grouped(found)] == [2, 1]
+    assert [*differing(found)] == ["weights"]
+    old, *_, new = (grid.Cell("sam", run.config, run.path) for run in found)
+    assert grid.read(new, print) is not None
+    with pytest.raises(ConfigError, match="holds a run of other weights: "):
+        grid.read(old, print)
+    said(capsys)
+    assert train(["--resume", str(new.path)]) == 0
+    assert "--weights" not in said(capsys)
+    assert train(["--resume", str(old.path)]) == 0
+    assert "is another file than the run began with" in said(capsys)
+
+
+def test_a_run_knows_its_weights_when_their_file_is_gone(runs, tmp_path):
+    file, run = tmp_path / "w.safetensors", tmp_path / "run"
+    shutil.copy(runs[0] / "model.safetensors", file)
+    flags = ["--weights", str(file), "--output", str(run)]
+    assert train([*SMALL, "--epochs", "1", *flags]) == 0
+    before = recorded.read(run, print).weights
+    file.unlink()
+    assert train(["--resume", str(run), "--epochs", "2", "--resume-override"]) == 0
+    after = recorded.read(run, print)
+    assert (after.done, after.weights) == (2, before)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from recipes.study.groups import MISSING, Group, Value
+from recipes.study.groups import MISSING, Group, Value, levelled
 
 Pairs = Sequence[tuple[float, float]]
 """(measure, accuracy) of each run."""
@@ -68,7 +68,9 @@ def rank(pairs: Pairs, lost: int = 0) -> Rank | None:
 
 def ranks(rows: Collection[Pairs]) -> Ranks:
     """Return how a measure orders the runs of rows, and the seeds of each."""
-    alone = [pair for row in rows if len(row) > 1 for pair in _less_its_mean(row)]
+    sides = zip(*(pair for row in rows for pair in row), strict=True)
+    sizes = [max(map(abs, side)) or 1.0 for side in sides]
+    alone = [pair for row in rows if len(row) > 1 for pair in _less_its_mean(row, sizes)]
     means = sum(len(row) > 1 for row in rows)
     return Ranks(
         rank([pair for row in rows for pair in row]), rank(alone, max(means - 1, 0))
@@ -84,9 +86,13 @@ def pairs(group: Group, measure: Value, accuracy: Value) -> Pairs:
     ]
 
 
-def _less_its_mean(row: Pairs) -> Pairs:
+def _less_its_mean(row: Pairs, sizes: Sequence[float]) -> Pairs:
+    """Return pairs less those of their means, levelled by the sizes of both numbers."""
     middle = [math.fsum(side) / len(row) for side in zip(*row, strict=True)]
-    return [(one - middle[0], other - middle[1]) for one, other in row]
+    return [
+        (levelled(one - middle[0], sizes[0]), levelled(other - middle[1], sizes[1]))
+        for one, other in row
+    ]
 
 
 def table(found: Mapping[str, Ranks]) -> tuple[list[str], list[list[str]]]:

@@ -96,11 +96,20 @@ def best_of(groups: Sequence[Group]) -> Group | None:
     A group with a run that diverged is none; among equal ones, it is the first.
     """
     scores = [
-        (spread.mean, -place, group)
+        (levelled(spread.mean), -place, group)
         for place, group in enumerate(groups)
         if not group.diverged and (spread := group.spread(chosen))
     ]
     return max(scores, default=(0.0, 0, None))[2]
+
+
+def levelled(value: float, size: float = 100.0) -> float:
+    """Return a number to the twelfth digit of `size`, as a share of it.
+
+    So what is equal on paper is equal: the sums, means and differences of numbers as large
+    as `size` differ in the sixteenth, by the order of rounding.
+    """
+    return round(value / size, 12)
 
 
 def seconds(run: Recorded) -> float:

@@ -24,6 +24,7 @@ from recipes.study.groups import (
     best,
     differing,
     last,
+    levelled,
     percent,
     plain,
     quantity,
@@ -190,8 +191,9 @@ def paired(group: Group, first: Group) -> str:
         }
         for found in (group, first)
     )
-    differences = [one[seed] - base[seed] for seed in one.keys() & base.keys()]
-    if group is first or len(differences) < 2 or statistics.pstdev(differences) == 0:
+    common = one.keys() & base.keys()
+    differences = [levelled(one[seed] - base[seed]) for seed in common]
+    if group is first or len({*differences}) < 2:
         return MISSING
     # It is slow to import, and a report is written once.
     from scipy.stats import ttest_1samp

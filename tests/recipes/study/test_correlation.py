@@ -60,6 +60,17 @@ def test_a_method_that_is_flat_and_accurate_says_nothing_of_its_seeds():
     )  # of two rows; that of one run has no seeds
 
 
+def test_seeds_that_are_as_far_from_their_means_are_equal():
+    for counts in torch.randint(330, 350, (20, 4, 3, 2)).tolist():
+        rows = [[(sharp / 7e6, 100 * n / 360) for sharp, n in row] for row in counts]
+        exact = [
+            (3 * sharp - sum(s for s, _ in row), 3 * right - sum(r for _, r in row))
+            for row in counts
+            for sharp, right in row
+        ]
+        assert ranks(rows).seeds.tau == pytest.approx(tau_b(exact))
+
+
 def test_a_table_leaves_out_measures_of_which_nothing_is_known():
     known = Rank(-0.5, -0.75, 0.125, 9)
     found = {"λ1": Ranks(known, None), "trace": Ranks(None, None)}

@@ -14,6 +14,7 @@ from recipes.study.groups import (
     Spread,
     arranged,
     best,
+    best_of,
     chosen,
     last,
     number,
@@ -215,6 +216,19 @@ def test_sam_at_the_end_costs_its_share_and_an_epoch_takes_the_mean_time():
     assert [taken(each.runs[0]) for each in (late, other)] == [1.25, 1.0]
 
 
+def shares(*counts):
+    """Return counts of 360 images in percent."""
+    return [100 * count / 360 for count in counts]
+
+
+def test_of_groups_with_as_many_right_images_the_first_is_the_best():
+    rows = [[{"test_accuracy": share}] for share in shares(335, 336, 342, 335, 337, 341)]
+    first, second = (group("a", FLAGS, rows[:3]), group("b", FLAGS, rows[3:]))
+    low, high = sorted([first, second], key=lambda one: one.spread(chosen).mean)
+    assert low.spread(chosen).mean < high.spread(chosen).mean
+    assert best_of([low, high]) is low
+
+
 def test_p_is_that_of_differences_between_runs_of_one_seed():
     def runs(*ends):
         return [[{"test_accuracy": end}] if end else None for end in ends]
@@ -227,6 +241,10 @@ def test_p_is_that_of_differences_between_runs_of_one_seed():
     assert report.paired(far, first) == "< 0.0001"
     alone = group("d", FLAGS, runs(71.0))
     assert report.paired(first, first) == report.paired(alone, first) == "-"
+    # An image of 360 more in each, which floats do not tell so.
+    assert shares(341)[0] - shares(340)[0] != shares(354)[0] - shares(353)[0]
+    some, more = (group("e", FLAGS, runs(*shares(n, n + 13))) for n in (340, 341))
+    assert report.paired(more, some) == "-"
     page = report.side_by_side([first, other], report.TABLES)
     columns, rows = page.parts["accuracy"][1]
     assert [row[columns.index("p")] for row in rows] == ["-", "0.074"]

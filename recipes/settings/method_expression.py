@@ -86,10 +86,23 @@ def gradients(text: str) -> float | None:
     Returns:
         `samfn.Method.gradients`; None, too, where it depends on the steps of the whole run.
     """
-    names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    if "steps" in names:
+    if "steps" in _names(text):
         return None
     return parse(text, steps=1, norm_layers=("any",)).gradients
+
+
+def counts_steps(text: str) -> bool:
+    """Return whether a method depends on the steps of the whole run."""
+    names = _names(text)
+    return "steps" in names or any(map(_takes_steps, names & MAKERS.keys()))
+
+
+def _names(text: str) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+
+
+def _takes_steps(name: str) -> bool:
+    return next(iter(inspect.signature(MAKERS[name]).parameters), None) == "steps"
 
 
 def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
@@ -119,7 +132,7 @@ def _call(
     name: str, args: list[Any], named: dict[str, Any], known: Mapping[str, Any]
 ) -> samfn.Method:
     signature = inspect.signature(MAKERS[name])
-    if next(iter(signature.parameters), None) == "steps" and not args:
+    if _takes_steps(name) and not args:
         named = {"steps": known["steps"], **named}
     for argument, value in signature.bind_partial(*args, **named).arguments.items():
         fitting = FITTING.get(argument)

@@ -22,11 +22,11 @@ import samfn
 from recipes import errors
 from recipes.data.sources import Dataset, Say, Track
 from recipes.errors import ConfigError, DivergedError
-from recipes.roles import Options, Range, Role, require, setting
+from recipes.roles import DECIDING, Options, Range, Role, require, setting
 from recipes.settings.config import SETTINGS, Config, changes, plain_values, validate
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, of_run
-from recipes.study.groups import Group, best, group_of, last, seconds
+from recipes.study.groups import Group, best, group_of, last, listed, seconds
 from recipes.study.report import Page, called, show, write
 from recipes.terminal import cli
 from recipes.terminal.console import Display, duration
@@ -285,11 +285,14 @@ def read(cell: Cell, warn: Say) -> Recorded | None:
 def _require_same_settings(cell: Cell) -> None:
     before, now = plain_values(of_run(cell.path)), plain_values(cell.config)
     if changed := changes(before, now):
-        listed = "; ".join(changed.values())
-        raise ConfigError(
-            f"{cell.path} holds a run of other settings: {listed}; move it"
-            " away, or choose another --output"
-        )
+        found = f"a run of other settings: {'; '.join(changed.values())}"
+    elif others := recorded.earlier(cell.path, cell.config, DECIDING):
+        found = f"a run of which a part was trained with {listed(others)}"
+    else:
+        return
+    raise ConfigError(
+        f"{cell.path} holds {found}; move it away, or choose another --output"
+    )
 
 
 def _require_same_weights(cell: Cell) -> None:

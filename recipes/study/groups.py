@@ -14,6 +14,7 @@ from recipes.plots import Series
 from recipes.roles import EXACT
 from recipes.settings.config import Config, of_roles, plain_values
 from recipes.study.runs import distinct, real
+from recipes.train.directory import Row
 from recipes.train.recorded import Recorded, chosen_by, column
 from recipes.train.running import name
 
@@ -114,7 +115,12 @@ def levelled(value: float, size: float = 100.0) -> float:
 
 def seconds(run: Recorded) -> float:
     """Return the time of all epochs, without evaluation."""
-    return float(sum(row.get("seconds", 0.0) for row in run.rows))
+    return sum(map(taken, run.rows))
+
+
+def taken(row: Row) -> float:
+    """Return the seconds of an epoch and of the scan of all images that ended it."""
+    return float(row.get("seconds", 0.0) + row.get("scan_seconds", 0.0))
 
 
 def percent(spread: Spread) -> str:
@@ -170,7 +176,8 @@ def series_of(groups: Mapping[float, Group]) -> Series:
 
 def grouped(runs: Sequence[Recorded]) -> list[Group]:
     """Return the groups of any runs, each where its first is, with names that differ."""
-    keys = [repr(settings_of(run)) for run in runs]
+    # One that had other settings is no repetition of any other.
+    keys = [repr((settings_of(run), run.earlier and run.path)) for run in runs]
     known: dict[str, set[str]] = {key: set() for key in keys}
     for key, run in zip(keys, runs, strict=True):
         known[key] |= {run.data} if run.data else set()
@@ -206,6 +213,12 @@ def plain(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
+def listed(earlier: Sequence[Mapping[str, Any]]) -> str:
+    """Return settings that a run had one after the other as text."""
+    texts = (", ".join(f"{n} {plain(v)}" for n, v in one.items()) for one in earlier)
+    return "; ".join(dict.fromkeys(texts))
+
+
 def settings_of(run: Recorded) -> dict[str, Any]:
     """Return the settings that decide on a run, and on what it costs, beside the seed."""
     values = of_roles(plain_values(run.config), EXACT) | {"device": run.config.device}
@@ -215,7 +228,10 @@ def settings_of(run: Recorded) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Recorded]) -> dict[str, list[Any]]:
-    """Return settings that differ between runs, with their values, and images that do."""
+    """Return settings that differ between runs, with their values.
+
+    Beside them, images that do, and the settings that a part of a run had.
+    """
     all_values = [settings_of(run) for run in runs]
     columns = {key: [values[key] for values in all_values] for key in all_values[0]}
     found = {
@@ -225,4 +241,7 @@ def differing(runs: Sequence[Recorded]) -> dict[str, list[Any]]:
     }
     if len({run.data for run in runs} - {None}) > 1:
         found["images"] = [run.data and run.data[:12] for run in runs]
+    before = [listed(run.earlier) or "the same" for run in runs]
+    if len({*before}) > 1:
+        found["earlier"] = before
     return found

@@ -6,7 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from operator import itemgetter, truediv
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,20 +26,25 @@ from recipes.study.groups import (
     differing,
     last,
     levelled,
+    listed,
     percent,
     plain,
     quantity,
     seconds,
+    taken,
 )
 from recipes.study.runs import write_json
 from recipes.terminal.console import Display
 from recipes.terminal.hardware import hardware
 from recipes.terminal.legible import quoted
+from recipes.train.directory import Row
 from recipes.train.recorded import Recorded, chosen_by
 from samfn.storage import files
 
 DATA = "results.json"
 PASSES = "gradient passes over the training set"
+Axis = Callable[[Recorded], list[float]]
+"""A run -> the place of each epoch."""
 Table = tuple[list[str], list[list[str]]]
 """Columns, and rows of cells."""
 
@@ -84,28 +90,36 @@ def numeric(head: str, value: Value, text: Callable[[Spread], str] = measured) -
     return Column(head, cell, value)
 
 
-def gradients(config: Config, epochs: float | None = None) -> float | None:
-    """Return the gradients of a batch that a step takes, if the method says it.
-
-    The mean over all epochs of the run, or over its first `epochs`.
-    """
-    if config.rho == 0:
-        return 1.0
-    late = config.epochs * (1 - config.perturbation.sam_last)  # without SAM until then
-    epochs = config.epochs if epochs is None else epochs
-    count = method_expression.gradients(config.method)
-    return None if count is None else 1 + (count - 1) * max(0.0, 1 - late / epochs)
+def gradients(run: Recorded) -> float | None:
+    """Return the gradients of a batch that a step took, on average, if that is known."""
+    count, share = method_expression.gradients(run.config.method), run.share_perturbed
+    if share is None or (count is None and share > 0):
+        return None
+    return 1 + ((count or 1.0) - 1) * share
 
 
-def _usual(name: str) -> Value:
+def passes(run: Recorded) -> list[float] | None:
+    """Return the gradients of each training image after each epoch, if that is known."""
+    count = method_expression.gradients(run.config.method)
+    if count is None and any(run.perturbed):
+        return None
+    more, steps = (count or 1.0) - 1, run.steps
+    epochs = [b - a for a, b in pairwise([0, *_epochs(run)])]
+    whole = max(map(truediv, steps, epochs), default=1)  # One that skips images has less.
+    each = [s * (1 + more * p) for s, p in zip(steps, run.perturbed, strict=True)]
+    return [done / whole for done in accumulate(each)]
+
+
+def _usual(number: Callable[[Row], float]) -> Value:
     """Return what gives the median of a number over the epochs of a run.
 
-    Where epochs with SAM follow others without it, it is the mean.
+    Where epochs are not alike, as some have SAM, a scan or fewer images, it is the mean.
     """
 
     def value(run: Recorded) -> float | None:
-        of = statistics.median if run.config.perturbation.sam_last == 1 else statistics.mean
-        return of([row[name] for row in run.rows]) if run.rows else None
+        alike = len({*run.perturbed}) == 1 and run.config.selection.select == "all"
+        of = statistics.median if alike else statistics.mean
+        return of([*map(number, run.rows)]) if run.rows else None
 
     return value
 
@@ -115,8 +129,8 @@ EXPLAINED = {
     " epoch is chosen by the set that the last column names. p is that of a t-test of the"
     " last epoch against the first row, paired by seeds, two-sided. Loss and accuracy of"
     " training are those of the last epoch, with its augmentation and wrong labels.",
-    "cost": "Median over the epochs of a run, or mean where SAM begins late, of training"
-    " without evaluation.",
+    "cost": "Of training and scans, without evaluation: median over the epochs of a run, or"
+    " mean where they are not alike, as SAM begins late or images are selected.",
     "settings": "Those that differ, but for the seed.",
 }
 
@@ -174,7 +188,7 @@ def epochs(group: Group) -> str:
 
 def ratio(group: Group, first: Group) -> str:
     """Return how many times as long as in the first row an epoch takes."""
-    one, base = (found.spread(_usual("seconds")) for found in (group, first))
+    one, base = (found.spread(_usual(taken)) for found in (group, first))
     return f"{one.mean / base.mean:.2f}" if one and base and base.mean else MISSING
 
 
@@ -221,12 +235,9 @@ TABLES: Tables = {
         "chosen_by": Column("chosen by", lambda group, _: chosen_by(group.config)),
     },
     "cost": {
-        "seconds": numeric("s/epoch", _usual("seconds")),
-        "images_per_second": numeric("images/s", _usual("images_per_second")),
-        "gradients": numeric(
-            "gradients/step",
-            lambda run: gradients(run.config, run.rows[-1]["epoch"] if run.rows else None),
-        ),
+        "seconds": numeric("s/epoch", _usual(taken)),
+        "images_per_second": numeric("images/s", _usual(itemgetter("images_per_second"))),
+        "gradients": numeric("gradients/step", gradients),
         "ratio": Column("s/epoch against the first", ratio),
     },
 }
@@ -340,6 +351,9 @@ def remarks_of(groups: Sequence[Group], notes: Sequence[Note]) -> list[str]:
                 found.append(f"{run.path} diverged, and is in no mean: {why}")
             elif not run.ended:
                 found.append(f"{run.path}: {run.done} of {run.config.epochs} epochs")
+            if run.earlier:
+                text = f"{run.path}: a part was trained with {listed(run.earlier)}"
+                found.append(f"{text}; so it is a row of its own")
     return found
 
 
@@ -348,11 +362,9 @@ def draw(groups: Sequence[Group], title: str, path: Path, *, times: bool) -> boo
 
     With `times`, they are drawn against seconds, too.
     """
-    curves = {
-        group.name: [_curve(run, groups, times) for run in group.counted if run.rows]
-        for group in groups
-    }
-    curves = {name: found for name, found in curves.items() if found}
+    shown = {g.name: [run for run in g.counted if run.rows] for g in groups}
+    axes = axes_of([run for runs in shown.values() for run in runs], times)
+    curves = {n: [curve(run, axes) for run in runs] for n, runs in shown.items() if runs}
     if curves:
         plots.side_by_side(curves, path, title)
     return bool(curves)
@@ -369,15 +381,25 @@ def rank(groups: Sequence[Group], title: str, path: Path) -> bool:
     return bool(shown)
 
 
-def _curve(run: Recorded, groups: Sequence[Group], times: bool) -> plots.Curve:
-    """Return loss and accuracy of a run against all that it is drawn against."""
-    at = [float(row["epoch"]) for row in run.rows]
-    x, counted = {"epoch": at}, [gradients(group.config) for group in groups]
+def axes_of(runs: Sequence[Recorded], times: bool) -> dict[str, Axis]:
+    """Return what curves of runs are drawn against."""
+    axes: dict[str, Axis] = {"epoch": _epochs}
+    counted = [passes(run) for run in runs]
     # Epochs of one gradient a step would be drawn twice.
-    if None not in counted and {*counted} != {1.0}:
-        x[PASSES] = [epoch * (gradients(run.config, epoch) or 0.0) for epoch in at]
+    if None not in counted and counted != [*map(_epochs, runs)]:
+        axes[PASSES] = lambda run: passes(run) or []
     if times:
-        x["seconds of training"] = [*accumulate(row["seconds"] for row in run.rows)]
+        axes["seconds of training"] = lambda run: [*accumulate(map(taken, run.rows))]
+    return axes
+
+
+def _epochs(run: Recorded) -> list[float]:
+    return [float(row["epoch"]) for row in run.rows]
+
+
+def curve(run: Recorded, axes: Mapping[str, Axis]) -> plots.Curve:
+    """Return loss and accuracy of a run against all that it is drawn against."""
+    x = {name: places(run) for name, places in axes.items()}
     y = {
         "training loss": [row["train_loss"] for row in run.rows],
         "test accuracy (%)": [row[run.test] for row in run.rows],
@@ -404,6 +426,7 @@ def _row(group: Group, tables: Tables, records: Mapping[Path, Any]) -> dict[str,
             "best_epoch": run.best and run.best["epoch"],
             "seconds": seconds(run),
             "versions": dict(run.versions),
+            "earlier": run.earlier,
             "data": run.data,
             "sharpness": records.get(run.path),
             "metrics": run.rows,

@@ -95,7 +95,8 @@ class RunDirectory:
 
     def older_settings(self) -> list[Path]:
         """Return the files of settings that the run had before it was given others."""
-        return list(self.path.glob(f"{CONFIG_FILE}.*"))
+        found = self.path.glob(f"{CONFIG_FILE}.*")
+        return sorted(found, key=lambda path: (len(path.name), path.name))
 
     def append(self, row: Row) -> None:
         """Add an epoch to the metrics.

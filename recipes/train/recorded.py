@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from recipes.errors import ConfigError
-from recipes.roles import EXACT
+from recipes.roles import EXACT, Role
 from recipes.settings.config import Config, differing, of_roles, plain_values
 from recipes.settings.saved import CONFIG_FILE, of_run, read_toml, run_of
 from recipes.train.directory import Row, RunDirectory, parsed
 from recipes.train.layers import WHAT
+from recipes.train.step import counts_epochs
 from samfn.storage import files, tensorfile
 from samfn.training.callbacks import MEMORY
 
@@ -66,6 +68,8 @@ class Recorded(NamedTuple):
     """Why the run diverged, if it did in a study."""
     weights: str | None = None
     """SHA-256 of the file of the first weights, if a checkpoint says it."""
+    earlier: Sequence[Mapping[str, Any]] = ()
+    """As `earlier` returns."""
 
     @property
     def done(self) -> int:
@@ -82,6 +86,33 @@ class Recorded(NamedTuple):
     def test(self) -> str:
         """The column with the accuracy that counts."""
         return column(self.config, "test")
+
+    @property
+    def perturbed(self) -> list[float]:
+        """Shares of the steps of each epoch that perturbed the weights.
+
+        The settings say them. Of a run that had others, each epoch says its own radius.
+        """
+        config = self.config
+        if self.earlier or not config.rho:
+            return [float(row.get("rho", config.rho) > 0) for row in self.rows]
+        late = config.epochs * (1 - config.perturbation.sam_last)
+        return [min(max(0.0, row["epoch"] - late), 1.0) for row in self.rows]
+
+    @property
+    def steps(self) -> list[float]:
+        """Steps of each epoch, or as many for each where not all rows say them."""
+        marks = [0]
+        for name in ("step", "epoch"):
+            marks = [0, *(row.get(name, 0) for row in self.rows)]
+            if all(before < after for before, after in pairwise(marks)):
+                break
+        return [after - before for before, after in pairwise(marks)]
+
+    @property
+    def share_perturbed(self) -> float | None:
+        """Share of all steps that perturbed the weights, if there is any epoch."""
+        return statistics.fmean(self.perturbed, self.steps) if self.rows else None
 
 
 def read(path: Path, warn: Warn) -> Recorded:
@@ -111,6 +142,7 @@ def read(path: Path, warn: Warn) -> Recorded:
         newest.versions if newest else {},
         _diverged(path, config, newest, warn),
         newest and newest.weights,
+        earlier(path, config),
     )
 
 
@@ -332,6 +364,30 @@ def _settings_of(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+def earlier(
+    run: Path, config: Config, roles: frozenset[Role] = EXACT
+) -> list[dict[str, Any]]:
+    """Return what a part of a run was trained with, where that changes the result.
+
+    More epochs alone are none of it, where no step depends on their number.
+
+    Args:
+        run: its directory.
+        config: its settings now.
+        roles: `EXACT`, or those that matter.
+
+    Returns:
+        The settings that were others, by name, for each time that they were.
+    """
+    now, (_, *older) = plain_values(config), _settings_of(run)
+    found = [
+        {name: was for name, (was, _) in differing(before, now, roles).items()}
+        for before in older
+    ]
+    free = () if counts_epochs(config) else ("epochs",)
+    return [one for one in found if {*one} - {*free}]
+
+
 def is_own(settings: Mapping[str, Any], run: Path) -> bool:
     """Return whether these are the settings of a run, or some that it had before."""
     return not all(differing(settings, values) for values in _settings_of(run))
@@ -414,6 +470,7 @@ def is_whole(
         row["epoch"] <= last
         and all(0 <= _number(row.get(name)) <= 100 for name in accuracies)
         and all(0 <= _number(row.get(name)) < math.inf for name in ("seconds", *others))
+        and 0 <= _number(row.get("scan_seconds", 0)) < math.inf
         and all(isinstance(v, int | float) for n, v in row.items() if n != "layers")
         and ("layers" not in row or _are_layers(row["layers"]))
     )

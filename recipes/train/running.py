@@ -50,6 +50,7 @@ from recipes.train.length import predicted
 from recipes.train.loggers import logged
 from recipes.train.loop import evaluate, fit, prepare, step
 from recipes.train.pretrained import begin
+from recipes.train.recorded import Recorded
 from samfn import distributed
 from samfn.storage import files
 from samfn.training.loop import Training
@@ -361,6 +362,17 @@ def perturbed(task: Task, taken: int | None = None) -> str:
     return late(first_perturbed(task), planned, taken)
 
 
+def _perturbed(task: Task, directory: RunDirectory, rows: list[Row]) -> str:
+    """Return the same of a run that has ended, maybe before, after these epochs."""
+    config = task.config
+    earlier = recorded.earlier(directory.path, config)
+    run = Recorded(directory.path, config, rows, True, None, {}, earlier=earlier)
+    share = run.share_perturbed
+    if not earlier or share is None:
+        return perturbed(task, rows[-1]["step"] if rows else None)
+    return f"in {share:.0%} of the steps, by the rho of each epoch" if 0 < share < 1 else ""
+
+
 def late(start: int, planned: int, taken: int | None = None) -> str:
     """Return from which step on the weights are perturbed, in what share of the steps.
 
@@ -463,8 +475,7 @@ def summarise(
         if config.selection.select != "all"
         else {}
     )
-    taken = counted[-1]["step"] if counted else None
-    when = {"perturbed": text} if (text := perturbed(task, taken)) else {}
+    when = {"perturbed": text} if (text := _perturbed(task, directory, counted)) else {}
     return {
         "last epoch": f"test accuracy{of} {rows[-1][test]:.2f} %",
         "best epoch": f"test accuracy{of} {best[test]:.2f} % in epoch"

@@ -79,6 +79,20 @@ def rho_of(config: Config, lr: schedules.Schedule, steps: int) -> schedules.Sche
     return schedule if how.sam_last == 1 else schedules.tail(schedule, steps, how.sam_last)
 
 
+def counts_epochs(config: Config) -> bool:
+    """Return whether any step depends on how many epochs the whole run has."""
+    rates, how = config.learning_rate, config.perturbation
+    ends = rates.schedule not in ("constant", "warm-restarts") and rates.milestones is None
+    return (
+        ends
+        or how.rho_schedule == "linear"
+        or how.sam_last < 1
+        or config.average.lookahead is not None
+        or config.selection.select != "all"  # The last epoch has no scan.
+        or method_expression.counts_steps(config.method)
+    )
+
+
 def _loss_fn(config: Config, model: torch.nn.Module) -> LossFn:
     descent, dtype = config.descent, DTYPES[config.arithmetic.precision]
     smoothing = descent.label_smoothing

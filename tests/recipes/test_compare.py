@@ -113,6 +113,7 @@ def test_the_report_has_accuracy_cost_and_what_differs(tmp_path, pictures, capsy
         "best_epoch": 2,
         "seconds": 6.0,
         "versions": {},
+        "earlier": [],
         "data": None,
         "sharpness": None,
         "metrics": RunDirectory(sgd).rows(),
@@ -164,6 +165,31 @@ def test_only_what_decides_nothing_may_differ_in_a_row(tmp_path, flags, rows):
     more = {"ema_test_accuracy": [1.0, 2.0, 3.0]}
     one, other = made(tmp_path / "a"), made(tmp_path / "b", flags, **more)
     assert len(compared(one, other)["rows"]) == rows
+
+
+@pytest.mark.parametrize(
+    ("before", "earlier"),
+    [
+        ("--rho 0 --schedule constant", "rho 0"),
+        ("--epochs 2 --rho 0 --schedule constant", "epochs 2, rho 0"),
+        ("--epochs 2", "epochs 2, schedule cosine"),
+        ("--epochs 2 --schedule constant", None),
+        ("--max-skipped 3 --schedule constant", None),
+    ],
+)
+def test_a_run_of_which_a_part_had_other_settings_is_a_row_of_its_own(
+    tmp_path, before, earlier
+):
+    one, other = (
+        made(tmp_path / str(seed), f"--schedule constant --seed {seed}") for seed in (0, 1)
+    )
+    config = configure(["--data", "digits", "--epochs", "3", *before.split()])
+    (one / "config.toml.1").write_text(to_toml(config))
+    rows, text = compared(one, other)["rows"], report(tmp_path)
+    told = f"- {one}: a part was trained with {earlier}; so it is a row of its own"
+    assert (told in text) == (len(rows) == 2) == (earlier is not None)
+    if earlier:
+        assert cells(text, "earlier") == [[earlier, "the same"]]
 
 
 NAMES = [

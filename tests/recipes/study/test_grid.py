@@ -238,6 +238,16 @@ def test_what_a_run_may_go_on_with_does_not_make_it_that_of_other_settings(
     assert runs == []
 
 
+def test_a_run_of_which_a_part_had_other_settings_is_refused(whole, tmp_path):
+    run = shutil.copytree(whole[1][1].runs[0].path, tmp_path / "run")
+    cell = grid.Cell("sam", replace(SAM, output=None), run)
+    assert grid.read(cell, pytest.fail)
+    (run / "config.toml.1").write_text(to_toml(SGD))
+    text = r"run holds a run of which a part was trained with rho 0; move it away"
+    with pytest.raises(ConfigError, match=text):
+        grid.read(cell, pytest.fail)
+
+
 def test_images_that_moved_keep_neither_a_run_nor_a_study_from_going_on(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "before" / split).mkdir(parents=True)

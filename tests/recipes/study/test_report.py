@@ -204,16 +204,42 @@ def test_arms_of_a_command_stand_in_lines_of_their_own():
 
 
 def test_sam_at_the_end_costs_its_share_and_an_epoch_takes_the_mean_time():
-    config = configure([*FLAGS, "--epochs", "8", "--rho", "0.1", "--sam-last", "0.25"])
-    counted = [report.gradients(config, epoch) for epoch in (1, 6, 7, 8)]
+    flags = ["--epochs", "8", "--rho", "0.1", "--sam-last", "0.25"]
+    (run,) = made([{"test_accuracy": 1.0}] * 8, *flags).runs
+    counted = [report.gradients(run._replace(rows=run.rows[:n])) for n in (1, 6, 7, 8)]
     assert counted == pytest.approx([1, 1, 8 / 7, 10 / 8])
-    assert report.gradients(config) == 1.25
+    assert report.gradients(run._replace(rows=[])) is None
     flags = [*FLAGS, "--epochs", "4", "--rho", "0.1"]
     rows = [{"seconds": 1.0}] * 3 + [{"seconds": 2.0}]
     late = group("late", [*flags, "--sam-last", "0.25"], [rows])
     other = group("always", flags, [rows])
     taken = report.TABLES["cost"]["seconds"].value
     assert [taken(each.runs[0]) for each in (late, other)] == [1.25, 1.0]
+
+
+def test_of_a_run_that_had_other_settings_each_epoch_says_whether_it_perturbed():
+    rows = [{"rho": rho, "step": 10 * n} for n, rho in enumerate([0.0, 0.0, 0.1, 0.1], 1)]
+    (run,) = made(rows, "--epochs", "8", "--rho", "0.1", "--sam-last", "0.5").runs
+    assert report.gradients(run) == 1
+    run = run._replace(earlier=[{"epochs": 4}])
+    assert report.gradients(run) == 1.5
+    assert report.passes(run) == [1, 2, 4, 6]
+
+
+def test_fewer_images_cost_fewer_steps_and_a_scan_its_seconds():
+    flags = ["--epochs", "3", "--rho", "0.1", "--select", "loss", "--select-every", "1"]
+    steps, seconds = [10, 20, 23], [(2.0, 1.0), (2.0, 1.0), (0.5, 0.0)]
+    rows = [
+        {"step": s, "seconds": t, "scan_seconds": scan, "test_accuracy": 1.0}
+        for s, (t, scan) in zip(steps, seconds, strict=True)
+    ]
+    (run,) = made(rows, *flags).runs
+    assert report.passes(run) == [2, 4, 4.6]
+    curve = report.curve(run, report.axes_of([run], times=True))
+    assert curve.x["seconds of training"] == [3, 6, 6.5]
+    assert curve.x[report.PASSES] == [2, 4, 4.6]
+    assert report.TABLES["cost"]["seconds"].value(run) == pytest.approx(6.5 / 3)
+    assert report.gradients(run) == 2
 
 
 def shares(*counts):

@@ -16,6 +16,7 @@ from recipes.data.sources import load
 from recipes.errors import ConfigError
 from recipes.settings import method_expression
 from recipes.settings.resolve import configure
+from recipes.settings.saved import to_toml
 from recipes.terminal.console import Display
 from recipes.terminal.signals import watched
 from recipes.train import length, loop, running
@@ -347,6 +348,23 @@ def test_sam_at_the_end_begins_with_the_cooldown():
     assert running.perturbed(task, 20) == "from step 17 of 20 on, 20% of the steps"
     ended = "in none of 16 steps, as the run ended before step 17"
     assert running.perturbed(task, 16) == ended
+
+
+def test_a_run_that_had_other_settings_says_what_share_of_its_steps_perturbed(tmp_path):
+    task, _ = task_of("--rho", "0.2", "--sam-last", "0.5")
+    row = {"test_accuracy": 9.0, "train_loss": 1.0, "seconds": 1.0, "images_per_second": 9}
+    run = RunDirectory(tmp_path)
+    for epoch, rho in ((1, 0.2), (2, 0.2)):
+        run.append(row | {"epoch": epoch, "rho": rho, "step": 11 * epoch})
+
+    def said():
+        return running.summarise(task, run, run.rows()[-1], 1.0, "")["perturbed"]
+
+    run.write_config(task.config)
+    assert said() == "from step 12 of 22 on, 50% of the steps"
+    run.rewrite([run.rows()[0] | {"rho": 0.0}, run.rows()[1] | {"step": 33}])
+    (tmp_path / "config.toml.1").write_text(to_toml(task.config.replace(sam_last=1.0)))
+    assert said() == "in 67% of the steps, by the rho of each epoch"
 
 
 def test_both_kinds_of_step_are_compiled_before_training(monkeypatch):

@@ -75,7 +75,7 @@ def compare(settings: Settings, command: str, display: Display) -> int:
     records = measure(groups, settings, display) if settings.sharpness else {}
     tables = tables_of(settings, records)
     page = page_of(settings, groups, tables, records)
-    points = points_of(settings, page, tables)
+    points = points_of(settings, page, tables, records)
     ranks = {name: correlation.ranks(rows.values()) for name, rows in points.items()}
     page = with_ranks(page, tables, ranks)
     try:
@@ -173,14 +173,34 @@ def page_of(
         if measured < len(group.runs):
             text = f"{group.name}: sharpness of {measured} of {len(group.runs)} runs"
             remarks.append(f"{text}; the others have no checkpoint that can be read")
+        remarks += [told for run in group.runs if (told := apart(settings, run, records))]
     return page._replace(remarks=remarks)
 
 
+def apart(settings: Settings, run: Recorded, records: dict[Path, Record]) -> str | None:
+    """Return how sharpness and accuracy of a run are of two epochs, or None if of one.
+
+    A run may go on while others are measured, and its best checkpoint may be damaged.
+    """
+    if run.path not in records or not run.rows:
+        return None
+    which, row = ("last", run.rows[-1]) if settings.last else ("best", run.best)
+    measured, epoch = records[run.path]["epoch"], row and row["epoch"]
+    if measured == epoch:
+        return None
+    text = f"{run.path}: sharpness is of epoch {measured}, and the {which} one is {epoch}"
+    return f"{text}, so that it is in no rank correlation"
+
+
 def points_of(
-    settings: Settings, page: Page, tables: Tables
+    settings: Settings, page: Page, tables: Tables, records: dict[Path, Record]
 ) -> dict[str, dict[str, Pairs]]:
     """Return each measure with test accuracy, of the runs of rows that can be compared."""
-    accuracy = last if settings.last else best
+
+    def accuracy(run: Recorded) -> float | None:
+        value = last if settings.last else best
+        return None if apart(settings, run, records) else value(run)
+
     marked = {note.name for note in page.notes if note.table in ("accuracy", "sharpness")}
     groups = [group for group in page.groups if group.name not in marked]
     return {

@@ -164,7 +164,8 @@ def table(found: Found) -> Table:
         if len(method.rhos) > 1:
             cells = [number(arms[s].config.rho) if s in arms else MISSING for s in shares]
             rows.append([name, "ρ", *cells])
-    return ["method", "epoch", *(f"{number(100 * share)} %" for share in shares)], rows
+    heads = [f"{number(round(100 * share, 10))} %" for share in shares]
+    return ["method", "epoch", *heads], rows
 
 
 def draw(found: Found, title: str, path: Path) -> bool:

@@ -327,7 +327,7 @@ def test_a_mark_stands_in_the_table_that_it_is_of(tmp_path, capsys):
     one = made(tmp_path / "a", "--rho 0")
     other = made(tmp_path / "b", "--rho 0.1 --model wrn-10-2")
     runs = [recipe.read(path, Display()) for path in (one, other)]
-    numbers = {"numbers": {"loss": {"value": 1.0, "error": None, "cost": 0}}}
+    numbers = {"epoch": 2, "numbers": {"loss": {"value": 1.0, "error": None, "cost": 0}}}
     settings, groups = recipe.Settings(runs=(one, other)), grouped(runs)
     records = {one: numbers, other: numbers}
     tables = recipe.tables_of(settings, records)
@@ -342,6 +342,27 @@ def test_a_mark_stands_in_the_table_that_it_is_of(tmp_path, capsys):
     assert "* sam" in remark
     _, (columns, rows) = page.parts["sharpness"]
     assert rows[1][1:] == ["1", *"-----------"[: len(columns) - 2]]
+
+
+@pytest.mark.parametrize(("flag", "measured", "epoch"), [("best", 3, 2), ("last", 2, 3)])
+def test_sharpness_of_another_epoch_than_the_accuracy_is_told_and_ranks_nothing(
+    tmp_path, flag, measured, epoch
+):
+    paths = [made(tmp_path / p, f"--seed {i}") for i, p in enumerate("ab")]
+    runs = [recipe.read(path, Display()) for path in paths]
+    settings = recipe.Settings(runs=tuple(paths), last=flag == "last")
+    numbers = {"numbers": {"loss": {"value": 1.0, "error": None, "cost": 0}}}
+    records = {
+        paths[0]: numbers | {"epoch": epoch},
+        paths[1]: numbers | {"epoch": measured},
+    }
+    tables = recipe.tables_of(settings, records)
+    page = recipe.page_of(settings, grouped(runs), tables, records)
+    (remark,) = page.remarks
+    said = f"sharpness is of epoch {measured}, and the {flag} one is {epoch}"
+    assert remark == f"{paths[1]}: {said}, so that it is in no rank correlation"
+    points = recipe.points_of(settings, page, tables, records)["loss"]
+    assert [*points.values()] == [[(1.0, {"best": 90.0, "last": 80.0}[flag])]]
 
 
 @pytest.fixture(scope="module")

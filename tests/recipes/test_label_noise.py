@@ -66,6 +66,14 @@ def test_the_table_has_last_and_best_epoch_of_each_method_by_noise(studied):
     assert (studied[0] / "label_noise.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_shares_of_noise_are_percent_without_what_rounding_adds():
+    arms = dict.fromkeys(
+        (0.07, 0.29, 0.333), group("SGD", FLAGS, [[{"test_accuracy": 9.0}]])
+    )
+    head, _ = label_noise.table({label_noise.read("sgd"): arms})
+    assert head[2:] == ["7 %", "29 %", "33.3 %"]
+
+
 def test_last_and_best_epoch_have_rows_of_their_own():
     groups = [
         group(

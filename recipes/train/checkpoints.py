@@ -107,7 +107,7 @@ def resume(
 
     Raises:
         ConfigError: the checkpoint is damaged, or belongs to another network or to other
-            data.
+            data, or the run has begun more epochs than it is to have.
         CheckpointWriteError: the settings that it had cannot be kept.
     """
     checkpoints, kept = run.checkpoints(display.warn), placed(task, like)
@@ -120,6 +120,10 @@ def resume(
         return begun(task, like, display)
     training, metadata = _require_fitting(task, found), found.metadata
     require_same_settings(metadata["config"], task.config)
+    begun = training.epoch + (training.batch > 0)
+    if begun > task.config.epochs:
+        text = f"expected at least {begun}, which the run has begun, got"
+        raise ConfigError(f"--epochs: {text} {task.config.epochs}")
     if distributed.rank() == distributed.FIRST:
         checkpoints.drop_after(training.step)
         # Whoever changed them by hand and said so has checkpoints of both.

@@ -155,9 +155,10 @@ class RunDirectory:
         files.sweep(self.path)
         found = [p.name for p in self.path.iterdir() if p.name != files.LOCK]
         if found:
+            hint = "; --resume goes on with a run" * (CONFIG_FILE in found)
             raise ConfigError(
                 f"--output: expected a new or empty directory, got {self.path}, which"
-                f" holds {found[0]}; --resume goes on with a run"
+                f" holds {found[0]}{hint}"
             )
 
 

@@ -284,7 +284,7 @@ def _export(
     try:
         best = restore_best(task, directory.path, directory, like, display, alone=True)
     except ConfigError as error:  # It was whole when it was written.
-        text = f"no best checkpoint is left to export: {error}; --resume trains it again"
+        text = f"no best checkpoint is left to export: {error}; who goes on trains it again"
         raise samfn.CheckpointWriteError(text) from error
     state = model_of(task, best)
     trained = task.model, state.params, state.buffers

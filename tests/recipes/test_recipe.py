@@ -279,8 +279,13 @@ def test_a_command_that_goes_on_by_itself_leaves_other_files_alone(tmp_path, cap
 def test_a_directory_in_use_is_refused(tmp_path, capsys):
     (tmp_path / "precious").write_text("x")
     assert train(tmp_path) == 2
-    assert "expected a new or empty directory" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "expected a new or empty directory" in said
+    assert "--resume" not in said  # It holds no run.
     assert (tmp_path / "precious").read_text() == "x"
+    (tmp_path / "config.toml").touch()
+    assert train(tmp_path) == 2
+    assert "--resume goes on with a run" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
@@ -478,6 +483,18 @@ def test_a_run_may_go_on_without_its_average_or_with_one(tmp_path):
     assert main([*more, "--epochs", "2", "--ema-decay", "None"]) == 0
     assert main([*more, "--epochs", "3", "--ema-decay", "0.9"]) == 0
     assert ["ema_test_loss" in row for row in rows(run)] == [True, False, True]
+
+
+def test_a_run_cannot_go_on_to_an_epoch_that_it_has_behind_it(runs, capsys):
+    args = ["--resume", str(runs[0]), "--resume-override", "--epochs"]
+    before = {path: path.read_bytes() for path in runs[0].rglob("*") if path.is_file()}
+    assert main([*args, "1"]) == 2
+    said = "--epochs: expected at least 2, which the run has begun, got 1"
+    assert said in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in runs[0].rglob("*") if p in before} == before
+    first = min((runs[0] / "checkpoints").glob("*.safetensors"))
+    args[1] = str(first)  # From there, it is none.
+    assert main([*args, "1"]) == 0
 
 
 @pytest.mark.parametrize("how", ["edited", "a named pipe"])

@@ -367,6 +367,25 @@ def test_a_study_is_run_by_one_process_at_a_time(whole, capsys):
     assert f"{whole[0]} is in use by process" in capsys.readouterr().err
 
 
+def test_a_study_whose_model_is_lost_is_told_nothing_of_flags_that_it_lacks(
+    tmp_path, monkeypatch, capsys
+):
+    def lost(*args, **options):
+        raise ConfigError("it is damaged")
+
+    monkeypatch.setattr(running, "restore_best", lost)
+    arms = [("SGD", replace(SGD, epochs=1))]
+    assert coded(arms, tmp_path, seeds=1) == 5
+    said = capsys.readouterr().err
+    assert "no best checkpoint is left to export: it is damaged; who goes on" in said
+    (tmp_path / "sam-seed0").mkdir()
+    (tmp_path / "sam-seed0" / "other").touch()
+    assert coded([("SAM", SAM)], tmp_path, seeds=1) == 2
+    said += capsys.readouterr().err
+    assert "expected a new or empty directory" in said
+    assert "--resume" not in said
+
+
 def test_what_cannot_be_written_ends_with_its_code(whole, tmp_path, capsys):
     def report(groups):
         raise OSError("no space")

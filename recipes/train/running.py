@@ -368,9 +368,13 @@ def _perturbed(task: Task, directory: RunDirectory, rows: list[Row]) -> str:
     earlier = recorded.earlier(directory.path, config)
     run = Recorded(directory.path, config, rows, True, None, {}, earlier=earlier)
     share = run.share_perturbed
-    if not earlier or share is None:
+    # Schedules count whole epochs, also where some of them have fewer steps.
+    as_planned = not earlier and config.selection.select == "all"
+    if as_planned or share is None:
         return perturbed(task, rows[-1]["step"] if rows else None)
-    return f"in {share:.0%} of the steps, by the rho of each epoch" if 0 < share < 1 else ""
+    if share == 1 or (share == 0 and config.rho == 0):
+        return ""
+    return f"in {share:.0%} of the steps, by the rho of each epoch"
 
 
 def late(start: int, planned: int, taken: int | None = None) -> str:

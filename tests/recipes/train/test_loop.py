@@ -350,7 +350,7 @@ def test_sam_at_the_end_begins_with_the_cooldown():
     assert running.perturbed(task, 16) == ended
 
 
-def test_a_run_that_had_other_settings_says_what_share_of_its_steps_perturbed(tmp_path):
+def test_a_run_that_had_other_settings_or_skips_images_says_what_share_perturbed(tmp_path):
     task, _ = task_of("--rho", "0.2", "--sam-last", "0.5")
     row = {"test_accuracy": 9.0, "train_loss": 1.0, "seconds": 1.0, "images_per_second": 9}
     run = RunDirectory(tmp_path)
@@ -365,6 +365,11 @@ def test_a_run_that_had_other_settings_says_what_share_of_its_steps_perturbed(tm
     run.rewrite([run.rows()[0] | {"rho": 0.0}, run.rows()[1] | {"step": 33}])
     (tmp_path / "config.toml.1").write_text(to_toml(task.config.replace(sam_last=1.0)))
     assert said() == "in 67% of the steps, by the rho of each epoch"
+    (tmp_path / "config.toml.1").unlink()
+    selecting = task._replace(config=task.config.replace(select="loss"))
+    run.rewrite([run.rows()[0] | {"step": 24}, run.rows()[1] | {"step": 32}])
+    found = running.summarise(selecting, run, {}, 1.0, "")["perturbed"]
+    assert found == "in 25% of the steps, by the rho of each epoch"
 
 
 def test_both_kinds_of_step_are_compiled_before_training(monkeypatch):

@@ -120,9 +120,9 @@ def resume(
         return begun(task, like, display)
     training, metadata = _require_fitting(task, found), found.metadata
     require_same_settings(metadata["config"], task.config)
-    begun = training.epoch + (training.batch > 0)
-    if begun > task.config.epochs:
-        text = f"expected at least {begun}, which the run has begun, got"
+    epochs = training.epoch + (training.batch > 0)
+    if epochs > task.config.epochs:
+        text = f"expected at least {epochs}, which the run has begun, got"
         raise ConfigError(f"--epochs: {text} {task.config.epochs}")
     if distributed.rank() == distributed.FIRST:
         checkpoints.drop_after(training.step)

@@ -59,6 +59,18 @@ def small_mlp(batch: int) -> Network:
     return mlp(batch, hidden=0)
 
 
+def small_convolution(batch: int) -> Network:
+    """Return one convolution with its statistics, channels last, for tests."""
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()
+    model = nn.Sequential(*layers, nn.Linear(8 * 8 * 8, 10))
+    return Network(
+        "convolution-small",
+        model.to(memory_format=torch.channels_last),
+        torch.randn(batch, 3, 8, 8).contiguous(memory_format=torch.channels_last),
+        torch.randint(10, (batch,)),
+    )
+
+
 def wide_mlp(batch: int) -> Network:
     """Return four layers of width 2048: many parameters, each used once for an example."""
     layers = [layer for _ in range(4) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
@@ -96,6 +108,7 @@ def wide_resnet(name: str, batch: int, side: int, layout: str = "standard") -> N
 NETWORKS: dict[str, Callable[[int], Network]] = {
     "mlp": mlp,
     "mlp-small": small_mlp,
+    "convolution-small": small_convolution,
     "mlp-2048": wide_mlp,
     "transformer": transformer,
     "transformer-18m": lambda batch: large_transformer(6, 384, batch),

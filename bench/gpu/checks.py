@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,9 +16,10 @@ from torch.nn import functional as F
 import samfn
 from bench import measure, scaling
 from bench.gpu.setup import Row, Setup
-from bench.networks import RHO, build
+from bench.networks import RHO, Network, build
 from recipes.settings.method_expression import MAKERS
 from samfn import distributed
+from samfn.tree import Params
 
 
 def checks(setup: Setup) -> list[Row]:
@@ -141,6 +142,15 @@ def _trained(setup: Setup, method: Any, fast: bool) -> tuple[dict[str, Tensor], 
     return found, step.plan if fast else None
 
 
+class Trained(NamedTuple):
+    """What some steps led to."""
+
+    weights: dict[str, Tensor]
+    losses: list[float]
+    seconds: float
+    """Of a step, without the first one, which compiles."""
+
+
 def one_rank(setup: Setup) -> list[Row]:
     """Check the step of several devices with one: its collectives change nothing.
 
@@ -148,74 +158,80 @@ def one_rank(setup: Setup) -> list[Row]:
     same of samfn.SAM and `fully_shard`, eager both.
     """
     network = build(setup.networks["small"], setup.batch, setup.device)
-    optimizer = samfn.sgd(0.9)
-    common: Any = {
-        "loss_fn": samfn.supervised(network.model, F.cross_entropy),
-        "optimizer": optimizer,
+    ways: dict[str, tuple[Callable[[], Trained], Callable[[], Trained]]] = {
+        "sharded": (
+            partial(_by_functions, setup, network, "sharded"),
+            partial(_by_functions, setup, network),
+        ),
+        "fully_shard, samfn.SAM": (
+            partial(_in_place, setup, network, shards=True),
+            partial(_in_place, setup, network),
+        ),
     }
-    batch = network.inputs, network.targets
+    start = samfn.split(network.model)[0]
+    alone = {name: one() for name, (_, one) in ways.items()}
+    with mock.patch.dict(os.environ, _of_one_rank()), distributed.ranks():
+        return [
+            {"placement": name, **_beside(several(), alone[name], start)}
+            for name, (several, _) in ways.items()
+        ]
 
-    def trained(
-        placement: str | None = None,
-    ) -> tuple[dict[str, Tensor], list[float], float]:
-        params, buffers = samfn.split(network.model)
-        method: samfn.Method = samfn.sam()
-        if placement:
-            method, params = scaling.placed(placement, params)
-        how: Any = {"plan": "whole", "backend": setup.backend}
-        update = samfn.compile_update(**common, **how, method=method)
-        state = samfn.init(params, buffers, optimizer=optimizer)
 
-        def step() -> Tensor:
-            nonlocal state
-            state, seen = update(state, batch, rho=RHO, lr=0.01)
-            return seen.loss
-
-        losses, seconds = followed(step)
-        whole = distributed.gather(state)
-        distributed.require_alike(whole)
-        return dict(whole.params), losses, seconds
-
-    def in_place(shards: bool = False) -> tuple[dict[str, Tensor], list[float], float]:
-        model, step = scaling.in_place(network, shards=shards, lr=0.01)
-        losses, seconds = followed(step)
-        params = {name: p.detach() for name, p in model.named_parameters()}
-        return distributed.gather(params), losses, seconds
-
-    def followed(step: Callable[[], Tensor]) -> tuple[list[float], float]:
-        losses, begun = [], 0.0
-        for _ in range(setup.steps):
-            losses.append(float(step()))
-            begun = begun or time.perf_counter()  # After the first one, which compiles.
-        return losses, (time.perf_counter() - begun) / (setup.steps - 1)
-
+def _of_one_rank() -> dict[str, str]:
+    """Return what torchrun would tell a single process."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    start = samfn.split(network.model)[0]
-    ways: Any = {
-        "sharded": (partial(trained, "sharded"), trained),
-        "fully_shard, samfn.SAM": (partial(in_place, shards=True), in_place),
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    return {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+
+
+def _by_functions(setup: Setup, network: Network, placement: str | None = None) -> Trained:
+    params, buffers = samfn.split(network.model)
+    optimizer, method = samfn.sgd(0.9), samfn.sam()
+    if placement:
+        method, params = scaling.placed(placement, params)
+    how: Any = {"plan": "whole", "backend": setup.backend, "method": method}
+    loss_fn = samfn.supervised(network.model, F.cross_entropy)
+    update = samfn.compile_update(loss_fn=loss_fn, optimizer=optimizer, **how)
+    state = samfn.init(params, buffers, optimizer=optimizer)
+    batch = network.inputs, network.targets
+
+    def step() -> Tensor:
+        nonlocal state
+        state, seen = update(state, batch, rho=RHO, lr=0.01)
+        return seen.loss
+
+    losses, seconds = _followed(step, setup.steps)
+    whole = distributed.gather(state)
+    distributed.require_alike(whole)
+    return Trained(dict(whole.params), losses, seconds)
+
+
+def _in_place(setup: Setup, network: Network, *, shards: bool = False) -> Trained:
+    model, step = scaling.in_place(network, shards=shards, lr=0.01)
+    losses, seconds = _followed(step, setup.steps)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    return Trained(distributed.gather(params), losses, seconds)
+
+
+def _followed(step: Callable[[], Tensor], steps: int) -> tuple[list[float], float]:
+    losses, begun = [], 0.0
+    for _ in range(steps):
+        losses.append(float(step()))
+        begun = begun or time.perf_counter()
+    return losses, (time.perf_counter() - begun) / (steps - 1)
+
+
+def _beside(several: Trained, alone: Trained, start: Params) -> Row:
+    pairs = zip(several.losses, alone.losses, strict=True)
+    worst = max(abs(one - other) for one, other in pairs)
+    return {
+        "largest difference in loss": worst,
+        "distance over way": measure.distance(start, several.weights, alone.weights),
+        "of the step alone": several.seconds / alone.seconds,
+        "passed": worst < 0.1 * alone.losses[0],
     }
-    alone: Any = {way: way() for _, way in ways.values()}
-    rows = []
-    with mock.patch.dict(os.environ, variables), distributed.ranks():
-        for name, (several, one) in ways.items():
-            expected, losses, seconds = alone[one]
-            found = several()
-            worst = max(abs(a - b) for a, b in zip(found[1], losses, strict=True))
-            rows.append(
-                {
-                    "placement": name,
-                    "largest difference in loss": worst,
-                    "distance over way": measure.distance(start, found[0], expected),
-                    "of the step alone": found[2] / seconds,
-                    "passed": worst < 0.1 * losses[0],
-                }
-            )
-    return rows
 
 
 def _random_checks(setup: Setup) -> list[Row]:

@@ -130,7 +130,7 @@ def test_compiling_is_faster_with_a_full_cache_than_with_an_empty_one(monkeypatc
 @pytest.mark.slow
 def test_one_rank_takes_the_steps_of_none_also_of_weights_that_are_channels_last():
     """Where convolutions are; the step of DTensors, and samfn.SAM on `fully_shard`."""
-    setup = SMOKE._replace(networks={"small": "wrn-10-1 8x8"}, steps=3)
+    setup = SMOKE._replace(networks={"small": "convolution-small"}, steps=3)
     compiled, sharded = one_rank(setup)
     assert compiled["placement"] == "sharded"
     assert sharded["placement"] == "fully_shard, samfn.SAM"

@@ -152,7 +152,7 @@ BARS = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 @pytest.mark.parametrize(
     ("dims", "dtypes"),
-    [((2,), BARS), ((1, 2), [torch.float64]), ((4,), BARS), ((2, 2), BARS)],
+    [((2,), BARS), *((dims, [torch.float64]) for dims in ((1, 2), (4,), (2, 2)))],
 )
 def test_a_sharded_state_takes_the_steps_of_one_process(dims, dtypes):
     for dtype in dtypes:

@@ -30,8 +30,10 @@ KINDS = {
 }
 
 
-_HELD: dict[str, tuple[int, int]] = {}
-"""Directories that this process holds, and how the kernel knows their lock files."""
+Identity = tuple[int, int]
+"""Device and inode, by which the kernel knows a file."""
+_HELD: dict[str, tuple[Identity, Identity]] = {}
+"""Directories that this process holds: their lock files, and they themselves."""
 
 
 class InUseError(OSError):
@@ -248,7 +250,7 @@ def held(
     """
     name = os.path.abspath(directory)
     with locked(Path(directory, LOCK), str(directory), wait=wait, tell=tell) as identity:
-        _HELD[name] = identity
+        _HELD[name] = identity, _identity(os.stat(name))
         try:
             yield
         finally:
@@ -263,21 +265,25 @@ def require_held(path: str | os.PathLike[str]) -> None:
     """
     whole = Path(os.path.abspath(path))
     for folder in (whole, *whole.parents):
-        if (identity := _HELD.get(str(folder))) is None:
+        if (known := _HELD.get(str(folder))) is None:
             continue
-        if _identity((folder / LOCK).stat()) != identity:
+        try:  # It is open, so that no other file has its inode, as another folder may.
+            same = _identity((folder / LOCK).stat()) == known[0]
+        except FileNotFoundError:  # Somebody tidied up.
+            same = _identity(folder.stat()) == known[1]
+        if not same:
             reason = f"{os.strerror(errno.ENOENT)} any more, but another of this name"
             raise FileNotFoundError(errno.ENOENT, reason, str(folder))
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
+def _identity(found: os.stat_result) -> Identity:
     return found.st_dev, found.st_ino
 
 
 @contextmanager
 def locked(
     path: Path, what: str, *, wait: bool, tell: Callable[[str], None]
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[Identity]:
     """Hold a lock file, which stays; as `held`, for what is called `what` in messages.
 
     Yields its device and inode.
@@ -330,7 +336,7 @@ def _runs(number: str) -> bool:
     return True
 
 
-def _write_holder(path: Path) -> tuple[int, int]:
+def _write_holder(path: Path) -> Identity:
     """Say in a lock file which process holds it, unless it is another file's name too.
 
     Returns:

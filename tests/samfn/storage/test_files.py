@@ -185,6 +185,21 @@ def test_a_directory_is_held_and_not_its_name(tmp_path, monkeypatch, change, rep
     write(path, "new")
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_held_directory_without_its_lock_file_is_known_by_itself(tmp_path, moved):
+    path = tmp_path / "run" / "file"
+    with held(path.parent):
+        (path.parent / files.LOCK).unlink()
+        if moved:
+            path.parent.rename(tmp_path / "moved")
+            path.parent.mkdir()
+            with pytest.raises(FileNotFoundError, match="another of this name"):
+                write(path, "new")
+        else:
+            write(path, "new")
+    assert path.exists() != moved
+
+
 def test_a_directory_where_no_file_can_be_made_cannot_be_held(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"), held(tmp_path / "file" / "directory"):

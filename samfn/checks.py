@@ -107,11 +107,6 @@ def require_no_text(names: Collection[str], *, what: str) -> None:
         raise TypeError(f"{what}: expected names of parameters, got the text {names!r}")
 
 
-def rounded_up(share: float, count: int) -> int:
-    """Return ceil(share * count), where 0.07 of 100 is 7, which floats make more of."""
-    return ceil(round(share * count, 9))
-
-
 def require_names_of(params: Params, names: Collection[str], *, what: str) -> None:
     """Raise unless each of the names is one of a parameter.
 
@@ -240,6 +235,11 @@ def some(items: list[str], shown: int = 5) -> str:
     """Return the first few of a list, and how many more there are."""
     text = ", ".join(items[:shown]) or "none"
     return text + (f" and {len(items) - shown} more" if len(items) > shown else "")
+
+
+def rounded_up(share: float, count: int) -> int:
+    """Return ceil(share * count), where 0.07 of 100 is 7, which floats make more of."""
+    return ceil(round(share * count, 9))
 
 
 def _refuse(

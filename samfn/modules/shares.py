@@ -24,7 +24,7 @@ INVERSE = "inverse"
 BY_MASK = "by mask"
 """What is made of a mean over what a mask picks."""
 BY_COUNT = "by count"
-"""What is made of a sum over such a count."""
+"""What is made of a sum over such a count, or of a sum of entries over it."""
 
 ATEN = torch.ops.aten
 QUOTIENTS = {ATEN.div.Tensor: COUNT, ATEN.mul.Tensor: INVERSE}
@@ -60,17 +60,17 @@ class Shares:
     def note(self, operation: Any, args: Sequence[Any], result: Tensor) -> None:
         """Look at another operation, and what it gave."""
         given = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
-        facts = set[str]().union(*map(self._facts_of, given))
+        if operation in QUOTIENTS and self._is_mean(*args[:2], of=QUOTIENTS[operation]):
+            self._put(result, {BY_COUNT})
+            return
+        # What has a number for each example, be it a single one, is a mean over them.
+        facts = set[str]().union(*map(self._facts_of, given)) if not result.ndim else set()
         if operation is ATEN.reciprocal.default and COUNT in facts:
             facts |= {INVERSE}
-        elif operation in QUOTIENTS and self._is_mean(
-            args[0], args[1], QUOTIENTS[operation]
-        ):
-            facts |= {BY_COUNT}
+        if facts:
+            self._put(result, facts)
         elif given and all(map(self._is_of_batch, given)):
             self._put_of_batch(result)
-        if facts and result.numel() == 1:
-            self._put(result, facts)
 
     def are_by_mask(self, number: Tensor) -> bool:
         """Return whether a number is made of a mean over what a mask picks."""
@@ -80,12 +80,11 @@ class Shares:
         """Return whether a number is made of a sum over a count."""
         return BY_COUNT in self._facts_of(number)
 
-    def _is_mean(self, one: Any, other: Any, fact: str) -> bool:
-        if REDUCED not in self._facts_of(one):
-            return False
+    def _is_mean(self, one: Any, other: Any, *, of: str) -> bool:
+        """Return whether entries, or a sum of them, are divided by a count of all."""
         if isinstance(other, Tensor):
-            return fact in self._facts_of(other)
-        return fact == COUNT and other in self._sizes
+            return not other.ndim and of in self._facts_of(other)
+        return of == COUNT and REDUCED in self._facts_of(one) and other in self._sizes
 
     def _is_of_batch(self, given: Tensor) -> bool:
         """Return whether it is made of the batch alone, or is a mask or whole numbers."""

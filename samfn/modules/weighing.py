@@ -209,10 +209,11 @@ def seen(taken: Reductions, loss: Tensor, losses: Tensor | None, batch: Batch) -
         batch: that it was given.
     """
     last, found = taken.that_gave(loss), taken.of_classes
-    if last and last.summed and losses is None and _is_of_rows(last.entries, batch):
+    part = taken.is_part(loss)
+    added = last and last.summed and _is_of_rows(last.entries, batch)
+    if added and losses is None and not part:
         return Weighing(_refused_sum)
-    picked = (last and last.picked) or any(one.picked for one in found)
-    if picked or taken.is_part(loss):
+    if part or (last and last.picked) or any(one.picked for one in found):
         return Weighing(partial(_refused, "the examples, those that a mask picks"))
     if not found:
         return Weighing()

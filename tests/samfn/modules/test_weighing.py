@@ -174,6 +174,7 @@ def test_a_sum_that_is_a_mean_over_examples_is_one(criterion):
         ),
         lambda out, y: (out[:, 0] * (y != PAD)).mean() / (y != PAD).double().mean(),
         lambda out, y: (out[:, 0] * (y != PAD)).sum() * (1 / (y != PAD).sum()),
+        lambda out, y: (out[:, 0] * (y != PAD) / (y != PAD).sum()).sum(),
         lambda out, y: torch.where(y != PAD, out[:, 0], torch.nan).nanmean(),
     ],
 )
@@ -234,6 +235,18 @@ def test_numbers_beside_a_mean_over_examples_leave_it_one(criterion):
     batch = inputs, F.one_hot(targets, 3).double()
     loss_fn(*samfn.split(model), batch)
     assert loss_fn.weigh(batch) == len(inputs)
+
+
+@pytest.mark.parametrize("examples", [1, 4])
+def test_a_mean_over_what_counts_in_each_example_is_one_over_examples(examples):
+    def criterion(outputs, mask):
+        return ((outputs * mask).sum(1) / mask.sum(1)).mean()
+
+    mask = torch.tensor([[1.0, 1, 0]]).double().repeat(examples, 1)
+    batch, model = (torch.randn(examples, 4).double(), mask), nn.Linear(4, 3).double()
+    loss_fn = samfn.supervised(model, criterion)
+    loss_fn(*samfn.split(model), batch)
+    assert loss_fn.weigh(batch) == examples
 
 
 @pytest.mark.parametrize("criterion", [masked, partial(shifted, PAD)])

@@ -78,7 +78,7 @@ class Gradient:
         batch = network.inputs, network.targets
 
         def evaluate(params: Any, buffers: Any) -> Any:
-            return samfn.loss.evaluate(loss_fn, params, buffers, batch)
+            return samfn.evaluate(loss_fn, params, buffers, batch)
 
         self._split = samfn.split(network.model)
         self._evaluate = torch.compile(evaluate, fullgraph=True, dynamic=False)
@@ -113,7 +113,7 @@ def in_place(**common: Any) -> Any:
     """Make a whole graph that writes the new state over the old one, on any device."""
     optimizer, method = common["optimizer"], samfn.sam()
 
-    evaluate = partial(samfn.loss.evaluate, common["loss_fn"])
+    evaluate = partial(samfn.evaluate, common["loss_fn"])
 
     def plain(state: Any, batch: Any, rho: Any, lr: Any) -> Any:
         return take_step(state, batch, evaluate, optimizer, method, rho=rho, lr=lr)

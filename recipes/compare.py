@@ -17,10 +17,11 @@ from pathlib import Path
 from recipes import errors, plots, sharpness
 from recipes.errors import ConfigError
 from recipes.settings.resolve import choose_device
-from recipes.sharpness import Measuring, Record
-from recipes.study import correlation, report
+from recipes.study import correlation, measurements, measures, report
 from recipes.study.correlation import Pairs, Ranks
 from recipes.study.groups import Group, Value, best, grouped, last
+from recipes.study.measurements import Record
+from recipes.study.measures import Measuring
 from recipes.study.report import EXPLAINED, TABLES, Page, Tables, numeric
 from recipes.study.runs import among, checkpoint_of, labels, real, validate
 from recipes.terminal import cli
@@ -92,7 +93,7 @@ def compare(settings: Settings, command: str, display: Display) -> int:
             tables=tables,
             records=records,
             data=f"{NAME}.json",
-            measured=sharpness.asked(settings) if settings.sharpness else None,
+            measured=measurements.asked(settings) if settings.sharpness else None,
             correlation=correlation.plain(ranks),
         )
     except OSError as error:
@@ -123,7 +124,7 @@ def measure(
     names = labels([(run.path, run.config, "") for run in runs])
     found, missing = {}, {}
     for shown, run in zip(names, runs, strict=True):
-        record = sharpness.known(run.path, run.config, settings, display)
+        record = measurements.known(run.path, run.config, settings, display)
         if record is not None:
             found[run.path] = record
             sharpness.tell_left_out(shown, record, display)
@@ -135,9 +136,9 @@ def measure(
         path = Path(record["path"])
         found[path] = record
         try:
-            sharpness.keep(record, sharpness.file_of(path), display)
+            measurements.keep(record, measurements.file_of(path), display)
         except OSError as error:
-            display.warn(f"cannot write {sharpness.file_of(path)}: {error}")
+            display.warn(f"cannot write {measurements.file_of(path)}: {error}")
     return found
 
 
@@ -152,7 +153,7 @@ def tables_of(settings: Settings, records: dict[Path, Record]) -> Tables:
 
         return measured
 
-    columns = sharpness.columns(settings).items()
+    columns = measures.columns(settings).items()
     measured = {name: numeric(head, value(name)) for name, head in columns}
     return {**TABLES, **({"sharpness": measured} if records else {})}
 
@@ -161,7 +162,7 @@ def page_of(
     settings: Settings, groups: Sequence[Group], tables: Tables, records: dict[Path, Record]
 ) -> Page:
     """Return what is said of the runs, and of what was measured."""
-    terms = sharpness.legend(settings).items()
+    terms = measures.legend(settings).items()
     lines = [f"- {term}: {text}" for term, text in terms if term != "±"]
     lines += [f"- {settings.images:,} {settings.kind} images"]
     about = "The best epochs, or those that the command asks for; ± as above.\n\n"

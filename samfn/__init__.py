@@ -6,13 +6,11 @@ methods, the descent, a step; then what stands around it.
 
 # isort: off
 from samfn.tree import norm as norm
-from samfn.loss import (
-    Aux as Aux,
+from samfn.loss import Aux as Aux, Loss as Loss, l2_regularized as l2_regularized
+from samfn.gradient import (
     GradientError as GradientError,
-    Loss as Loss,
     Pass as Pass,
     evaluate as evaluate,
-    l2_regularized as l2_regularized,
 )
 from samfn.perturb import (
     adaptive_metric as adaptive_metric,
@@ -61,13 +59,12 @@ from samfn.methods import (
     watched as watched,
     wsam as wsam,
 )
-from samfn.descend import (
-    Optimizer as Optimizer,
+from samfn.descend import Optimizer as Optimizer, descend as descend
+from samfn.optimizers import (
     adagrad as adagrad,
     adam as adam,
     adamw as adamw,
     clipped as clipped,
-    descend as descend,
     from_torch as from_torch,
     frozen_after as frozen_after,
     grouped as grouped,

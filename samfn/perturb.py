@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from samfn import checks, tree
-from samfn.collectives import placed_as
-from samfn.orthogonal import MUON, TAYLOR, as_matrix, newton_schulz
+from samfn import tree
+from samfn.support import checks
+from samfn.support.collectives import placed_as
+from samfn.support.orthogonal import MUON, TAYLOR, as_matrix, newton_schulz
 from samfn.tree import Params
 
 Adapts = Callable[[str, Tensor], bool]

@@ -7,7 +7,7 @@ stays at its last value.
 import math
 from collections.abc import Callable, Sequence
 
-from samfn import checks
+from samfn.support import checks
 
 Schedule = Callable[[int], float]
 

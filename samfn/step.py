@@ -7,14 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samfn import checks, tree
-from samfn.batches import length_of
-from samfn.collectives import over_parts
+from samfn import tree
 from samfn.descend import Optimizer, OptState, descend
-from samfn.loss import Evaluate, LossFn, Pass, as_loss, evaluator
+from samfn.gradient import Evaluate, Pass, evaluator
+from samfn.loss import LossFn, as_loss
 from samfn.methods import sam
 from samfn.methods.base import Method, MethodState, Point
 from samfn.methods.watched import Layers
+from samfn.support import checks
+from samfn.support.batches import length_of
+from samfn.support.collectives import over_parts
 from samfn.tree import Batch, Params
 
 

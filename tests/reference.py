@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from recipes.settings.method_expression import MAKERS
 from samfn import Method
-from samfn.loss import evaluator
+from samfn.gradient import evaluator
 from samfn.methods.base import Point
 
 

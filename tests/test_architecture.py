@@ -10,10 +10,9 @@ from tests import ROOT
 
 # Files and packages, each with those below it that it may import before it.
 ORDER = {
-    "samfn": "tree nested checks schedules batches collectives orthogonal loss perturb"
-    " methods descend modules distributed step imperative storage training measure"
-    " compiled",
-    "recipes": "errors roles trainers terminal plots data models settings train study"
+    "samfn": "tree support schedules loss gradient perturb methods descend optimizers"
+    " modules distributed step imperative storage training measure compiled",
+    "recipes": "errors roles trainers terminal plots data models settings train text study"
     " cifar_wrn finetune finetune_text sweep label_noise arms sharpness landscape compare",
     "bench": "measure networks peers_of_jax peers candidates cost_model cost scaling"
     " checkpoints gpu faults zoo",
@@ -29,10 +28,15 @@ OWNERS = {
     "sklearn": set(),  # takes a second to import, and its digits are a file
     "einops": {"recipes/models", "recipes/data/augment.py"},
     "tyro": {"recipes", "bench"},
-    "torch.func": {"samfn/loss.py", "samfn/measure/curvature.py", "recipes/models"},
-    "torch.nn": {
+    "torch.func": {
         "samfn/loss.py",
-        "samfn/nested.py",
+        "samfn/gradient.py",
+        "samfn/measure/curvature.py",
+        "recipes/models",
+    },
+    "torch.nn": {
+        "samfn/gradient.py",
+        "samfn/support/nested.py",
         "samfn/modules",
         "samfn/distributed",
         "samfn/measure/curvature.py",
@@ -49,11 +53,11 @@ OWNERS = {
     "timm": {"bench/zoo"},
     "transformers": {"recipes/models/language.py", "bench/zoo"},
     "peft": {"recipes/models/language.py"},
-    "torch.optim": {"samfn/descend.py", "samfn/imperative", "samfn/modules"},
+    "torch.optim": {"samfn/optimizers", "samfn/imperative", "samfn/modules"},
     "torch._dynamo": {"samfn/compiled", "bench/faults/trial.py"},
     "torch._inductor": {"samfn/compiled"},
     "torch.distributed": {
-        "samfn/collectives.py",
+        "samfn/support/collectives.py",
         "samfn/distributed",
         "samfn/storage/sharded.py",
         "bench/scaling.py",

@@ -208,7 +208,15 @@ def test_every_folder_is_on_a_page_and_every_file_of_the_algorithm_on_the_front(
         for path in sorted((ROOT / folder).iterdir()):
             if path.name not in ("README.md", "__init__.py", "py.typed", "__pycache__"):
                 assert path.stem in page, f"{path} is not on its folder's page"
-    for name in ("tree.py", "loss.py", "perturb.py", "methods/", "descend.py", "step.py"):
+    for name in (
+        "tree.py",
+        "loss.py",
+        "gradient.py",
+        "perturb.py",
+        "methods/",
+        "descend.py",
+        "step.py",
+    ):
         assert f"samfn/{name}" in FRONT
 
 

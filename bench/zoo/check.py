@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import samfn
 from bench.zoo.habits import Case
-from samfn.loss import evaluate
+from samfn.gradient import evaluate
 from samfn.measure.curvature import hessian_product
 
 RHO, LR, STEPS = 0.1, 0.1, 3

@@ -21,7 +21,7 @@ import samfn
 from recipes.data.text import Bytes
 from recipes.errors import ConfigError
 from recipes.terminal.hardware import lacks_memory
-from samfn.loss import Evaluate
+from samfn.gradient import Evaluate
 from samfn.methods.base import Descended, MethodState, Point, is_number_zero, plain
 from samfn.perturb import filter_noise
 from samfn.storage import files

@@ -31,7 +31,8 @@ from recipes.train.compiling import decide
 from recipes.train.step import ingredients, lr_of, rho_of
 from samfn import distributed, schedules
 from samfn.compiled import operations
-from samfn.loss import Aux, LossFn, evaluate
+from samfn.gradient import evaluate
+from samfn.loss import Aux, LossFn
 from samfn.tree import Params
 
 Update = Callable[..., tuple[samfn.TrainState, samfn.Metrics]]

@@ -9,7 +9,7 @@ from recipes.data import augment
 from recipes.settings import method_expression
 from recipes.train.build import Task, first_perturbed
 from samfn import distributed
-from samfn.loss import evaluate
+from samfn.gradient import evaluate
 
 LONG_ENOUGH = 0.15  # seconds that a gradient takes from which the time of a batch is known
 FORWARD = 1 / 3  # of the operations of a gradient

@@ -16,7 +16,7 @@ from recipes.settings.config import Config
 from recipes.train.batches import clean, own
 from recipes.train.build import Task, generator
 from samfn import distributed
-from samfn.loss import evaluate
+from samfn.gradient import evaluate
 from samfn.measure import per_example
 from samfn.training import sampling
 from samfn.training.loop import Training

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn.batches import keyed
 from samfn.compiled.plan import Step
 from samfn.step import Metrics, TrainState
+from samfn.support.batches import keyed
 from samfn.tree import Batch
 
 

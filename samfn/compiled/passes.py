@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samfn.collectives import kept, wholes
 from samfn.compiled.plan import Parts
 from samfn.descend import Optimizer
-from samfn.loss import Loss, LossFn, Pass, as_loss, evaluate, loss_and_aux
+from samfn.gradient import Pass, evaluate
+from samfn.loss import (
+    Loss,
+    LossFn,
+    as_loss,
+    loss_and_aux,
+)
+from samfn.support.collectives import kept, wholes
 from samfn.tree import Batch, Params, unmixed
 
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from samfn.loss import GradientError, LossFn, as_loss, evaluate
+from samfn.gradient import GradientError, evaluate
+from samfn.loss import LossFn, as_loss
 from samfn.methods.base import Method
 from samfn.modules.lending import ImpureError
-from samfn.nested import as_it_was
 from samfn.step import Metrics, TrainState
+from samfn.support.nested import as_it_was
 from samfn.tree import Batch, any_sharded, is_sharded
 
 Parts = Literal["whole", "gradient", "loss"]

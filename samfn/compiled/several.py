@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn import checks
-from samfn.batches import VALUES, keyed, rows_of
 from samfn.compiled.plan import Dials, Step
 from samfn.step import Metrics, TrainState
+from samfn.support import checks
+from samfn.support.batches import VALUES, keyed, rows_of
 from samfn.tree import Batch
 
 

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from samfn import checks
-from samfn.batches import rows_of
 from samfn.compiled.cuda_graph import CudaGraphed, StaticState, in_place_of
 from samfn.compiled.guards import with_own_guards
 from samfn.compiled.passes import CompiledPasses, compiled
@@ -34,12 +32,15 @@ from samfn.compiled.plan import (
 )
 from samfn.compiled.several import in_turn, require_dials, require_stacked, with_zeros
 from samfn.descend import Optimizer
-from samfn.loss import Evaluate, LossFn, as_loss, evaluator
+from samfn.gradient import Evaluate, evaluator
+from samfn.loss import LossFn, as_loss
 from samfn.methods import sam
 from samfn.methods.base import Method
-from samfn.nested import remembered
 from samfn.step import Metrics, TrainState, require_state, take_step
 from samfn.storage.randomness import random_state, set_random_state
+from samfn.support import checks
+from samfn.support.batches import rows_of
+from samfn.support.nested import remembered
 from samfn.tree import Batch
 
 RECOMPUTES = "one graph cannot hold what is computed again (gradient checkpointing)"

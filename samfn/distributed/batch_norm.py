@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from samfn.collectives import all_reduce
 from samfn.distributed.group import everyone, size
+from samfn.support.collectives import all_reduce
 
 
 class _Total(torch.autograd.Function):

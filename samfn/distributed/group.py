@@ -14,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 from samfn import tree
-from samfn.checks import some
+from samfn.support.checks import some
 from samfn.tree import Batch
 
 TIMEOUT = 300.0  # seconds; compiling may take one rank longer than another

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from samfn import tree
-from samfn.collectives import changed, mean, over_ranks
 from samfn.distributed.group import everyone, size
-from samfn.loss import Evaluate, Pass
+from samfn.gradient import Evaluate, Pass
 from samfn.methods.base import Descended, Descent, Method, MethodState, Point
+from samfn.support.collectives import changed, mean, over_ranks
 from samfn.tree import Batch, Params
 
 

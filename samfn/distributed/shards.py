@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from samfn import tree
-from samfn.collectives import require_all_ranks
 from samfn.distributed.group import everyone, size
+from samfn.support.collectives import require_all_ranks
 
 
 def mesh_of(kind: str, parts: int | None = None) -> Any:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from samfn import checks, tree
+from samfn import tree
+from samfn.gradient import dense
 from samfn.imperative import parts
 from samfn.imperative.guard import COPY_LATER, Guard, Mark
 from samfn.imperative.kept import Kept
 from samfn.imperative.passes import Home, Passes, Seen, homes
-from samfn.loss import dense
 from samfn.methods.base import is_number_zero
+from samfn.support import checks
 
 Groups = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 P = ParamSpec("P")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from samfn import tree
-from samfn.collectives import all_reduce
-from samfn.loss import dense
+from samfn.gradient import dense
 from samfn.perturb import rate
+from samfn.support.collectives import all_reduce
 from samfn.tree import Params
 
 

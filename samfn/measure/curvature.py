@@ -14,21 +14,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from samfn import checks, tree
-from samfn.collectives import over_parts, summed, wholes
-from samfn.loss import (
+from samfn import tree
+from samfn.gradient import (
     GradientError,
-    Loss,
-    LossFn,
-    as_loss,
     dense,
     explained,
     leaving,
-    loss_and_aux,
     own_leaves,
     require_gradients_here,
     share_of,
 )
+from samfn.loss import (
+    Loss,
+    LossFn,
+    as_loss,
+    loss_and_aux,
+)
+from samfn.support import checks
+from samfn.support.collectives import over_parts, summed, wholes
 from samfn.tree import Batch, Params
 
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from samfn import checks, tree
-from samfn.batches import repeatable
-from samfn.collectives import over_parts, placed_as, sum_over_parts
-from samfn.loss import LossFn, as_loss, evaluate
+from samfn import tree
+from samfn.gradient import evaluate
+from samfn.loss import LossFn, as_loss
 from samfn.measure.objective import Objective
 from samfn.perturb import rate
+from samfn.support import checks
+from samfn.support.batches import repeatable
+from samfn.support.collectives import over_parts, placed_as, sum_over_parts
 from samfn.training import loop
 from samfn.tree import Batch, Params
 

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samfn import checks, tree
-from samfn.batches import cut, length_of, repeatable
-from samfn.collectives import over_parts
-from samfn.loss import LossFn, as_loss, evaluate
+from samfn import tree
+from samfn.gradient import evaluate
+from samfn.loss import LossFn, as_loss
 from samfn.measure.curvature import hessian_product
+from samfn.support import checks
+from samfn.support.batches import cut, length_of, repeatable
+from samfn.support.collectives import over_parts
 from samfn.tree import Batch, Params
 
 # What a pass costs, in gradient evaluations: a forward pass is a third of one, and a

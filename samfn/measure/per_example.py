@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samfn.batches import length_of, pair_of, together
-from samfn.loss import LossFn, Pass, as_loss, evaluate
+from samfn.gradient import Pass, evaluate
+from samfn.loss import LossFn, as_loss
+from samfn.support.batches import length_of, pair_of, together
 from samfn.training import sampling
 from samfn.tree import Batch, Params
 

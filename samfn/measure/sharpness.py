@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from samfn import checks, tree
-from samfn.collectives import placed_as
+from samfn import tree
 from samfn.measure.objective import GRADIENT, LOSS, PRODUCT, Objective
 from samfn.perturb import rate
+from samfn.support import checks
+from samfn.support.collectives import placed_as
 from samfn.tree import Params
 
 Progress = Callable[[int, int], None]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from samfn import tree
-from samfn.batches import first_rows, length_of
-from samfn.loss import Evaluate, LossFn, Pass
+from samfn.gradient import Evaluate, Pass
+from samfn.loss import LossFn
 from samfn.perturb import Perturb, perturb
+from samfn.support.batches import first_rows, length_of
 from samfn.tree import Batch, Params
 
 MethodState = Mapping[str, Any]  # tensors, and mappings of names to tensors

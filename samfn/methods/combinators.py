@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn import checks, tree
-from samfn.batches import cut, length_of
-from samfn.loss import Evaluate, LossFn, Pass
+from samfn import tree
+from samfn.gradient import Evaluate, Pass
+from samfn.loss import LossFn
 from samfn.methods.base import (
     Descended,
     Descent,
@@ -25,6 +25,8 @@ from samfn.methods.base import (
     plain,
 )
 from samfn.perturb import Adapts
+from samfn.support import checks
+from samfn.support.batches import cut, length_of
 from samfn.tree import Batch, Params
 
 Statistics = Literal["in turn", "averaged"]

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from samfn import checks, tree
-from samfn.loss import NO_CRITERION, Evaluate
+from samfn import tree
+from samfn.gradient import Evaluate
+from samfn.loss import NO_CRITERION
 from samfn.methods.base import (
     Descended,
     Descent,
@@ -18,6 +19,7 @@ from samfn.methods.base import (
     uphill,
 )
 from samfn.perturb import perturb
+from samfn.support import checks
 from samfn.tree import Params
 
 EPS = 1e-8  # as Adam's, in units of the gradient

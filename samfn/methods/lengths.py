@@ -6,7 +6,7 @@ optimizer. Each is a `two_pass` with a `Length` of its own, which others may tak
 
 from torch import Tensor
 
-from samfn import checks, tree
+from samfn import tree
 from samfn.methods.base import (
     Combined,
     Length,
@@ -17,6 +17,7 @@ from samfn.methods.base import (
     two_pass,
 )
 from samfn.perturb import rate
+from samfn.support import checks
 from samfn.tree import Params
 
 Radius = tuple[Tensor, MethodState]

@@ -6,9 +6,10 @@ optimizer.
 
 from torch import Tensor
 
-from samfn import checks, tree
+from samfn import tree
 from samfn.methods.base import Combined, Method, MethodState, one_pass, two_pass
 from samfn.perturb import filter_noise
+from samfn.support import checks
 from samfn.tree import Params
 
 

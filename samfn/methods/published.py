@@ -11,10 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from samfn import checks, tree
-from samfn.batches import length_of, rows_of
-from samfn.collectives import placed_as
-from samfn.loss import Evaluate, Pass
+from samfn import tree
+from samfn.gradient import Evaluate, Pass
 from samfn.methods.base import (
     Combined,
     Descended,
@@ -42,6 +40,9 @@ from samfn.perturb import (
     perturb_layerwise,
     rate,
 )
+from samfn.support import checks
+from samfn.support.batches import length_of, rows_of
+from samfn.support.collectives import placed_as
 from samfn.tree import Params
 
 

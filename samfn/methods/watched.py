@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from samfn import tree
-from samfn.loss import Evaluate, LossFn, Pass
+from samfn.gradient import Evaluate, Pass
+from samfn.loss import LossFn
 from samfn.methods.base import Descended, Method, MethodState, Point, combinator
 from samfn.methods.combinators import add_weighted
 from samfn.tree import Batch, Params

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from samfn.collectives import whole
 from samfn.modules.memory import address
+from samfn.support.collectives import whole
 from samfn.tree import is_sharded
 
 CHANGED = (

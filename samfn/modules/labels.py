@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn.batches import keyed
 from samfn.modules.memory import address
+from samfn.support.batches import keyed
 from samfn.tree import Batch
 
 ATEN = torch.ops.aten

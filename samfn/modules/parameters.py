@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from samfn import checks
-from samfn.collectives import placed_alike, whole
 from samfn.modules.memory import sharing
+from samfn.support import checks
+from samfn.support.collectives import placed_alike, whole
 from samfn.tree import Params, is_sharded
 
 # By name: importing FSDP takes a second.

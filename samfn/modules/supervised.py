@@ -11,9 +11,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from samfn import checks
-from samfn.batches import VALUES, keyed, pair_of
-from samfn.loss import Aux, Loss, graph, is_reentrant, leaving
+from samfn.gradient import graph, is_reentrant, leaving
+from samfn.loss import Aux, Loss
 from samfn.modules import weighing
 from samfn.modules.gathering import Gathering
 from samfn.modules.lending import (
@@ -25,7 +24,9 @@ from samfn.modules.lending import (
 )
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
-from samfn.nested import inside, remembered
+from samfn.support import checks
+from samfn.support.batches import VALUES, keyed, pair_of
+from samfn.support.nested import inside, remembered
 from samfn.tree import Batch, Params, is_sharded, local, unmixed
 
 RECOMPUTES = (

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils import _pytree as pytree
 
-from samfn.batches import keyed, length_of, pair_of
 from samfn.modules.labels import Labels, Trail
 from samfn.modules.memory import address
 from samfn.modules.shares import Shares
+from samfn.support.batches import keyed, length_of, pair_of
 from samfn.tree import Batch
 
 # PyTorch's losses that are means over examples, or over entries of which each has as many.

@@ -4,12 +4,11 @@ from samfn.storage.checkpoint import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointFormatError,
-    Checkpoints,
     CheckpointWriteError,
-    Found,
     restore,
     save,
 )
+from samfn.storage.checkpoints import Checkpoints, Found
 from samfn.storage.export import ExportError, export_program, export_weights
 from samfn.storage.files import InUseError, held
 from samfn.storage.randomness import random_state, set_random_state

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from samfn import checks, tree
+from samfn import tree
+from samfn.support import checks
 from samfn.tree import Params
 
 

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from samfn import checks, distributed, tree
+from samfn import distributed, tree
 from samfn.step import TrainState, require_finite
-from samfn.storage.checkpoint import SCORE, Checkpoints, Found, restore
+from samfn.storage.checkpoint import restore
+from samfn.storage.checkpoints import SCORE, Checkpoints, Found
+from samfn.support import checks
 from samfn.training.averaging import moving_average
 from samfn.training.loop import Callback, Epoch, Evaluation, Event, Start, Step, Training
 from samfn.tree import Params

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samfn import checks
-from samfn.batches import length_of, pair_of
+from samfn.gradient import evaluate as evaluate_loss
 from samfn.loss import LossFn, as_loss
-from samfn.loss import evaluate as evaluate_loss
 from samfn.step import Metrics, TrainState
+from samfn.support import checks
+from samfn.support.batches import length_of, pair_of
 from samfn.tree import Batch, Params
 
 Update = Callable[..., tuple[TrainState, Metrics]]

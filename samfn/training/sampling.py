@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from samfn import checks, tree
+from samfn import tree
+from samfn.support import checks
 
 
 def init(examples: int, device: torch.device | str | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from recipes.train import length, running
 from recipes.train.batches import augmented
 from recipes.train.build import assemble, generator, read_data
 from recipes.train.pretrained import begin
-from samfn.loss import evaluate
+from samfn.gradient import evaluate
 from tests.recipes.test_recipe import equal, rows, stop_after, tensors, without_times
 
 IMAGES, STEPS = 24, 4  # in training; in an epoch

@@ -12,7 +12,7 @@ from recipes import plots, sharpness
 from recipes.cifar_wrn import main as train
 from recipes.settings.resolve import configure
 from recipes.settings.saved import to_toml
-from recipes.study import correlation
+from recipes.study import correlation, measurements
 from recipes.study.groups import differing, grouped
 from recipes.study.report import PASSES, unlike
 from recipes.terminal.console import Display
@@ -454,7 +454,7 @@ def test_what_is_measured_is_used_even_if_it_cannot_be_kept(
         raise OSError("no space")
 
     paths = [shutil.copytree(path, tmp_path / path.name) for path in trained[1:]]
-    monkeypatch.setattr(sharpness, "write_json", full)
+    monkeypatch.setattr(measurements, "write_json", full)
     assert compared(*paths, flags=CHEAP)["rows"][0]["numbers"]["loss"]
     assert (
         f"cannot write {paths[0] / 'sharpness.json'}: no space" in capsys.readouterr().err

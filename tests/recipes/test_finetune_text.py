@@ -11,11 +11,14 @@ import torch
 import samfn
 from recipes import errors, finetune_text
 from recipes.data import text
-from recipes.finetune_text import Meter, Settings, main, tune
+from recipes.finetune_text import main, tune
 from recipes.models import language
 from recipes.terminal.console import Display
 from recipes.terminal.signals import Signals
-from samfn.loss import Pass
+from recipes.text.settings import Settings, opened
+from recipes.text.task import batch_of
+from recipes.text.training import Meter
+from samfn.gradient import Pass
 from samfn.methods.base import Point
 from samfn.storage import files, tensorfile
 from samfn.training.loop import Step
@@ -142,7 +145,7 @@ def test_a_run_that_is_refused_occupies_no_directory(tmp_path, wrong):
     run = tmp_path / "run"
     assert main([*FLAGS, *wrong, "--output", str(run)]) == errors.WRONG_INPUT
     assert [path.name for path in run.iterdir()] == [files.LOCK]
-    with finetune_text.opened(Settings(output=run)):
+    with opened(Settings(output=run)):
         pass
 
 
@@ -294,7 +297,7 @@ def problem(perturb):
             if perturb == "merged" and name in pairs:
                 p.requires_grad_(True)
     tokens = torch.randint(256, (4, 12))
-    return model, pairs, scale, finetune_text.batch_of(tokens)
+    return model, pairs, scale, batch_of(tokens)
 
 
 @pytest.mark.parametrize("perturb", ["adapters", "merged"])

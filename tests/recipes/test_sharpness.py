@@ -19,6 +19,7 @@ from recipes import sharpness as recipe
 from recipes.cifar_wrn import main as train
 from recipes.settings import method_expression
 from recipes.settings.saved import of_run
+from recipes.study import measurements, measures
 from recipes.study.runs import digest, read
 from recipes.terminal.console import Display
 from recipes.train.build import generator
@@ -112,21 +113,21 @@ def test_the_bar_reaches_the_cost_that_was_announced(runs):
     settings = settings_of(runs[0])
     solution = read(runs[0], settings, Display())
     told = []
-    found = recipe.numbers_of(solution, settings, told.append, pytest.fail)
-    announced = recipe.costs(settings)
+    found = measures.numbers_of(solution, settings, told.append, pytest.fail)
+    announced = measures.costs(settings)
     assert sum(told) == pytest.approx(sum(announced.values()))
     assert min(told) > -1e-9
     spent = sum(number.cost for number in found.values())
     assert spent == pytest.approx(sum(announced.values()))  # Lanczos found no early end.
     assert announced["worst_case_steps"] == pytest.approx(3 + 1 / 3)
     assert announced["trace"] == 6
-    few = recipe.costs(settings_of(images=79, steps=1, probes=0, eigenvalues=0))
+    few = measures.costs(settings_of(images=79, steps=1, probes=0, eigenvalues=0))
     assert few.keys() == {"worst_case", "adaptive", "m_sharpness"}
 
 
 def test_an_early_end_of_lanczos_counts_as_spent_on_the_bar(runs):
     told = []
-    with recipe.spending(9.0, told.append) as progress:
+    with measures.spending(9.0, told.append) as progress:
         progress(1, 3)
     assert told == [3.0, 6.0]
 
@@ -145,7 +146,7 @@ def test_what_is_announced_is_at_most_what_is_spent_and_said(runs, capsys):
 def test_the_model_is_measured_in_evaluation_mode_and_images_do_not_depend_on_batches(runs):
     solution = read(runs[0], settings_of(runs[0]), Display())
     losses = [
-        recipe.objective(solution, size).loss(solution.params).item() for size in (7, 80)
+        measures.objective(solution, size).loss(solution.params).item() for size in (7, 80)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -235,7 +236,7 @@ def edited(run, before, after, name="config.toml"):
 def test_a_record_is_known_again_unless_something_changed(measured, tmp_path, change):
     run = shutil.copytree(measured, tmp_path / "elsewhere")
     settings = CHANGES[change](run, settings_of(run))
-    found = recipe.known(run, of_run(run), settings, Display())
+    found = measurements.known(run, of_run(run), settings, Display())
     assert (found is not None) == (change in ("nothing", "device"))
 
 
@@ -260,10 +261,10 @@ def measured(trained, tmp_path_factory):
 def test_a_damaged_file_is_measured_anew_and_replaced(measured, tmp_path, capsys, text):
     run = shutil.copytree(measured, tmp_path / "run")
     (run / "sharpness.json").write_bytes(text.encode("latin-1"))
-    assert recipe.known(run, of_run(run), settings_of(run), Display()) is None
+    assert measurements.known(run, of_run(run), settings_of(run), Display()) is None
     (record,) = records(measured)
-    recipe.keep(record, run / "sharpness.json", Display())
-    assert recipe.known(run, of_run(run), settings_of(run), Display()) == record
+    measurements.keep(record, run / "sharpness.json", Display())
+    assert measurements.known(run, of_run(run), settings_of(run), Display()) == record
     kept = [path.read_bytes() for path in run.glob("sharpness.json.corrupt*")]
     assert kept == [text.encode("latin-1")] * (not text.startswith('{"measurements": ['))
 
@@ -291,7 +292,7 @@ def test_records_that_are_written_at_once_are_all_kept(measured, tmp_path):
 def keep_several(record, file, writer):
     for number in range(10):
         own = record | {"path": f"{writer} {number}"}
-        recipe.keep(own | {"checksum": recipe.checksum(own)}, file, Display())
+        measurements.keep(own | {"checksum": measurements.checksum(own)}, file, Display())
 
 
 def test_a_damaged_record_hides_no_other(measured, tmp_path):
@@ -300,7 +301,7 @@ def test_a_damaged_record_hides_no_other(measured, tmp_path):
     for damage in ({"numbers": {"loss": {"value": "x"}}}, {"numbers": 3}, {"sha256": 1}):
         text = json.dumps({"measurements": [record | damage, {}, record]})
         (run / "sharpness.json").write_text(text)
-        assert recipe.known(run, of_run(run), settings_of(run), Display()) == record
+        assert measurements.known(run, of_run(run), settings_of(run), Display()) == record
 
 
 def test_a_directory_without_a_run_is_left_out_and_told(runs, tmp_path, capsys):
@@ -415,7 +416,7 @@ def test_numbers_are_shown_even_if_they_cannot_be_written(runs, capsys, monkeypa
     def full(path, found):
         raise OSError("no space")
 
-    monkeypatch.setattr(recipe, "write_json", full)
+    monkeypatch.setattr(measurements, "write_json", full)
     assert recipe.main([str(runs[0]), *CHEAP]) == 5
     seen = capsys.readouterr()
     assert "cannot write" in seen.err

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import samfn
-from samfn.loss import GradientError, Loss, evaluate
+from samfn.gradient import GradientError, evaluate
+from samfn.loss import Loss
 from samfn.measure import hessian_product
 from samfn.training import loop
 from tests.reference import batches, small_network

@@ -183,7 +183,7 @@ MUTANTS = {
         "samfn/storage/test_tensorfile::test_a_name_that_stands_twice_is_refused_even_if_both_say_the_same",
     ),
     "the best goes with the old": (
-        "storage/checkpoint.py",
+        "storage/checkpoints.py",
         "return {*last, *(path for paths in best for path in paths)}",
         "return {*last}",
         "samfn/storage/test_checkpoint::test_the_last_few_and_the_best_few_stay",
@@ -195,7 +195,7 @@ MUTANTS = {
         "samfn/storage/test_checkpoint::test_a_forged_score_costs_no_whole_checkpoint",
     ),
     "checkpoints are ordered by their names": (
-        "storage/checkpoint.py",
+        "storage/checkpoints.py",
         '    return int(path.stem.removeprefix("step_"))\n',
         "    return path.name\n",
         "samfn/storage/test_checkpoint::test_checkpoints_are_ordered_by_number_and_nothing_else_counts",
@@ -207,7 +207,7 @@ MUTANTS = {
         "samfn/storage/test_checkpoint::test_views_that_conjugate_or_negate_are_written_as_what_they_show",
     ),
     "states that are not finite are kept": (
-        "storage/checkpoint.py",
+        "storage/checkpoints.py",
         "            _require_finite(state)\n",
         "",
         "samfn/storage/test_checkpoint::test_states_that_are_not_finite_are_not_kept",

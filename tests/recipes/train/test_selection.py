@@ -15,7 +15,7 @@ from recipes.settings.resolve import configure
 from recipes.train import selection
 from recipes.train.batches import StopError, augmented, order
 from recipes.train.build import assemble
-from samfn.loss import evaluate
+from samfn.gradient import evaluate
 from samfn.training.loop import Training
 
 SMALL = ["--data", "digits", "--model", "wrn-10-1", "--batch-size", "128", "--no-flip"]

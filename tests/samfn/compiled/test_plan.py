@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import samfn
 from samfn.compiled import operations
-from samfn.nested import inside
+from samfn.support.nested import inside
 
 KEPT = []
 TOTAL = 0.0

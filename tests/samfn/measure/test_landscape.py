@@ -264,7 +264,7 @@ def test_the_ascent_is_that_of_sam_for_all_examples_as_one_batch():
     params, buffers, loss_fn, data = network()
     uneven = [data[0], tuple(part[:3] for part in data[1])]
     whole = tuple(torch.cat(parts) for parts in zip(*uneven, strict=True))
-    grads = samfn.loss.evaluate(loss_fn, params, buffers, whole).grads
+    grads = samfn.evaluate(loss_fn, params, buffers, whole).grads
     step = tree.subtract(samfn.perturb(params, grads, 1.0), params)
     assert_close(ascent(params, buffers, uneven, loss_fn=loss_fn), step)
     assert_close(ascent(params, buffers, whole, loss_fn=loss_fn), step)

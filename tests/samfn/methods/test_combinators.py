@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import samfn
-from samfn.loss import evaluator
+from samfn.gradient import evaluator
 from samfn.methods.base import Point
 from tests.reference import batches, descent_of, small_network
 

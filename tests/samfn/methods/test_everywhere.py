@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import samfn
 from samfn import tree
-from samfn.loss import evaluator
+from samfn.gradient import evaluator
 from samfn.methods.base import Point
 from tests.samfn.methods.test_published import LR, ORACLES, RHO, layer, problem, train
 

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 import samfn
 from samfn import tree
-from samfn.loss import Aux, evaluate, evaluator
+from samfn.gradient import evaluate, evaluator
+from samfn.loss import Aux
 from samfn.methods.base import Point
 from samfn.perturb import filter_noise
 from tests import oracle

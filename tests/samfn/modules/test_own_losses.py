@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import samfn
 from bench.zoo import habits
-from samfn.batches import first_rows
+from samfn.support.batches import first_rows
 from samfn.training import loop
 from tests.reference import NextToken, overwriting_sam_step, tokens
 

@@ -21,7 +21,7 @@ import samfn
 from bench.zoo import habits
 from bench.zoo.habits import Around
 from samfn.compiled import operations
-from samfn.loss import GradientError, evaluate
+from samfn.gradient import GradientError, evaluate
 from tests.reference import batches, small_network
 
 
@@ -120,10 +120,8 @@ def test_half_precision_computes_in_it_and_keeps_gradients_in_float32():
     params, buffers = samfn.split(model)
     loss_fn = samfn.supervised(model, F.cross_entropy, dtype=torch.bfloat16)
     batch = batches(1, torch.float32)[0]
-    half = samfn.loss.evaluate(loss_fn, params, buffers, batch)
-    full = samfn.loss.evaluate(
-        samfn.supervised(model, F.cross_entropy), params, buffers, batch
-    )
+    half = samfn.evaluate(loss_fn, params, buffers, batch)
+    full = samfn.evaluate(samfn.supervised(model, F.cross_entropy), params, buffers, batch)
     assert half.outputs.dtype is torch.bfloat16
     assert {g.dtype for g in half.grads.values()} == {torch.float32}
     cosine = F.cosine_similarity(half.grads["7.weight"], full.grads["7.weight"]).min()

@@ -56,13 +56,13 @@ def write(case):
     _, metrics = samfn.sam_update(state, (inputs, targets), **common, lr=0.05)
     expected = {"outputs": outputs(model, state, inputs), "loss": metrics.loss}
     batch = {"inputs": inputs, "targets": targets}
-    path = CORPUS / f"format{samfn.storage.checkpoint.FORMAT}_{case}.safetensors"
+    path = CORPUS / f"format{samfn.storage.encoding.FORMAT}_{case}.safetensors"
     samfn.save(path, state, batch=batch, expected=expected, epoch=4)
 
 
 def test_every_case_of_this_format_is_kept():
     names = {path.stem for path in FILES}
-    assert {f"format{samfn.storage.checkpoint.FORMAT}_{case}" for case in CASES} <= names
+    assert {f"format{samfn.storage.encoding.FORMAT}_{case}" for case in CASES} <= names
     assert sum(path.stat().st_size for path in FILES) < 100_000
 
 

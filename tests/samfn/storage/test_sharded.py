@@ -547,7 +547,7 @@ def test_parts_are_safetensors_that_anything_reads(written):
 
 def of_a_future_format(directory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("samfn.storage.checkpoint.FORMAT", "3")
+        patch.setattr("samfn.storage.encoding.FORMAT", "3")
         samfn.save(Path(directory, "x"), simple(1))
     with pytest.raises(samfn.CheckpointFormatError, match="format 3, this samfn"):
         samfn.restore(Path(directory, "x"), like=simple(1))

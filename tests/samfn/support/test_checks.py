@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from samfn import checks
+from samfn.support import checks
 
 
 @pytest.mark.parametrize(

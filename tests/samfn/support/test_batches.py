@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from samfn.batches import cut, first_rows, length_of, rows_of
+from samfn.support.batches import cut, first_rows, length_of, rows_of
 
 ROWS = torch.arange(10).reshape(5, 2)
 

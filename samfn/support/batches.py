@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn import checks
+from samfn.support import checks
 from samfn.tree import Batch
 
 VALUES = str, bytes, int, float, complex, type(None)

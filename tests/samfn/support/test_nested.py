@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import samfn
-from samfn.nested import inside, mapped, remembered
+from samfn.support.nested import inside, mapped, remembered
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from samfn.collectives import cut_as, whole
+from samfn.support.collectives import cut_as, whole
 from samfn.tree import unmixed
 
 Polynomial = tuple[float, float, float]

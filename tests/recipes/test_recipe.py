@@ -7,6 +7,7 @@ import pty
 import re
 import signal
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -176,12 +177,29 @@ STOPS = [*itertools.product(VARIANTS, (1, 3, 5, 7)), ("bf16", 3)]
 VARIANTS["bf16"] = ["--precision", "bf16"]
 
 
-@pytest.mark.parametrize(("variant", "steps"), STOPS)
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, variant, steps):
+def flags_of(variant):
     flags = [*VARIANTS[variant], "--schedule", "step", "--cutout", "3"]
-    flags += ["--validation", "0.75"]  # of the digits, so that an epoch has few steps
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(whole, *flags) == 0
+    return [*flags, "--validation", "0.75"]  # of the digits, so that an epoch has few steps
+
+
+@pytest.fixture(scope="module")
+def whole_of(tmp_path_factory):
+    """Return what trains a variant in one go, once for all places where others stop."""
+    directory = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def trained(variant):
+        assert train(directory / variant, *flags_of(variant)) == 0
+        return directory / variant
+
+    return trained
+
+
+@pytest.mark.parametrize(("variant", "steps"), STOPS)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    tmp_path, monkeypatch, whole_of, variant, steps
+):
+    flags, whole, parts = flags_of(variant), whole_of(variant), tmp_path / "parts"
     assert stop_after(steps, parts, monkeypatch, *flags) == 130
     saved, metadata = samfn.restore(checkpoint(parts), like=fresh(parts))
     assert saved.step == steps

@@ -170,14 +170,23 @@ CHANGES = {
 }
 
 
-@pytest.fixture(scope="module", params=["whole", "gradient"])
+# Where the gradient alone is compiled, one of each thing that a graph can be guarded by.
+OF_A_GRADIENT = (
+    *("the mode", "an attribute", "an attribute of the criterion", "a global variable"),
+    *("a layer", "a hook", "the length of the batch", "the dtype of the inputs"),
+    *("a parameter of other strides", "a state of another dtype", "autocast", "threads"),
+)
+CASES = [("whole", name) for name in CHANGES] + [("gradient", n) for n in OF_A_GRADIENT]
+
+
+@pytest.fixture(scope="module")
 def case(request):
     with torch._dynamo.config.patch(recompile_limit=100):
         yield Case(request.param)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(("case", "name"), CASES, indirect=["case"])
 def test_a_step_is_compiled_anew_after_a_change_of(name, case):
     case.start()
     case.makes_a_graph()  # Here, or for the change before.

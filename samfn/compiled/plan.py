@@ -6,6 +6,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,6 +100,8 @@ def choose(
         raise
     except Exception:  # Whatever a model does that needs real values.
         count = 0
+    with suppress(ValueError):  # What is no mean is an error where one is taken.
+        as_loss(loss_fn).weigh(batch)
     if wanted != "auto":
         return wanted
     if not method.traces:

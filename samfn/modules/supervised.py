@@ -8,12 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from samfn.gradient import graph, is_reentrant, leaving
 from samfn.loss import Aux, Loss
-from samfn.modules import weighing
+from samfn.modules import additive, weighing
 from samfn.modules.gathering import Gathering
 from samfn.modules.lending import (
     WRITES,
@@ -25,8 +26,8 @@ from samfn.modules.lending import (
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
 from samfn.support import checks
-from samfn.support.batches import VALUES, keyed, pair_of
-from samfn.support.nested import inside, remembered
+from samfn.support.batches import VALUES, keyed, length_of, pair_of, rows_of
+from samfn.support.nested import as_it_was, inside, remembered
 from samfn.tree import Batch, Params, is_sharded, local, unmixed
 
 RECOMPUTES = (
@@ -72,6 +73,7 @@ class _Supervised:
         call: Call | None,
         dtype: torch.dtype | None,
         reshard_after_forward: bool,
+        asks: bool,
     ) -> None:
         self._model, self._criterion, self._call = model, criterion, call
         self._dtype, self._reshards = dtype, reshard_after_forward
@@ -80,6 +82,9 @@ class _Supervised:
         self._take_note()
         # By the modes in which a forward pass was watched.
         self._seen: dict[bool, weighing.Weighing] = {}
+        self._forms: dict[bool, Any] = {}  # Outputs, where they were not real.
+        # How many passes of each mode are still looked at, whether they give a mean.
+        self._looks = dict.fromkeys((False, True), additive.PASSES if asks else 0)
         self._leaves: dict[bool, bool] = {}  # Whether it puts nothing into a batch.
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
@@ -159,7 +164,29 @@ class _Supervised:
 
     def weigh(self, batch: Batch) -> int | Tensor:
         """Return what the loss was seen to be a mean over: after a pass, it is known."""
+        if self._forms and not torch.compiler.is_compiling():
+            self._try_others(batch)
         return self._known().weigh(batch)
+
+    def _try_others(self, batch: Batch) -> None:
+        """Look whether the loss is a mean at outputs that are drawn, on the CPU."""
+        mode = self._model.training
+        if (forms := self._forms.pop(mode, None)) is None:
+            return
+        few = rows_of(batch, slice(additive.ROWS))
+        few = pytree.tree_map_only(Tensor, Tensor.cpu, few)
+        for chances in (False, True):  # Not every criterion takes any number.
+            outputs = additive.drawn(forms, length_of(few), chances=chances)
+            if self._look_at(outputs, few, mode) is not None:
+                return
+
+    def _look_at(self, outputs: Any, batch: Batch, mode: bool) -> bool | None:
+        """Look whether the loss is a mean over examples; if not, refuse to weigh it."""
+        with as_it_was(self._criterion):
+            found = additive.is_mean(self._loss_at, outputs, batch, self._seen[mode].weigh)
+        if found is False:
+            self._seen[mode] = weighing.OF_PARTS
+        return found
 
     def counts(self, batch: Batch) -> Tensor | None:
         """Return which examples were seen to count; None is all."""
@@ -243,6 +270,7 @@ class _Supervised:
                 with watching as told, self._lender.reading(plain, hidden), again:
                     found = self._run(buffers, own)
                     told.append(found)
+                self._look_at_means(*found, batch)
             yield found
 
     @contextmanager
@@ -326,6 +354,17 @@ class _Supervised:
             yield told
         (loss, aux), mode = told[0], self._model.training
         self._seen[mode] = weighing.seen(watch.taken, loss, aux.losses, batch)
+
+    def _look_at_means(self, loss: Tensor, aux: Aux, batch: Batch) -> None:
+        """Look at one of the first passes, whether its loss is a mean over examples."""
+        if not self._looks[mode := self._model.training] or aux.losses is not None:
+            return
+        if is_fake(loss):
+            self._forms[mode] = aux.outputs
+            return
+        self._looks[mode] -= 1
+        with self._precision(loss.device.type):
+            self._look_at(aux.outputs, batch, mode)
 
     def _lent(self, params: Params, buffers: Params, *, leaves: bool) -> dict[str, Tensor]:
         """Return the parameters as the model knows its own: with attributes and hooks."""
@@ -417,7 +456,8 @@ def supervised(
             are, and of those in a function, or in the model, by what its first pass
             computes, be it of tokens that are shifted by one; where that cannot be told
             from a batch, to average is an error. Of any other loss it is the number of
-            examples, so say it of one that has a mask of its own.
+            examples; where the criterion's losses of parts of the first batches have
+            another mean than that of the whole, to average is an error, too.
         reshard_after_forward: where parameters are DTensors, each is gathered as its module
             reads it, and released after; for the backward pass it is gathered again, as by
             `fully_shard`. False keeps it until then: less to send, more memory. A compiled
@@ -440,8 +480,10 @@ def supervised(
                 f"the criterion has parameters of its own, {checks.some(learnt)}, that no"
                 " step would train: put them into the model, or let them not require grad"
             )
-    made = _Supervised(model, criterion, call, dtype, reshard_after_forward)
-    known = weighing.of_criterion(criterion) or made
+    named = weighing.of_criterion(criterion)
+    asks = criterion is not None and named is None and weigh is None
+    made = _Supervised(model, criterion, call, dtype, reshard_after_forward, asks)
+    known = named or made
     return Loss(
         made.function,
         made.check,

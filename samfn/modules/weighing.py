@@ -247,6 +247,19 @@ def _refused_sum(batch: Batch) -> int:
     raise ValueError("expected a mean of the examples' losses, got their sum")
 
 
+def _refused_parts(batch: Batch) -> int:
+    raise ValueError(
+        "expected a mean of the examples' losses, got a loss of which parts of a batch have"
+        " another mean: as a sum, a quotient of sums, or of examples held against each"
+        " other. Let it be a mean, as its sum / len(targets), or say what it is one over:"
+        " samfn.supervised(model, criterion, weigh=lambda batch: len(batch[0]))"
+    )
+
+
+OF_PARTS = Weighing(_refused_parts)
+"""What is known of a loss that is no mean of those of a batch's parts."""
+
+
 def _is_same(one: Tensor, other: Any) -> bool:
     """Return whether two tensors are the same numbers in the same memory, as yet."""
     return (

@@ -189,6 +189,111 @@ def test_a_mean_over_what_a_mask_picks_is_an_error_where_it_matters(criterion):
     assert_close(dict(parts.params), dict(whole.params))
 
 
+W = torch.tensor([1.0, 2.0, 5.0]).double()
+
+
+def contrasted(out, y):
+    """Return a loss that holds examples against each other, as SimCLR's."""
+    return F.cross_entropy(out @ out.T, torch.arange(len(out)))
+
+
+def dice(out, y):
+    """Return Dice, of each class over the batch."""
+    chances, wanted = out.softmax(1), F.one_hot(y, 3)
+    return 1 - (2 * (chances * wanted).sum(0) / (chances.sum(0) + wanted.sum(0))).mean()
+
+
+OF_BATCHES = {
+    "a sum and a penalty": lambda out, y: (
+        F.cross_entropy(out, y, reduction="sum") + out.square().sum()
+    ),
+    "minus a sum": lambda out, y: -out.log_softmax(1)[range(len(y)), y].sum(),
+    "over a constant": lambda out, y: out.square().sum() / 9,
+    "over a count that is a number": lambda out, y: (
+        (F.cross_entropy(out, y, reduction="none") * (y != PAD)).sum()
+        / (y != PAD).sum().item()
+    ),
+    "divided in place": lambda out, y: (
+        (out[:, 0] * (y != PAD)).sum().div_((y != PAD).count_nonzero())
+    ),
+    "weights of classes": lambda out, y: (
+        (F.cross_entropy(out, y, reduction="none") * W[y]).sum() / W[y].sum()
+    ),
+    "a root": lambda out, y: F.mse_loss(out[:, 0], y.double()).sqrt(),
+    "Dice": dice,
+    "examples against each other": contrasted,
+    "half precision": lambda out, y: out.bfloat16().square().sum(),
+    "it writes to outputs": lambda out, y: out.add_(1).square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", OF_BATCHES)
+def test_a_loss_of_which_parts_have_another_mean_is_an_error_where_it_matters(name):
+    model, (inputs, targets) = problem()
+    batch = inputs, targets.flip(0)
+    criterion, method = OF_BATCHES[name], samfn.accumulated(samfn.sam(), 5)
+    stepped(model, batch, criterion)
+    with pytest.raises(ValueError, match="expected a mean"):
+        stepped(model, batch, criterion, method)
+    loss_fn = samfn.supervised(model, criterion)
+    with pytest.raises(ValueError, match="expected a mean"):
+        loop.evaluate(*samfn.split(model), [batch], loss_fn=loss_fn)
+    stepped(model, batch, criterion, method, weigh=lambda batch: len(batch[0]))
+
+
+def test_later_batches_may_show_it():
+    model, (inputs, targets) = problem()
+    criterion = OF_BATCHES["over a count that is a number"]
+    loss_fn = samfn.supervised(model, criterion)
+    given, few = samfn.split(model), (inputs[:6], targets[:6])
+    loss_fn(*given, few)
+    assert loss_fn.weigh(few) == 6
+    loss_fn(*given, (inputs, targets))
+    with pytest.raises(ValueError, match=r"expected a mean .* weigh=lambda batch: len"):
+        loss_fn.weigh((inputs, targets))
+
+
+class Remembering(nn.Module):
+    """A mean over examples that keeps what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths = []
+
+    def forward(self, outputs, targets):
+        self.lengths.append(len(outputs))
+        return outputs.square().mean()
+
+
+def test_who_looks_whether_a_loss_is_a_mean_leaves_no_traces():
+    model, (inputs, _) = problem()
+    criterion = Remembering()
+    batch = inputs.repeat(8, 1), torch.zeros(72)
+    before = torch.random.get_rng_state()
+    samfn.evaluate(samfn.supervised(model, criterion), *samfn.split(model), batch)
+    assert criterion.lengths == [72]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda out, y: F.mse_loss(F.dropout(out, 0.5), F.one_hot(y, 3).double()),
+        lambda out, y: out.square().mean() * (1 if len(y) == 9 else torch.nan),
+        lambda out, y: out.view(9, 3).square().mean(),
+        lambda out, y: (
+            F.mse_loss(out, F.one_hot(y, 3).double(), reduction="sum") / len(y)
+            + out.square().sum() / len(y)
+        ),
+    ],
+)
+def test_what_cannot_be_seen_of_a_criterion_is_not_held_against_it(criterion):
+    model, (inputs, targets) = problem(ignored=0)
+    loss_fn = samfn.supervised(model, criterion)
+    loss_fn(*samfn.split(model), (inputs, targets))
+    assert loss_fn.weigh((inputs, targets)) == 9
+
+
 def test_rows_that_are_picked_one_for_each_example_are_examples():
     criterion = lambda out, y: F.mse_loss(out[out == out.amax(1, True)], y.double())  # noqa: E731
     model, batch = problem(ignored=0)
@@ -199,7 +304,7 @@ def test_rows_that_are_picked_one_for_each_example_are_examples():
 
 def test_targets_that_were_changed_are_counted_until_some_may_be_ignored():
     method = samfn.accumulated(samfn.sam(), 3)
-    criterion = partial(shifted, -100)
+    criterion = lambda out, y: F.cross_entropy(out, (y + 1) - 1)  # noqa: E731
     stepped(*problem(ignored=0), criterion, method)
     with pytest.raises(ValueError, match="a mean over some of its targets"):
         stepped(*problem(ignored=-100), criterion, method)
@@ -226,7 +331,7 @@ def test_labels_in_a_column_are_counted_until_some_are_ignored(dtype):
     [
         lambda out, y: F.mse_loss(out, y) / out.new_ones(3).square().sum(),
         lambda out, y: F.mse_loss(out, y) * y.mean(),
-        lambda out, y: F.mse_loss(out, y) + y.sum() / 9,
+        lambda out, y: F.mse_loss(out, y) + y.mean(),
     ],
 )
 def test_numbers_beside_a_mean_over_examples_leave_it_one(criterion):
@@ -484,3 +589,15 @@ def test_what_weighs_a_batch_is_a_number(found, error, message):
     loss_fn = samfn.supervised(model, cross_entropy, weigh=lambda batch: found)
     with pytest.raises(error, match=f"what weigh returns must be .*{message}"):
         samfn.Objective(loss_fn, {}, [batch]).loss(samfn.split(model)[0])
+
+
+@pytest.mark.parametrize("name", ["minus a sum", "weights of classes", "Dice"])
+def test_a_compiled_step_finds_it_out_without_a_real_pass(name):
+    model, batch = problem()
+    loss_fn = samfn.supervised(model, OF_BATCHES[name])
+    method, optimizer = samfn.accumulated(samfn.sam(), 3), samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    given = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    step = samfn.compile_update(**given, backend="eager")
+    with pytest.raises(ValueError, match="expected a mean"):
+        step(state, batch, lr=0.1)

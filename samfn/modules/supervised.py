@@ -8,13 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from samfn.gradient import graph, is_reentrant, leaving
 from samfn.loss import Aux, Loss
-from samfn.modules import additive, weighing
+from samfn.modules import weighing
 from samfn.modules.gathering import Gathering
 from samfn.modules.lending import (
     WRITES,
@@ -23,11 +22,12 @@ from samfn.modules.lending import (
     changes_gradients,
     read_only,
 )
+from samfn.modules.means import Means
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
 from samfn.support import checks
-from samfn.support.batches import VALUES, keyed, length_of, pair_of, rows_of
-from samfn.support.nested import as_it_was, inside, remembered
+from samfn.support.batches import VALUES, keyed, pair_of
+from samfn.support.nested import inside, remembered
 from samfn.tree import Batch, Params, is_sharded, local, unmixed
 
 RECOMPUTES = (
@@ -53,13 +53,6 @@ CHANGED = (
     " the model before it changes, and make another by samfn.split and samfn.init after it"
 )
 
-UNSEEN = (
-    "no pass has shown yet what this criterion's loss is a mean over, as none does inside"
-    " of torch.compile: call samfn.evaluate before, or say weigh=lambda batch: ... to"
-    " samfn.supervised"
-)
-
-
 _Note = tuple[Lender, dict[str, list[Any]], dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -80,11 +73,7 @@ class _Supervised:
         self.users = criterion, call, model
         self._before: _Note | None = None
         self._take_note()
-        # By the modes in which a forward pass was watched.
-        self._seen: dict[bool, weighing.Weighing] = {}
-        self._forms: dict[bool, Any] = {}  # Outputs, where they were not real.
-        # How many passes of each mode are still looked at, whether they give a mean.
-        self._looks = dict.fromkeys((False, True), additive.PASSES if asks else 0)
+        self.means = Means(model, criterion, self._loss_at, asks=asks)
         self._leaves: dict[bool, bool] = {}  # Whether it puts nothing into a batch.
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
@@ -162,41 +151,6 @@ class _Supervised:
                         " samfn.split(model) makes"
                     )
 
-    def weigh(self, batch: Batch) -> int | Tensor:
-        """Return what the loss was seen to be a mean over: after a pass, it is known."""
-        if self._forms and not torch.compiler.is_compiling():
-            self._try_others(batch)
-        return self._known().weigh(batch)
-
-    def _try_others(self, batch: Batch) -> None:
-        """Look whether the loss is a mean at outputs that are drawn, on the CPU."""
-        mode = self._model.training
-        if (forms := self._forms.pop(mode, None)) is None:
-            return
-        few = rows_of(batch, slice(additive.ROWS))
-        few = pytree.tree_map_only(Tensor, Tensor.cpu, few)
-        for chances in (False, True):  # Not every criterion takes any number.
-            outputs = additive.drawn(forms, length_of(few), chances=chances)
-            if self._look_at(outputs, few, mode) is not None:
-                return
-
-    def _look_at(self, outputs: Any, batch: Batch, mode: bool) -> bool | None:
-        """Look whether the loss is a mean over examples; if not, refuse to weigh it."""
-        with as_it_was(self._criterion):
-            found = additive.is_mean(self._loss_at, outputs, batch, self._seen[mode].weigh)
-        if found is False:
-            self._seen[mode] = weighing.OF_PARTS
-        return found
-
-    def counts(self, batch: Batch) -> Tensor | None:
-        """Return which examples were seen to count; None is all."""
-        return self._known().counts(batch)
-
-    def _known(self) -> weighing.Weighing:
-        if self._model.training not in self._seen:
-            raise RuntimeError(UNSEEN)
-        return self._seen[self._model.training]
-
     def standing(self) -> Lender:
         """Return the same object as long as modules, tensors and hooks are the same."""
         if not self._lender.stands():  # Or moved, cast, frozen since.
@@ -270,7 +224,9 @@ class _Supervised:
                 with watching as told, self._lender.reading(plain, hidden), again:
                     found = self._run(buffers, own)
                     told.append(found)
-                self._look_at_means(*found, batch)
+                if self.means.look:
+                    with self._precision(found[0].device.type):
+                        self.means.look_at(*found, batch)
             yield found
 
     @contextmanager
@@ -338,7 +294,7 @@ class _Supervised:
         Returns:
             A context with a list for what the pass gives.
         """
-        known = self._model.training in self._seen
+        known = self.means.are_known
         return nullcontext([]) if known else self._watching(params, buffers, batch)
 
     @contextmanager
@@ -352,19 +308,7 @@ class _Supervised:
         told: list[tuple[Tensor, Aux]] = []
         with read_only({**mine, **buffers, **params}, own, batch) as watch:
             yield told
-        (loss, aux), mode = told[0], self._model.training
-        self._seen[mode] = weighing.seen(watch.taken, loss, aux.losses, batch)
-
-    def _look_at_means(self, loss: Tensor, aux: Aux, batch: Batch) -> None:
-        """Look at one of the first passes, whether its loss is a mean over examples."""
-        if not self._looks[mode := self._model.training] or aux.losses is not None:
-            return
-        if is_fake(loss):
-            self._forms[mode] = aux.outputs
-            return
-        self._looks[mode] -= 1
-        with self._precision(loss.device.type):
-            self._look_at(aux.outputs, batch, mode)
+        self.means.note(watch.taken, *told[0], batch)
 
     def _lent(self, params: Params, buffers: Params, *, leaves: bool) -> dict[str, Tensor]:
         """Return the parameters as the model knows its own: with attributes and hooks."""
@@ -483,7 +427,7 @@ def supervised(
     named = weighing.of_criterion(criterion)
     asks = criterion is not None and named is None and weigh is None
     made = _Supervised(model, criterion, call, dtype, reshard_after_forward, asks)
-    known = named or made
+    known = named or made.means
     return Loss(
         made.function,
         made.check,

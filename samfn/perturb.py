@@ -253,7 +253,7 @@ def rate(length: Tensor, rho: float | Tensor) -> Tensor:
 
 def _checked(params: Params, grads: Params, rho: float | Tensor) -> float | Tensor:
     checks.require_gradients(params, grads)
-    return checks.require_dial("rho", rho)
+    return checks.require_radius("rho", rho)
 
 
 def _require_eta(eta: float) -> None:

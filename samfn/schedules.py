@@ -1,7 +1,7 @@
 """Schedules: pure functions from the index of a step to a value, for lr and for rho.
 
 A schedule takes the step as an int, counted from 0, and returns a float. One that ends
-stays at its last value.
+stays at its last value. Each refuses values that are not finite, with ValueError.
 """
 
 import math
@@ -14,6 +14,7 @@ Schedule = Callable[[int], float]
 
 def constant(value: float) -> Schedule:
     """Return the schedule that always gives `value`."""
+    checks.require_finite(value=value)
     return lambda step: value
 
 
@@ -46,6 +47,7 @@ def polynomial(peak: float, steps: int, power: float = 0.9, final: float = 0.0) 
         The "poly" policy of Chen et al., 2017, arXiv:1706.05587, section 4.1, with its 0.9.
     """
     _require_positive(steps)
+    checks.require_finite(peak=peak, final=final)
     if not power > 0:
         raise ValueError(f"power must be above 0, got {power}")
 
@@ -68,6 +70,7 @@ def cosine(peak: float, steps: int, final: float = 0.0) -> Schedule:
         Loshchilov and Hutter, 2017, arXiv:1608.03983, equation 5, without restarts.
     """
     _require_positive(steps)
+    checks.require_finite(peak=peak, final=final)
     return lambda step: _half_cosine(peak, final, min(step, steps) / steps)
 
 
@@ -93,6 +96,7 @@ def warm_restarts(
         Loshchilov and Hutter, 2017, arXiv:1608.03983, equation 5; one of their settings
         is a first period of 10 epochs and a growth of 2.
     """
+    checks.require_finite(peak=peak, final=final)
     for name, number in (("period", period), ("growth", growth)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {number}")
@@ -135,7 +139,8 @@ def one_cycle(
     _require_positive(steps)
     if not 0 <= warm < 1:
         raise ValueError(f"warm is a share in [0, 1), got {warm}")
-    if not min(start_factor, final_factor) >= 1:
+    checks.require_finite(peak=peak)
+    if not (start_factor >= 1 and final_factor >= 1):
         raise ValueError(
             "expected start_factor and final_factor of at least 1, got"
             f" {start_factor} and {final_factor}"
@@ -162,6 +167,7 @@ def multi_step(peak: float, milestones: Sequence[int], factor: float = 0.2) -> S
     Raises:
         ValueError: a milestone is negative, or no whole number.
     """
+    checks.require_finite(peak=peak, factor=factor)
     if wrong := [m for m in milestones if not isinstance(m, int) or m < 0]:
         raise ValueError(f"milestones are whole numbers of steps, got {wrong}")
     passed_at = tuple(milestones)
@@ -221,6 +227,7 @@ def proportional(
         Zhuang et al., 2022, arXiv:2203.08065; the ProportionScheduler of
         github.com/juntang-zhuang/GSAM.
     """
+    checks.require_finite(lr_max=lr_max, lr_min=lr_min, peak=peak, final=final)
     if not lr_max > lr_min:
         raise ValueError(f"lr_max must be above lr_min, got {lr_max} and {lr_min}")
     return lambda step: final + (peak - final) * ((lr(step) - lr_min) / (lr_max - lr_min))
@@ -248,6 +255,7 @@ def stable_decay(
         Hu et al., 2024, arXiv:2404.06395, where the fall is exponential; the straight line
         is the linear cooldown of Haegele et al., 2024, arXiv:2405.18392, figure 2.
     """
+    checks.require_finite(peak=peak, final=final)
     length = _last(cooldown, steps, "cooldown")
 
     def value(step: int) -> float:
@@ -280,6 +288,7 @@ def triangle(
         0.2 of the peak to 0.07 of it.
     """
     _require_positive(steps)
+    checks.require_finite(peak=peak, start=start, final=final)
     if not 0 <= rise < 1:
         raise ValueError(f"rise is a share in [0, 1), got {rise}")
     top = int(rise * steps)
@@ -319,7 +328,7 @@ def tail(rho: float | Schedule, steps: int, share: float = 0.3, ramp: int = 0) -
     """
     start = tail_start(steps, share)
     schedule = rho if callable(rho) else constant(rho)
-    if ramp < 0:
+    if not 0 <= ramp < math.inf:
         raise ValueError(f"a ramp takes 0 or more steps, got {ramp}")
 
     def value(step: int) -> float:
@@ -346,7 +355,7 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
 
     The ramp multiplies and does not shift: the schedule ends when it did before.
     """
-    if steps < 0:
+    if not 0 <= steps < math.inf:
         raise ValueError(f"a warm-up takes 0 or more steps, got {steps}")
     if steps == 0:
         return schedule
@@ -366,5 +375,5 @@ def _last(share: float, steps: int, name: str) -> int:
 
 
 def _require_positive(steps: int) -> None:
-    if steps <= 0:
+    if not 0 < steps < math.inf:
         raise ValueError(f"a schedule needs at least one step, got {steps}")

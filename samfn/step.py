@@ -50,7 +50,7 @@ class Metrics(NamedTuple):
     descent_norm: Tensor
     """Norm of the gradient that descended."""
     finite: Tensor
-    """Whether all losses and gradients were finite. If not, the step was skipped."""
+    """Whether all losses, gradients and dials were finite. If not, the step was skipped."""
     layers: Layers | None = None
     """Norms of each parameter's gradient, perturbation and update, by `watched`."""
 
@@ -104,9 +104,9 @@ def sam_update(
     g = grad L(w);  e = rho g / ||g||;  w <- optimizer(w, grad L(w + e))
 
     The buffers of the clean pass are kept, those of the perturbed pass dropped. If a
-    loss or gradient of either pass is not finite, parameters, buffers, and the memory of
-    optimizer and method stay as they were, and only the counters move on, and the scale
-    of `loss_scaled`; `require_finite` raises then, if that is wanted.
+    loss or gradient of either pass, or a dial, is not finite, parameters, buffers, and the
+    memory of optimizer and method stay as they were, and only the counters move on, and the
+    scale of `loss_scaled`; `require_finite` raises then, if that is wanted.
 
     Args:
         state: from `init` or the step before; unchanged.
@@ -115,8 +115,9 @@ def sam_update(
         optimizer: the one that `state` was made with.
         rho: radius of the perturbation, in units of the weights. With the number 0 the
             step is the base optimizer's, bit for bit and in one pass.
-        lr: learning rate. Both dials are numbers or 0-d tensors; inside of
-            `torch.compile`, tensors change without recompiling.
+        lr: learning rate. Both dials are numbers or 0-d tensors, finite and at least 0;
+            inside of `torch.compile`, tensors change without recompiling. What a tensor
+            holds on a GPU, or there, is not known before: a negative one goes unseen.
         method: the one that `state` was made with; `samfn.sam()` by default. One that
             `samfn.distributed.placed` made takes the step on all devices. A state of
             DTensors, as `samfn.distributed.shard` makes it, needs none: all ranks share
@@ -185,7 +186,7 @@ def find_nonfinite(
 
     Returns:
         As "pass 2: the gradient of conv.weight", or None if all of it is finite, as
-        with `loss_scaled`, which has lowered the scale since.
+        with `loss_scaled`, which has lowered the scale since, or where a dial was not.
     """
     passes: list[Pass] = []
     run = evaluator(loss_fn)
@@ -296,6 +297,7 @@ def take_step(
         require_bounded(optimizer, beside=True)
         new_params = tree.add_scaled(new_params, -lr, seen.beside)
         looked_at.append(tree.norm(seen.beside))
+    looked_at += [dial for dial in (rho, lr) if isinstance(dial, Tensor)]
     finite = _all_finite(*looked_at)
     bad = finite.logical_not().to(step.dtype)
     new_state = TrainState(
@@ -327,5 +329,8 @@ def _are(tree: Params, other: Params) -> bool:
 
 
 def _all_finite(*values: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # As in tree.norm: to stack them takes n kernels.
+        return reduce(torch.logical_and, [value.isfinite() for value in values])
     wide = reduce(torch.promote_types, (value.dtype for value in values))
-    return torch.stack([value.to(wide) for value in values]).isfinite().all()
+    where = values[0].device  # A dial may be on the CPU.
+    return torch.stack([value.to(where, wide) for value in values]).isfinite().all()

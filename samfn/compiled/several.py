@@ -1,6 +1,6 @@
 """Several steps in one call: batches that are stacked, and dials of their own."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -63,14 +63,11 @@ def require_dials(name: str, value: Any, steps: int | None) -> Dials:
         ValueError: there are more values, or fewer; one of them is refused by
             `checks.require_dial`.
     """
-    if isinstance(value, Tensor):
-        each = value.ndim == 1
-    elif each := steps is not None and isinstance(value, Iterable):
-        value = tuple(checks.require_dial(name, one) for one in value)
-        if any(isinstance(one, Tensor) for one in value):
-            value = _in_one(value)
-    if steps is None or not each:
+    if steps is None or not _has_an_order(value):
         return checks.require_dial(name, value)
+    values = tuple(checks.require_dial(name, one) for one in value)
+    if not isinstance(value, Tensor):
+        value = _in_one(values) if any(isinstance(v, Tensor) for v in values) else values
     if (found := len(value)) != steps:
         raise ValueError(
             f"{name} must be one value, or one for each of {steps} steps, got {found}"
@@ -87,6 +84,12 @@ def with_zeros(value: float | tuple[float | Tensor, ...], tensor: Tensor) -> Dia
         pairs = zip(value, tensor.unbind(), strict=True)
         return tuple(one if number else 0.0 for number, one in pairs)
     return tensor
+
+
+def _has_an_order(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 1
+    return isinstance(value, Iterable) and not isinstance(value, Set | Mapping)
 
 
 def _in_one(values: tuple[float | Tensor, ...]) -> Tensor:

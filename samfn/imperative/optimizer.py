@@ -669,9 +669,7 @@ def _require_apart(base: torch.optim.Optimizer) -> None:
 
 def _require_usable(group: dict[str, Any]) -> None:
     """Raise unless the settings of a group can be used; a number becomes Python's."""
-    rho = group["rho"] = checks.require_dial("rho", cast(float, group.get("rho")))
-    if isinstance(rho, Tensor) and rho.device.type == "cpu":  # Reading it is free there.
-        checks.require_dial("rho", rho.item())
+    group["rho"] = checks.require_dial("rho", cast(float, group.get("rho")))
     if (adaptive := group.get("adaptive")) not in (True, False):
         raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
     if group.get("differentiable"):

@@ -1,12 +1,12 @@
 """Checks at the border: an error says what was expected and what came.
 
-They look at names, shapes and types, which costs nothing in a compiled step, and never at
-the values of tensors, which would make a GPU wait.
+They look at names, shapes and types, which costs nothing in a compiled step, and at no
+values of tensors but those of a dial on the CPU: another device would have to wait.
 """
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from math import ceil
+from math import ceil, inf, isfinite
 from numbers import Real
 from typing import Any
 
@@ -21,28 +21,64 @@ def require_dial(name: str, value: float | Tensor) -> float | Tensor:
     """Return a 0-d tensor as it is, and a finite number that is not negative as Python's.
 
     Raises:
-        TypeError: `value` is neither a number nor a tensor.
-        ValueError: a number below 0, or not finite, or a tensor that is not 0-d. What
-            a tensor holds is not looked at: that would make a GPU wait.
+        TypeError: `value` is neither a number nor a tensor of numbers.
+        ValueError: a number below 0, or not finite, or a tensor that is not 0-d. What a
+            tensor holds is looked at on the CPU, but not in a graph or a transform of
+            torch.func: elsewhere that would make a GPU wait.
+    """
+    value = require_radius(name, value)
+    if isinstance(value, Tensor) and _is_readable(value):
+        require_radius(name, value.item())
+    return value
+
+
+def require_radius(name: str, value: float | Tensor) -> float | Tensor:
+    """Return what `require_dial` does, of a tensor whatever it holds.
+
+    For what a step has computed: a radius may then be negative, or not finite.
     """
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(
                 f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}"
             )
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name} must be a number or a 0-d tensor, got {value.dtype}")
         return value
-    # NumPy's numbers are the last. True is 1, and was meant for another argument.
-    if isinstance(value, bool) or not isinstance(value, int | float | Real):
-        raise TypeError(
-            f"{name} must be a number or a 0-d tensor, got {type(value).__name__}"
-        )
-    try:
-        number = float(value)
-    except OverflowError:  # No float holds every integer.
-        number = float("inf")
-    if not 0 <= number < float("inf"):
+    number = _as_float(name, value, "a number or a 0-d tensor")
+    if not 0 <= number < inf:
         raise ValueError(f"{name} must be finite and at least 0, got {number}")
     return number
+
+
+def require_finite(**numbers: float) -> None:
+    """Raise unless each of these is a finite number.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is infinite or NaN.
+    """
+    for name, value in numbers.items():
+        if not isfinite(number := _as_float(name, value, "a number")):
+            raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _as_float(name: str, value: Any, expected: str) -> float:
+    # NumPy's numbers are the last. True is 1, and was meant for another argument.
+    if isinstance(value, bool) or not isinstance(value, int | float | Real):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:  # No float holds every integer.
+        return inf
+
+
+def _is_readable(value: Tensor) -> bool:
+    """Return whether a tensor has a value here that can be read without waiting."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu":
+        return False
+    plain = type(value) in (Tensor, torch.nn.Parameter)  # A fake tensor has no value.
+    return plain and not is_functorch_wrapped_tensor(value)
 
 
 def require_count(name: str, value: int, least: int = 1) -> None:

@@ -259,6 +259,7 @@ def test_warmup_ramps_and_then_leaves_the_schedule_alone():
 
 
 RHO = {"peak": 0.1, "final": 0.0}
+NAN = math.nan
 
 
 @pytest.mark.parametrize(
@@ -290,6 +291,25 @@ RHO = {"peak": 0.1, "final": 0.0}
         (lambda: schedules.stable_decay(0.1, 9, 1.5), "cooldown is .* 1, got 1.5"),
         (lambda: schedules.triangle(1.0, 0), "at least one step, got 0"),
         (lambda: schedules.triangle(1.0, 9, 1.0), r"in \[0, 1\), got 1.0"),
+        (lambda: schedules.constant(NAN), "value must be finite, got nan"),
+        (lambda: schedules.linear(NAN, 0.0, 9), "peak must be finite, got nan"),
+        (lambda: schedules.polynomial(1.0, 9, final=NAN), "final must be finite, got nan"),
+        (lambda: schedules.cosine(1.0, NAN), "at least one step, got nan"),
+        (lambda: schedules.cosine(math.inf, 9), "peak must be finite, got inf"),
+        (lambda: schedules.warm_restarts(1.0, 9, final=NAN), "final must be finite"),
+        (lambda: schedules.one_cycle(NAN, 9), "peak must be finite, got nan"),
+        (lambda: schedules.one_cycle(1.0, 9, final_factor=NAN), "1, got 25.0 and nan"),
+        (lambda: schedules.multi_step(1.0, [3], NAN), "factor must be finite, got nan"),
+        (lambda: schedules.step_decay(NAN, 9), "peak must be finite, got nan"),
+        (
+            lambda: schedules.proportional(abs, lr_max=math.inf, **RHO),
+            "lr_max must be finite, got inf",
+        ),
+        (lambda: schedules.stable_decay(1.0, 9, final=NAN), "final must be finite"),
+        (lambda: schedules.triangle(1.0, 9, start=NAN), "start must be finite, got nan"),
+        (lambda: schedules.tail(NAN, 9), "value must be finite, got nan"),
+        (lambda: schedules.tail(0.1, 9, ramp=NAN), "0 or more .* got nan"),
+        (lambda: schedules.warmup(abs, NAN), "0 or more .* got nan"),
     ],
 )
 def test_numbers_that_make_no_schedule_are_errors(make, message):

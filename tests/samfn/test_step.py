@@ -388,3 +388,22 @@ def test_the_norm_of_the_descent_is_that_of_all_it_descends_with(bad):
     plain, seen = samfn.sam_update(state, None, **common, rho=0, lr=0.1)
     assert seen.descent_norm is seen.grad_norm
     assert plain.step == 1
+
+
+@pytest.mark.parametrize("dial", ["rho", "lr"])
+def test_a_dial_that_cannot_be_read_and_is_not_finite_changes_no_tensor(dial):
+    state = samfn.init({"w": torch.ones(3)}, {}, optimizer=SGD)
+
+    def flat(params, buffers, batch):
+        return (params["w"] * 0).sum()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def step(rho, lr):
+        return samfn.sam_update(state, 0, loss_fn=flat, optimizer=SGD, rho=rho, lr=lr)
+
+    dials = {"rho": torch.tensor(0.1), "lr": torch.tensor(0.1)}
+    assert step(**dials)[1].finite
+    new, metrics = step(**dials | {dial: torch.tensor(float("nan"))})
+    assert not metrics.finite
+    assert new.skipped == 1
+    assert_close(new[:4], state[:4], rtol=0, atol=0)

@@ -145,6 +145,21 @@ def test_other_than_one_value_or_one_for_each_step_is_refused(value, message):
         make(steps=3)(state, stacked(batches[:3]), lr=value)
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ({0.1, 0.2}, TypeError, "rho must be a number or a 0-d tensor, got set"),
+        ({0.1: 0, 0.2: 1}, TypeError, "rho must be a number or a 0-d tensor, got dict"),
+        (torch.tensor([0.1, -0.2]), ValueError, "rho must be finite .* got -0.2"),
+        ([0.1, torch.tensor(float("nan"))], ValueError, "rho must be finite .* got nan"),
+        (torch.tensor([True, False]), TypeError, "rho must be a number .* torch.bool"),
+    ],
+)
+def test_values_for_each_step_have_an_order_and_are_dials(value, error, message):
+    with pytest.raises(error, match=message):
+        require_dials("rho", value, 2)
+
+
 def test_a_single_step_takes_a_single_value():
     with pytest.raises(TypeError, match="rho must be a number or a 0-d tensor, got list"):
         require_dials("rho", [0.1], None)

@@ -1,5 +1,6 @@
 """The compiled step gives what the eager one gives, from graphs that are made once."""
 
+import math
 import os
 import re
 import subprocess
@@ -424,6 +425,7 @@ def test_where_arithmetic_rules_only_the_gradient_is_compiled(name, batch, plan)
     ("edit", "dials", "message"),
     [
         (lambda s: s, {"rho": -1.0, "lr": 0.1}, "rho must be finite and at least 0"),
+        (lambda s: s, {"lr": torch.tensor(math.nan)}, "lr must be finite and at least 0"),
         (lambda s: s, {"lr": torch.ones(2)}, r"lr must be a number or a 0-d tensor, got"),
         (lambda s: s._replace(params={}), {"lr": 0.1}, "params must hold at least one"),
         (lambda s: s._replace(buffers={}), {"lr": 0.1}, "buffers must have the same names"),

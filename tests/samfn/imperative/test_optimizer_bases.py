@@ -34,7 +34,7 @@ WRONG = [
     ("rho", torch.tensor(-1.0), ValueError, "rho must be finite and at least 0, got -1"),
     ("rho", torch.tensor(math.nan), ValueError, "rho must be finite and .*, got nan"),
     ("rho", torch.ones(2), ValueError, r"0-d tensor, got shape \(2,\)"),
-    ("rho", torch.tensor(1j), TypeError, "rho must be a number .*, got complex"),
+    ("rho", torch.tensor(1j), TypeError, "rho must be a number .*, got torch.complex"),
     ("rho", "0.1", TypeError, "rho must be a number or a 0-d tensor, got str"),
     ("rho", None, TypeError, "rho must be a number or a 0-d tensor, got NoneType"),
     ("rho", True, TypeError, "rho must be a number or a 0-d tensor, got bool"),

@@ -128,7 +128,8 @@ def perturb_fisher(
     """
     rho = _checked(params, grads, rho)
     _require_eta(eta)
-    metric = {name: (1 + eta * g.square()).rsqrt() for name, g in grads.items()}
+    squares = {name: g.square() for name, g in tree.wide(grads).items()}
+    metric = {name: (1 + eta * square).rsqrt() for name, square in squares.items()}
     return _perturb_in(metric, params, grads, rho)
 
 
@@ -157,11 +158,14 @@ def perturb_layerwise(
         also leaves out tensors without "weight" in their names, as embeddings of places.
     """
     rho = _checked(params, grads, rho)
+    grads = tree.wide(tree.only(grads, params))
     rates = rate(tree.norms(grads), rho * tree.norms(params)).unbind()
-    return {
-        name: w if w.ndim < 2 else w + factor.to(w.dtype) * grads[name]
-        for (name, w), factor in zip(params.items(), rates, strict=True)
+    shift = {
+        name: factor.to(g.dtype) * g
+        for (name, g), factor in zip(grads.items(), rates, strict=True)
     }
+    moved = {name: w if w.ndim < 2 else w + shift[name] for name, w in params.items()}
+    return tree.typed_as(params, moved)
 
 
 def filter_noise(weight: Tensor) -> Tensor:
@@ -212,6 +216,7 @@ def perturb_spectral(
     """
     rho = _checked(params, grads, rho)
     # Not by Newton-Schulz itself, whose divisor has a least value of its own.
+    grads = tree.wide(grads)
     units = zip(grads, rate(tree.norms(grads), 1.0).unbind(), strict=True)
     scaled = {name: unit.to(grads[name].dtype) * grads[name] for name, unit in units}
     return tree.add_scaled(
@@ -228,7 +233,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 def _perturb_in(
     metric: Params, params: Params, grads: Params, rho: float | Tensor
 ) -> dict[str, Tensor]:
-    scaled = tree.multiply(metric, grads)
+    scaled = tree.multiply(metric, tree.wide(grads))
     direction = tree.multiply(metric, scaled)
     return tree.add_scaled(params, rate(tree.norm(scaled), rho), direction)
 

@@ -157,8 +157,27 @@ def multiply(left: Params, right: Params) -> dict[str, Tensor]:
 def add_scaled(
     tree: Params, factor: float | Tensor, direction: Params
 ) -> dict[str, Tensor]:
-    """Return u + factor * v, with the names and dtypes of u."""
-    return add(tree, scale(direction, factor))
+    """Return u + factor * v, with the names and dtypes of u, rounded to these once.
+
+    In half precision a factor as rho / ||g|| is infinite where ||g|| is below 1e-6.
+    """
+    return typed_as(tree, add(tree, scale(wide(direction), factor)))
+
+
+def wide(tree: Params) -> dict[str, Tensor]:
+    """Return the tensors in float32 or wider, where squares of gradients do not vanish."""
+    return {
+        name: leaf.float() if leaf.dtype.itemsize < 4 else leaf
+        for name, leaf in tree.items()
+    }
+
+
+def typed_as(like: Params, tree: Params) -> dict[str, Tensor]:
+    """Return the tensors of `tree` in the dtypes of `like`."""
+    return {
+        name: leaf if leaf.dtype == like[name].dtype else leaf.to(like[name].dtype)
+        for name, leaf in tree.items()
+    }
 
 
 def clip(tree: Params, max_norm: float) -> dict[str, Tensor]:

@@ -71,7 +71,7 @@ Groups = Mapping[str, Mapping[str, Any]]
 def uphill(wholes: Params, groups: Groups) -> tuple[dict[str, Tensor], Tensor]:
     """Return T^2 g, and ||T g||, where T is |w| in groups that are adaptive, else 1."""
     # The way up has an entry for every weight, also where the gradient is sparse.
-    grads = {name: dense(tree.local(p.grad)) for name, p in wholes.items()}
+    grads = tree.wide({name: dense(tree.local(p.grad)) for name, p in wholes.items()})
     adaptive = [name for name, group in groups.items() if group["adaptive"]]
     metric = {name: tree.local(wholes[name]).abs() for name in adaptive}
     scaled = {**grads, **_multiplied(metric, grads)}

@@ -71,7 +71,8 @@ def preconditioned(decay: float = 0.999) -> Direction:
 
     Adam's correction of v at the start would not turn d, and its length does not count. v
     is of the clean gradients of all steps, this one among them, where Adam's own is of
-    the gradients that descend. The perturbation is rho long.
+    the gradients that descend. The perturbation is rho long. v is in float32 or wider, as
+    squares of gradients vanish in half precision.
 
     Args:
         decay: of v, in [0, 1); Adam's beta2.
@@ -84,9 +85,11 @@ def preconditioned(decay: float = 0.999) -> Direction:
     checks.require_below_one("decay", decay)
 
     def update(grads: Params, memory: MethodState) -> tuple[dict[str, Tensor], MethodState]:
-        squares = tree.scale(tree.multiply(grads, grads), 1 - decay)
+        up = tree.wide(grads)
+        squares = tree.scale(tree.multiply(up, up), 1 - decay)
         square = tree.add(tree.scale(memory["square"], decay), squares)
         inverse = {name: (v.sqrt() + EPS).reciprocal() for name, v in square.items()}
-        return tree.multiply(inverse, grads), {"square": square}
+        scaled = tree.typed_as(grads, tree.multiply(inverse, up))
+        return scaled, {"square": square}
 
-    return Direction(lambda moved: {"square": tree.zeros_like(moved)}, update)
+    return Direction(lambda moved: {"square": tree.wide(tree.zeros_like(moved))}, update)

@@ -222,3 +222,11 @@ def test_an_autocast_around_it_leaves_the_orthogonal_matrix_as_precise():
     with torch.autocast("cpu", torch.bfloat16):
         found = samfn.perturb_spectral(params, grads, 0.1)
     assert torch.equal(found["w"], expected["w"])
+
+
+def test_the_order_of_gradients_does_not_matter_to_layers():
+    params = {"a": torch.ones(2, 2), "b": 3 * torch.ones(2, 3)}
+    grads = {"a": torch.ones(2, 2), "b": torch.full((2, 3), 5.0)}
+    turned = dict(reversed(grads.items()))
+    found = samfn.perturb_layerwise(params, turned, 0.1)
+    assert_close(found, samfn.perturb_layerwise(params, grads, 0.1), rtol=0, atol=0)

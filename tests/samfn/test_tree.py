@@ -61,3 +61,10 @@ def test_zeros_keep_layout():
     zero = tree.zeros_like({"a": image})["a"]
     assert zero.is_contiguous(memory_format=torch.channels_last)
     assert not zero.any()
+
+
+def test_what_is_added_in_half_precision_is_rounded_once():
+    one = {"a": torch.ones(1, dtype=torch.float16)}
+    found = tree.add_scaled(one, torch.tensor(2.0**-11 + 2.0**-23), one)["a"]
+    assert found.dtype is torch.float16
+    assert found == 1 + 2.0**-10  # The product alone would be rounded to half of that.

@@ -408,6 +408,14 @@ def test_a_zero_gradient_moves_nothing(dtype, adaptive):
     assert torch.equal(weight.detach(), torch.tensor([1.0, -2.0], dtype=dtype))
 
 
+def test_small_gradients_of_float16_move_small_weights_by_rho():
+    weight = nn.Parameter(torch.full((4,), 2.0**-8, dtype=torch.float16))
+    optimizer = samfn.SAM([weight], torch.optim.SGD, lr=0.1, rho=2.0, adaptive=True)
+    weight.grad = torch.full((4,), 2.0**-14, dtype=torch.float16)
+    optimizer.first_step()
+    assert_close(weight.detach() - 2.0**-8, torch.full((4,), 2.0**-8).half())
+
+
 def test_large_gradients_of_float16_do_not_overflow_the_norm():
     weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
     optimizer = samfn.SAM([weight], torch.optim.SGD, rho=0.5, lr=0.1)

@@ -123,3 +123,27 @@ def test_every_method_steps_nearly_alike_in_half_precision_and_remembers_in_floa
         found.append(tree.subtract(state.params, samfn.split(model)[0]))
     off = tree.norm(tree.subtract(*found)) / tree.norm(found[0])
     assert 0 < off < 0.05
+
+
+@pytest.mark.parametrize("exponent", [-22, -12, 8])
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_method_moves_float16_weights_as_far_as_float32_ones(name, exponent):
+    def squares(outputs, targets):
+        return (outputs.float() - targets.float()).square().sum(1) * 2.0**exponent
+
+    torch.manual_seed(0)
+    layer, optimizer, found = nn.Linear(3, 2).half(), samfn.sgd(), []
+    batch = torch.randn(10, 3).half(), torch.randn(10, 2).half()
+    for dtype in (torch.float32, torch.float16):
+        model = layer.to(dtype)
+        loss_fn = samfn.supervised(model, squares)
+        method = every_method(loss_fn)[name]
+        given = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+        state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+        torch.manual_seed(1)
+        batch = tuple(leaf.to(dtype) for leaf in batch)
+        found.append(samfn.sam_update(state, batch, **given, rho=0.1, lr=0.0)[1])
+    assert found[1].finite
+    rounding = torch.finfo(torch.float16).eps * tree.norm(state.params)
+    lengths = [metrics.perturbation_norm for metrics in found]
+    assert_close(lengths[1], lengths[0], rtol=0.1, atol=float(rounding))

@@ -275,13 +275,13 @@ def hessian_eigenvalues(
     beside: list[float] = []
     for done in range(1, iterations + 1):
         product = _flat(objective.product(params, _shaped(basis[-1], params)))
-        diagonal.append(float(torch.dot(product, basis[-1])))
+        diagonal.append(float(_dot(product, basis[-1])))
         if not isfinite(diagonal[-1]):
             unknown = [nan] * count
             return Eigenvalues(unknown, unknown, nan, done * PRODUCT)
         rest = _without(basis, product)
         values, vectors = _tridiagonal(diagonal, beside)
-        beside.append(float(torch.linalg.vector_norm(rest)))
+        beside.append(float(_length(rest)))
         errors = beside[-1] * vectors[-1].abs()
         progress(done, iterations)
         near = tolerance * float(values[0].abs())
@@ -463,15 +463,24 @@ def _shaped(vector: Tensor, like: Params) -> dict[str, Tensor]:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(vector)
-    return vector / length
+    return vector / _length(vector)
+
+
+def _length(vector: Tensor) -> Tensor:
+    # In float32, squares of curvatures below 1e-23 are 0, and above 1e19 infinite.
+    length: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return length
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    return torch.dot(left.double(), right.double())  # `@` goes by autocast.
 
 
 def _without(basis: list[Tensor], vector: Tensor) -> Tensor:
     """Return the part of a vector that is orthogonal to the basis."""
     for _ in range(2):  # Once leaves what rounding put back.
         for known in basis:
-            vector = vector - torch.dot(known, vector) * known  # `@` goes by autocast.
+            vector = vector - _dot(known, vector) * known
     return vector
 
 

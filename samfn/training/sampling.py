@@ -206,6 +206,8 @@ def draw(
     finite = wide.isfinite()
     weights = torch.where(finite, wide, 0.0).clamp(min=0.0)
     weights = torch.where(finite, weights, weights.amax())
+    largest = weights.amax()  # The sum of large ones would overflow.
+    weights = weights / torch.where(largest > 0, largest, 1.0)
     mean = weights.mean()
     weights = weights + floor * torch.where(mean > 0, mean, 1.0)
     dtype = tree.wide_default()

@@ -362,6 +362,21 @@ def test_a_flat_loss_has_eigenvalue_zero():
     assert found.highest == 0
 
 
+@pytest.mark.parametrize(("curved", "rest"), [(1e-25, 0.0), (1e-18, 0.0), (1e30, 1.0)])
+def test_curvature_is_found_whose_square_float32_does_not_hold(curved, rest):
+    curvature = torch.tensor([curved] + [rest] * 11)
+
+    def loss_fn(params, buffers, batch):
+        return (curvature * params["w"] * params["w"]).sum() / 2
+
+    objective = Objective(loss_fn, {}, [torch.zeros(1, 1)])
+    given = objective, {"w": torch.ones(12)}
+    found = sharpness.hessian_eigenvalues(*given, generator=seeded())
+    assert found.values[0] == pytest.approx(curved, rel=1e-6)
+    assert 0 < found.errors[0] <= 1e-6 * curved
+    assert found.highest >= found.values[0]
+
+
 def test_a_curvature_that_is_not_finite_has_no_eigenvalues():
     def loss_fn(params, buffers, batch):
         return torch.linalg.vector_norm(params["w"]) + params["v"].square().sum()

@@ -515,3 +515,11 @@ def test_what_is_drawn_depends_on_no_default_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [3e38, 1e-42])
+def test_the_size_of_scores_does_not_matter_to_what_is_drawn(size):
+    scores = torch.tensor([0.0, 1.0, 1.0, 0.5])
+    for seed in range(12):
+        expected = sampling.draw(scores, 0.25, source(seed))
+        assert torch.equal(sampling.draw(size * scores, 0.25, source(seed)), expected)

@@ -43,7 +43,8 @@ def perturb(params: Params, grads: Params, rho: float | Tensor) -> dict[str, Ten
         Foret et al., 2021, arXiv:2010.01412, equation 2 with p = 2. Implementations add
         a small number to the norm, and so fall short of rho where the gradient is small:
         most 1e-12, SamsungLabs 1e-16, VaSSO and ESAM 1e-7, which is 9 % at a norm of 1e-6.
-        Here the length is rho, or 0 where the norm cannot be told from 0.
+        Here the length is rho, or 0 where the norm cannot be told from 0 or infinity: in
+        float32 below 1e-15 or above 1e19, as its square is summed there.
     """
     rho = _checked(params, grads, rho)
     return tree.add_scaled(params, rate(tree.norm(grads), rho), grads)
@@ -249,7 +250,7 @@ def everything(name: str, tensor: Tensor) -> bool:
 
 
 def rate(length: Tensor, rho: float | Tensor) -> Tensor:
-    """Return rho / length, and 0 where the length cannot be told from 0."""
+    """Return rho / length, and 0 where the length is infinite or cannot be told from 0."""
     # Below this length the squares that it was summed from have underflowed, and
     # dividing by it would give a perturbation of any length but rho.
     smallest = 1e4 * torch.finfo(length.dtype).tiny ** 0.5

@@ -106,7 +106,8 @@ def sam_update(
     The buffers of the clean pass are kept, those of the perturbed pass dropped. If a
     loss or gradient of either pass, or a dial, is not finite, parameters, buffers, and the
     memory of optimizer and method stay as they were, and only the counters move on, and the
-    scale of `loss_scaled`; `require_finite` raises then, if that is wanted.
+    scale of `loss_scaled`; `require_finite` raises then, if that is wanted. A gradient
+    is finite if its norm is: above 1e19, float32 does not hold the square.
 
     Args:
         state: from `init` or the step before; unchanged.

@@ -98,7 +98,8 @@ class SAM(torch.optim.Optimizer):
         Foret et al., 2021, arXiv:2010.01412, algorithm 1; Kwon et al., 2021,
         arXiv:2102.11600; interface of github.com/davda54/sam. He adds 1e-12 to the norm,
         and is 0.5 % short of rho at a norm of 2e-10; here the length is rho, or 0 where
-        the gradient is.
+        the norm is below 1e-15 or above 1e19, which float32 cannot square. The step is
+        then the base optimizer's; above, `skip_nonfinite` skips it, as `sam_update` does.
     """
 
     # Tells torch.amp.GradScaler to call `step` with `grad_scale` and `found_inf` set, also

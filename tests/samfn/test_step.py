@@ -407,3 +407,16 @@ def test_a_dial_that_cannot_be_read_and_is_not_finite_changes_no_tensor(dial):
     assert not metrics.finite
     assert new.skipped == 1
     assert_close(new[:4], state[:4], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("slope", [1e18, 1e20])
+def test_a_gradient_is_finite_if_its_norm_is(slope):
+    state = samfn.init({"w": torch.zeros(4)}, {}, optimizer=SGD)
+
+    def steep(params, buffers, batch):
+        return slope * params["w"].sum()
+
+    given = {"loss_fn": steep, "optimizer": SGD, "lr": 1e-20}
+    new, metrics = samfn.sam_update(state, None, **given)
+    assert metrics.finite == (slope < 1e19)
+    assert torch.equal(new.params["w"], state.params["w"]) == (slope > 1e19)

@@ -424,6 +424,18 @@ def test_large_gradients_of_float16_do_not_overflow_the_norm():
     assert_close(weight.detach(), torch.full_like(weight, 1.25))
 
 
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_gradient_whose_norm_overflows_perturbs_nothing_and_is_skipped_if_asked(skips):
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = samfn.SAM([weight], torch.optim.SGD, lr=1e-20, skip_nonfinite=skips)
+    weight.grad = torch.full((4,), 1e20)
+    optimizer.first_step()
+    assert torch.equal(weight.detach(), torch.ones(4))
+    optimizer.second_step()
+    assert optimizer.skipped == skips
+    assert_close(weight.detach(), torch.full((4,), float(skips)), rtol=0, atol=1e-6)
+
+
 def test_addresses_never_change():
     model = net()
     optimizer = samfn.SAM(model.parameters(), torch.optim.SGD, lr=0.1)

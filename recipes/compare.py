@@ -5,6 +5,7 @@
     python -m recipes.compare runs/digits-* --output report
 
 Runs that differ in nothing but the seed are one row: mean ± standard deviation of a sample.
+What differs may be m, which ranks decide: on how many images a perturbation is found.
 Sharpness that sharpness.json in a run's directory holds is not measured again.
 """
 

@@ -268,6 +268,7 @@ def read(cell: Cell, warn: Say) -> Recorded | None:
         return None
     _require_same_settings(cell)
     _require_same_weights(cell)
+    _require_same_m(cell)
     # It is written at the end.
     has_model = recorded.holds_best_model(directory, cell.config)
     if not has_model and not os.path.lexists(cell.path / recorded.DIVERGED):
@@ -303,6 +304,17 @@ def _require_same_weights(cell: Cell) -> None:
         raise ConfigError(
             f"{cell.path} holds a run of other weights: {cell.config.network.weights} has"
             " changed since; move it away, or choose another --output"
+        )
+
+
+def _require_same_m(cell: Cell) -> None:
+    batch, epochs = cell.config.batch_size, cell.config.epochs
+    rows = [r for r in RunDirectory(cell.path).rows() if recorded.is_whole(r, epochs)]
+    if others := {f"{m:g}" for row in rows if (m := row.get("m", batch)) != batch}:
+        raise ConfigError(
+            f"{cell.path} holds a run of several ranks, with perturbations of m ="
+            f" {', '.join(sorted(others))} images, not {batch}; move it away, or choose"
+            " another --output"
         )
 
 

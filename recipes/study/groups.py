@@ -176,8 +176,7 @@ def series_of(groups: Mapping[float, Group]) -> Series:
 
 def grouped(runs: Sequence[Recorded]) -> list[Group]:
     """Return the groups of any runs, each where its first is, with names that differ."""
-    # One that had other settings is no repetition of any other.
-    keys = [repr((settings_of(run), run.earlier and run.path)) for run in runs]
+    keys = [repr((settings_of(run), run.mixed and run.path)) for run in runs]
     known: dict[str, set[str]] = {key: set() for key in keys}
     for key, run in zip(keys, runs, strict=True):
         known[key] |= {run.data} if run.data else set()
@@ -220,11 +219,26 @@ def listed(earlier: Sequence[Mapping[str, Any]]) -> str:
 
 
 def settings_of(run: Recorded) -> dict[str, Any]:
-    """Return the settings that decide on a run, and on what it costs, beside the seed."""
+    """Return the settings that decide on a run, and on what it costs, beside the seed.
+
+    One of them is m, how many images a perturbation was found on, which the ranks decide.
+    """
     values = of_roles(plain_values(run.config), EXACT) | {"device": run.config.device}
     if run.weights is not None:
         values["weights"] = f"{values['weights']} {run.weights[:12]}"
+    whole = run.m == [f"{run.config.batch_size:g}"]
+    values["m"] = "the batch" if whole else " then ".join(run.m)
     return {key: values[key] for key in sorted(values.keys() - {"seed"})}
+
+
+def versions_of(runs: Sequence[Recorded]) -> dict[str, list[str]]:
+    """Return versions and hardware of all parts of runs by name, each value once."""
+    found: dict[str, list[str]] = {}
+    for machine in (machine for run in runs for machine in run.machines):
+        for what, value in machine.items():
+            values = found.setdefault(what, [])
+            values += [value] * (bool(value) and value not in values)
+    return found
 
 
 def differing(runs: Sequence[Recorded]) -> dict[str, list[Any]]:

@@ -32,6 +32,7 @@ from recipes.study.groups import (
     quantity,
     seconds,
     taken,
+    versions_of,
 )
 from recipes.study.runs import write_json
 from recipes.terminal.console import Display
@@ -296,17 +297,20 @@ def _table(
 
 def notes_of(groups: Sequence[Group], tables: Tables, split: str) -> list[Note]:
     """Return what of the other rows cannot be compared with the first."""
-    base = groups[0].runs[0]
+    base = groups[0].runs
     return [
         Note(table, group.name, text)
         for group in groups[1:]
-        for table, text in unlike(base, group.runs[0], split)
+        for table, text in unlike(base, group.runs, split)
         if table in tables
     ]
 
 
-def unlike(one: Recorded, other: Recorded, split: str) -> list[tuple[str, str]]:
-    """Return the tables in which two runs cannot be compared, and why."""
+def unlike(
+    base: Sequence[Recorded], row: Sequence[Recorded], split: str
+) -> list[tuple[str, str]]:
+    """Return the tables in which the runs of two rows cannot be compared, and why."""
+    one, other = base[0], row[0]  # In all but their machines, runs of a row are alike.
     a, b = one.config, other.config
     data = (a.data, a.images.image_size) != (b.data, b.images.image_size)
     data = data or bool(one.data and other.data and one.data != other.data)
@@ -315,14 +319,12 @@ def unlike(one: Recorded, other: Recorded, split: str) -> list[tuple[str, str]]:
         getattr(a.images, name) != getattr(b.images, name)
         for name in ("label_noise", "validation", "noisy_validation")
     )
-    machine = a.device != b.device or bool(
-        one.versions and other.versions and one.versions != other.versions
-    )
+    machine = elsewhere(base, row)
     return [
         (table, text)
         for table, holds, text in (
             ("accuracy", data, "other images or classes"),
-            ("cost", machine, "trained on another device, or by another torch"),
+            ("cost", bool(machine), f"trained with {machine}"),
             ("sharpness", data, "the loss is of other images"),
             ("sharpness", network, "weights of another network have another scale"),
             (
@@ -333,6 +335,25 @@ def unlike(one: Recorded, other: Recorded, split: str) -> list[tuple[str, str]]:
         )
         if holds
     ]
+
+
+def elsewhere(base: Sequence[Recorded], row: Sequence[Recorded]) -> str:
+    """Return in what versions and hardware of runs differ from those of a row."""
+    one, other = versions_of(base), versions_of(row)
+    names = [name for name in one if name in other and {*one[name]} != {*other[name]}]
+    texts = [f"{n} {_joined(other[n])}, not {_joined(one[n])}" for n in names]
+    a, b = base[0].config.device, row[0].config.device
+    return "; ".join(texts) or (f"--device {b}, not {a}" if a != b else "")
+
+
+def mixture(runs: Sequence[Recorded]) -> str:
+    """Return versions and hardware that are not the same of runs, or of parts of one."""
+    found = versions_of(runs).items()
+    return "; ".join(f"{name} {_joined(each)}" for name, each in found if len(each) > 1)
+
+
+def _joined(values: Sequence[str]) -> str:
+    return " and ".join(values)
 
 
 def remarks_of(groups: Sequence[Group], notes: Sequence[Note]) -> list[str]:
@@ -346,6 +367,9 @@ def remarks_of(groups: Sequence[Group], notes: Sequence[Note]) -> list[str]:
         if again := [str(seed) for seed, count in counts.items() if count > 1]:
             text = f"{group.name}: seed {', '.join(again)} is there more than once"
             found.append(f"{text}, so that ± is less than that of chance")
+        if several := mixture(group.runs):
+            text = f"{group.name}: trained with {several}"
+            found.append(f"{text}; so its seconds are not of one machine")
         for run in group.runs:
             if why := group.diverged.get(run.path):
                 found.append(f"{run.path} diverged, and is in no mean: {why}")
@@ -354,6 +378,9 @@ def remarks_of(groups: Sequence[Group], notes: Sequence[Note]) -> list[str]:
             if run.earlier:
                 text = f"{run.path}: a part was trained with {listed(run.earlier)}"
                 found.append(f"{text}; so it is a row of its own")
+            if len(run.m) > 1:
+                text = f"a perturbation was found on m = {' then '.join(run.m)} images"
+                found.append(f"{run.path}: {text}; so it is a row of its own")
     return found
 
 
@@ -426,6 +453,8 @@ def _row(group: Group, tables: Tables, records: Mapping[Path, Any]) -> dict[str,
             "best_epoch": run.best and run.best["epoch"],
             "seconds": seconds(run),
             "versions": dict(run.versions),
+            "before": run.before,
+            "m": run.m,
             "earlier": run.earlier,
             "data": run.data,
             "sharpness": records.get(run.path),
@@ -547,9 +576,10 @@ def printable(text: str) -> str:
 def trained_with(groups: Sequence[Group]) -> str:
     """Return the versions and devices that the runs tell of."""
     texts = dict.fromkeys(
-        f"torch {run.versions['torch']} on {run.versions['device']}"
+        f"torch {machine['torch']} on {machine['device']}"
         for group in groups
         for run in group.runs
-        if {"torch", "device"} <= run.versions.keys()
+        for machine in run.machines
+        if {"torch", "device"} <= machine.keys()
     )
     return printable(", ".join(texts)) or "unknown"

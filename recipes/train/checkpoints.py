@@ -136,12 +136,15 @@ def resume(
     if first is not None and digest(task.config) not in (first, None):
         text = f"{task.config.network.weights} is another file than the run began with"
         display.warn(f"--weights: {text}: going on with what came of that one")
-    now = versions(task)
-    for name, before in metadata["versions"].items():
+    now, then = versions(task), metadata["versions"]
+    for name, before in then.items():
         if now.get(name) != before:
             text = f"{name} was {before}, is now {now.get(name)}"
             display.warn(f"{text}: going on, but not bit for bit")
     m, before = ranks(task)["m"], metadata.get("ranks", {}).get("m", task.config.batch_size)
+    part, known = then | {"m": f"{before:g}"}, training.memory.get(recorded.BEFORE, [])
+    if part != now | {"m": f"{m:g}"} and part not in known:
+        training.memory[recorded.BEFORE] = [*known, part]
     if m != before:
         text = f"a perturbation was found on m = {before:g} images, is now on {m:g}"
         display.warn(f"{text}: another objective; --placement and the ranks decide on m")

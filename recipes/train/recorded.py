@@ -30,6 +30,8 @@ from samfn.training.callbacks import MEMORY
 Warn = Callable[[str], None]
 WEIGHTS = "weights"  # in `Training.memory`: of which file a run had its first
 _FIRST = f"{MEMORY}{WEIGHTS}"
+BEFORE = "versions"  # there, too: those that earlier parts of a run had, and their m
+_BEFORE = f"{MEMORY}{BEFORE}"
 DIVERGED = "diverged.txt"  # in the directory of a run of a study that did: why
 
 
@@ -49,6 +51,8 @@ class Said(NamedTuple):
     """Versions of torch and hardware."""
     weights: str | None
     """SHA-256 of the file of the first weights, if there was one."""
+    before: list[dict[str, str]]
+    """Versions that earlier parts of the run had, with their m."""
 
 
 class Recorded(NamedTuple):
@@ -70,6 +74,27 @@ class Recorded(NamedTuple):
     """SHA-256 of the file of the first weights, if a checkpoint says it."""
     earlier: Sequence[Mapping[str, Any]] = ()
     """As `earlier` returns."""
+    before: Sequence[Mapping[str, str]] = ()
+    """Versions that earlier parts of the run had, with their m."""
+
+    @property
+    def machines(self) -> list[Mapping[str, str]]:
+        """Versions and hardware of all parts of the run, as far as checkpoints say them."""
+        earlier = [{n: v for n, v in one.items() if n != "m"} for one in self.before]
+        return [*earlier, self.versions]
+
+    @property
+    def m(self) -> list[str]:
+        """How many images a perturbation was found on, each number once, in order."""
+        batch = self.config.batch_size
+        known = [one["m"] for one in self.before if "m" in one]
+        known += [f"{row.get('m', batch):g}" for row in self.rows]
+        return [*dict.fromkeys(known)] or [f"{batch:g}"]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether its parts had other settings or another m: it repeats no other run."""
+        return bool(self.earlier) or len(self.m) > 1
 
     @property
     def done(self) -> int:
@@ -143,6 +168,7 @@ def read(path: Path, warn: Warn) -> Recorded:
         _diverged(path, config, newest, warn),
         newest and newest.weights,
         earlier(path, config),
+        newest.before if newest else (),
     )
 
 
@@ -299,15 +325,14 @@ def facts(path: Path, found: Mapping[str, Any]) -> Said:
     Raises:
         ConfigError: something is lacking, or is none of what a run writes; says what.
     """
-    given = {"row": {}, "versions": {}, "ranks": {}, _FIRST: None, **found}
+    given = {"row": {}, "versions": {}, "ranks": {}, _FIRST: None, _BEFORE: [], **found}
     for name, is_one in FACTS.items():
         if name not in given or not is_one(given[name]):
             got = f"{given[name]!r:.60}" if name in given else "none"
             raise ConfigError(f"{path} is none of this recipe's: its {name} is {got}")
-    names = ("row", "data", "versions", _FIRST)
-    row, data, versions, weights = (given[name] for name in names)
-    epoch = given["progress"]["epoch"]
-    return Said(path, given["config"], epoch, row, data, versions, weights)
+    names = ("row", "data", "versions", _FIRST, _BEFORE)
+    epoch, about = given["progress"]["epoch"], (given[name] for name in names)
+    return Said(path, given["config"], epoch, *about)
 
 
 def _is_place(value: Any) -> bool:
@@ -337,16 +362,19 @@ def _is_sharing(value: Any) -> bool:
     return isinstance(value, dict) and 0 < _number(value.get("m", 1)) < math.inf
 
 
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
 FACTS: dict[str, Callable[[Any], bool]] = {
     "config": lambda value: isinstance(value, dict),
     "progress": _is_place,
     "row": _is_row,
     "data": lambda value: isinstance(value, str),
-    "versions": lambda value: (
-        isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-    ),
+    "versions": _are_texts,
     "ranks": _is_sharing,
     _FIRST: lambda value: value is None or isinstance(value, str),
+    _BEFORE: lambda value: isinstance(value, list) and all(map(_are_texts, value)),
 }
 """What a checkpoint says of its run, and how one knows that it is that."""
 

@@ -14,7 +14,7 @@ from recipes.settings.resolve import configure
 from recipes.settings.saved import to_toml
 from recipes.study import correlation, measurements
 from recipes.study.groups import differing, grouped
-from recipes.study.report import PASSES, unlike
+from recipes.study.report import PASSES, remarks_of, unlike
 from recipes.terminal.console import Display
 from recipes.train import recorded
 from recipes.train.directory import RunDirectory
@@ -113,6 +113,8 @@ def test_the_report_has_accuracy_cost_and_what_differs(tmp_path, pictures, capsy
         "best_epoch": 2,
         "seconds": 6.0,
         "versions": {},
+        "before": [],
+        "m": ["64"],
         "earlier": [],
         "data": None,
         "sharpness": None,
@@ -309,18 +311,64 @@ def test_what_cannot_be_compared_is_marked(tmp_path, flags, accuracy, sharp):
         recipe.read(made(tmp_path / p, f), Display()) for p, f in (("a", ""), ("b", flags))
     ]
     split = split or "train"
-    found = unlike(*runs, split)
+    one, other = ([run] for run in runs)
+    found = unlike(one, other, split)
     for table, texts in (("accuracy", accuracy), ("sharpness", sharp)):
         said = [text for name, text in found if name == table]
         assert len(said) == len(texts)
         assert all(part in text for part, text in zip(texts, said, strict=True))
-    other = runs[1]._replace(data="other")
-    tables = [table for table, _ in unlike(runs[0]._replace(data="x"), other, split)]
+    other = [runs[1]._replace(data="other")]
+    tables = [table for table, _ in unlike([runs[0]._replace(data="x")], other, split)]
     assert "accuracy" in tables
-    assert not unlike(runs[0], runs[0]._replace(versions={"torch": "1"}), split)
-    runs[0] = runs[0]._replace(versions={"torch": "2"})
-    other = runs[0]._replace(versions={"torch": "1"})
-    assert [table for table, _ in unlike(runs[0], other, split)] == ["cost"]
+
+
+def test_seconds_of_other_machines_are_marked_with_what_differs(tmp_path):
+    run = recipe.read(made(tmp_path / "a"), Display())
+    one = run._replace(versions={"torch": "2", "threads": "1", "ranks": "1"})
+    other = one._replace(versions=one.versions | {"threads": "4"})
+    assert unlike([one], [one, run], "train") == []
+    said = [("cost", "trained with threads 4, not 1")]
+    assert unlike([one], [other], "train") == said
+    said = [("cost", "trained with threads 1 and 4, not 1")]
+    assert unlike([one], [one, other], "train") == said
+    gpu = run._replace(config=run.config.replace(device="cuda"))
+    said = [("cost", "trained with --device cuda, not cpu")]
+    assert unlike([run], [gpu], "train") == said
+
+
+def test_a_row_of_several_machines_says_so(tmp_path):
+    paths = [made(tmp_path / p, f"--seed {i}") for i, p in enumerate("ab")]
+    one, other = (recipe.read(path, Display()) for path in paths)
+    one = one._replace(versions={"threads": "1", "ranks": "1"})
+    unlike_others = other._replace(versions={"threads": "2", "ranks": "1"})
+    went_on = one._replace(before=[{"threads": "2", "ranks": "1", "m": "64"}])
+    for runs in ([one, unlike_others], [went_on, other]):
+        (remark,) = remarks_of(grouped(runs), [])
+        assert "trained with threads " in remark
+        assert "and" in remark
+        assert remark.endswith("; so its seconds are not of one machine")
+    assert remarks_of(grouped([one, other._replace(versions=one.versions)]), []) == []
+
+
+def test_runs_of_another_m_are_no_repetition(tmp_path):
+    whole, parts, same, mixed = (
+        made(tmp_path / name, f"--batch-size 64 --seed {seed}", **more)
+        for seed, (name, more) in enumerate(
+            {
+                "whole": {},
+                "parts": {"m": [32.0] * 3},
+                "same": {"m": [64.0] * 3},
+                "mixed": {"m": [64.0, 32.0, 32.0]},
+            }.items()
+        )
+    )
+    found = compared(whole, parts, same, mixed)
+    rows = [[run["path"] for run in row["runs"]] for row in found["rows"]]
+    assert rows == [[str(whole), str(same)], [str(parts)], [str(mixed)]]
+    assert found["settings"] == {"m": ["the batch", "32", "64 then 32"]}
+    text = "a perturbation was found on m = 64 then 32 images; so it is a row of its own"
+    assert f"- {mixed}: {text}" in report(tmp_path)
+    assert text not in report(tmp_path).replace(f"{mixed}: {text}", "")
 
 
 def test_a_mark_stands_in_the_table_that_it_is_of(tmp_path, capsys):

@@ -248,6 +248,17 @@ def test_a_run_of_which_a_part_had_other_settings_is_refused(whole, tmp_path):
         grid.read(cell, pytest.fail)
 
 
+def test_a_run_of_several_ranks_is_none_of_a_study(tmp_path):
+    (cell,) = grid.plan(ARMS[:1], 1, tmp_path)
+    with RunDirectory.create(cell.path, cell.config) as run:
+        numbers = ("train_loss", "test_accuracy", "seconds", "images_per_second")
+        run.append({"epoch": 1, "m": 256.0} | dict.fromkeys(numbers, 1.0))
+        assert grid.read(cell, pytest.fail) is None
+        run.append({"epoch": 2, "m": 128.0} | dict.fromkeys(numbers, 1.0))
+    with pytest.raises(ConfigError, match="of m = 128 images, not 256; move it away"):
+        grid.read(cell, pytest.fail)
+
+
 def test_images_that_moved_keep_neither_a_run_nor_a_study_from_going_on(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "before" / split).mkdir(parents=True)

@@ -12,7 +12,7 @@ from recipes.cifar_wrn import main as train
 from recipes.errors import ConfigError
 from recipes.study import grid
 from recipes.study.groups import differing, grouped
-from recipes.train import recorded
+from recipes.train import checkpoints, recorded
 from recipes.train.directory import RunDirectory
 from tests.recipes.train.test_recorded import CHEAP, COMMANDS, SMALL, edited, said
 from tests.special import make_special
@@ -233,6 +233,20 @@ def test_an_average_says_what_it_lacks_and_stays_beside_no_other_model(runs, cap
     assert "without --average-best" in said(capsys)
     assert not average.exists()
     assert (run / "average.safetensors.superseded").read_bytes() == before
+
+
+def test_a_run_that_goes_on_elsewhere_remembers_where_it_was(runs, monkeypatch, capsys):
+    path, real = runs[1], checkpoints.versions
+    first = recorded.read(path, print)
+    assert (first.before, first.m, first.mixed) == ([], ["256"], False)
+    elsewhere = {"threads": "99"}
+    monkeypatch.setattr(checkpoints, "versions", lambda task: real(task) | elsewhere)
+    assert train(["--resume", str(path), "--epochs", "3", "--resume-override"]) == 0
+    assert "is now 99: going on" in said(capsys)
+    run = recorded.read(path, print)
+    assert run.before == [{**first.versions, "m": "256"}]
+    assert [one["threads"] for one in run.machines] == [first.versions["threads"], "99"]
+    assert run.m == ["256"]
 
 
 def test_weights_of_one_name_are_told_apart_by_what_they_are(runs, tmp_path, capsys):

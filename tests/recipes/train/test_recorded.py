@@ -19,7 +19,7 @@ from recipes.errors import ConfigError
 from recipes.settings.config import SETTINGS, of_roles
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, of_run
-from recipes.study import grid
+from recipes.study import grid, measurements
 from recipes.terminal.console import Display
 from recipes.terminal.signals import watched
 from recipes.train import loop, recorded, running
@@ -394,13 +394,13 @@ def test_a_record_that_was_edited_is_measured_again(
     run = shutil.copytree(measured, tmp_path / "sgd")
     (record,) = records(run)
     config, trials = of_run(run), 0
-    assert sharpness.known(run, config, settings, Display()) == record
+    assert measurements.known(run, config, settings, Display()) == record
     for part, value in FORGED:
         for name in record["numbers"]:
             forged = json.loads(json.dumps(record))
             forged["numbers"][name][part] = value
             (run / "sharpness.json").write_text(json.dumps({"measurements": [forged]}))
-            assert sharpness.known(run, config, settings, Display()) is None
+            assert measurements.known(run, config, settings, Display()) is None
             trials += 1
     record_property("trials", trials)
     capsys.readouterr()
@@ -423,11 +423,11 @@ def test_a_record_that_was_edited_is_measured_again(
 )
 def test_what_cannot_be_measured_is_none_even_with_a_checksum(measured, name, part, value):
     (record,) = records(measured)
-    record["checksum"] = sharpness.checksum(record)
-    assert sharpness.is_whole(record)
+    record["checksum"] = measurements.checksum(record)
+    assert measurements.is_whole(record)
     record["numbers"][name][part] = value
-    record["checksum"] = sharpness.checksum(record)
-    assert not sharpness.is_whole(record)
+    record["checksum"] = measurements.checksum(record)
+    assert not measurements.is_whole(record)
 
 
 def test_what_an_older_version_measured_is_kept_and_not_believed(measured, tmp_path):
@@ -435,8 +435,8 @@ def test_what_an_older_version_measured_is_kept_and_not_believed(measured, tmp_p
     (record,) = records(run)
     older = {k: v for k, v in record.items() if k != "checksum"} | {"sha256": "other"}
     (run / "sharpness.json").write_text(json.dumps({"measurements": [older]}))
-    assert not sharpness.is_whole(older)
-    sharpness.keep(record, run / "sharpness.json", Display())
+    assert not measurements.is_whole(older)
+    measurements.keep(record, run / "sharpness.json", Display())
     assert records(run) == [older, record]
 
 

@@ -24,12 +24,19 @@ from recipes.study.groups import Group, Value, best, grouped, last
 from recipes.study.measurements import Record
 from recipes.study.measures import Measuring
 from recipes.study.report import EXPLAINED, TABLES, Page, Tables, numeric
-from recipes.study.runs import among, checkpoint_of, labels, real, validate
+from recipes.study.runs import (
+    among,
+    checkpoint_of,
+    labels,
+    make_directory,
+    make_way,
+    real,
+    validate,
+)
 from recipes.terminal import cli
 from recipes.terminal.console import Display
 from recipes.train import recorded
 from recipes.train.recorded import Recorded
-from samfn.storage import files
 
 PROGRAM = "python -m recipes.compare"
 NAME = "compare"  # of all files but one
@@ -69,10 +76,7 @@ def compare(settings: Settings, command: str, display: Display) -> int:
     if settings.sharpness:
         choose_device(settings.device)  # Or each run would be said not to be readable.
     output = settings.output or real(settings.runs[0]).parent / NAME
-    try:
-        files.make_directory(output)
-    except OSError as error:
-        raise ConfigError(f"--output: cannot write {output}: {error}") from error
+    make_directory(output)
     groups = grouped([read(path, display) for path in settings.runs])
     records = measure(groups, settings, display) if settings.sharpness else {}
     tables = tables_of(settings, records)
@@ -81,6 +85,8 @@ def compare(settings: Settings, command: str, display: Display) -> int:
     ranks = {name: correlation.ranks(rows.values()) for name, rows in points.items()}
     page = with_ranks(page, tables, ranks)
     try:
+        made = [*report.files_of(NAME), PICTURE]
+        make_way(output, made, PROGRAM, display.warn)
         if HEADING in page.parts:
             heads = {tables["sharpness"][name].head: rows for name, rows in points.items()}
             title = f"{'last' if settings.last else 'best'} epochs"
@@ -93,7 +99,6 @@ def compare(settings: Settings, command: str, display: Display) -> int:
             NAME,
             tables=tables,
             records=records,
-            data=f"{NAME}.json",
             measured=measurements.asked(settings) if settings.sharpness else None,
             correlation=correlation.plain(ranks),
         )

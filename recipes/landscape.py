@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from recipes import errors, plots
-from recipes.errors import ConfigError
 from recipes.roles import ABOVE_0, Range, setting
 from recipes.settings.config import plain_values
 from recipes.settings.saved import run_of
+from recipes.study.report import called
 from recipes.study.runs import (
     Inspection,
     Solution,
     among,
+    make_directory,
+    make_way,
     named,
     read,
     real,
@@ -42,7 +44,6 @@ from recipes.train.batches import eval_batch
 from recipes.train.build import generator
 from samfn.measure import landscape
 from samfn.measure.landscape import Line, Plane, Told
-from samfn.storage import files
 
 PROGRAM = "python -m recipes.landscape"
 DATA, SURFACES, LINES = "landscape.json", "surfaces.png", "lines.png"
@@ -79,25 +80,26 @@ class Explored(NamedTuple):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Draw; return the exit code."""
+    given = sys.argv[1:] if args is None else args
     return cli.run(
-        lambda display, _: draw(cli.parsed(Settings, prog=PROGRAM, args=args), display),
+        lambda display, _: draw(
+            cli.parsed(Settings, prog=PROGRAM, args=given), called(PROGRAM, given), display
+        ),
         left="nothing was written",
     )
 
 
-def draw(settings: Settings, display: Display) -> int:
+def draw(settings: Settings, command: str, display: Display) -> int:
     """Evaluate, write data and pictures, and say what they show."""
     settings = replace(settings, runs=among(settings.runs, display))
     validate(settings)
     solutions = named([read(path, settings, display) for path in settings.runs])
     output = settings.output or real(run_of(settings.runs[0])).parent / "landscape"
-    try:
-        files.make_directory(output)
-    except OSError as error:
-        raise ConfigError(f"--output: cannot write {output}: {error}") from error
+    make_directory(output)
     explored, way = explore(solutions, settings, display)
     try:
-        write(output / DATA, settings, explored, way)
+        make_way(output, [DATA, SURFACES, LINES], PROGRAM, display.warn)
+        write(output / DATA, command, settings, explored, way)
         draw_surfaces(output / SURFACES, settings, explored)
         draw_lines(output / LINES, settings, explored, way)
     except OSError as error:
@@ -191,13 +193,18 @@ def rise(plane: Plane, within: float) -> float:
 
 
 def write(
-    path: Path, settings: Settings, explored: Sequence[Explored], way: Line | None
+    path: Path,
+    command: str,
+    settings: Settings,
+    explored: Sequence[Explored],
+    way: Line | None,
 ) -> None:
     """Write all numbers and settings to a JSON file.
 
     Lists of lists have a row for each coordinate `at` along the first direction.
     """
     found: dict[str, Any] = {
+        "command": command,
         "settings": dataclasses.asdict(settings) | {"runs": [*map(str, settings.runs)]},
         "torch": torch.__version__,
         "runs": [record(one) for one in explored],

@@ -27,7 +27,8 @@ from recipes.settings.config import SETTINGS, Config, changes, plain_values, val
 from recipes.settings.resolve import configure
 from recipes.settings.saved import CONFIG_FILE, of_run
 from recipes.study.groups import Group, best, group_of, last, listed, seconds
-from recipes.study.report import Page, called, show, write
+from recipes.study.report import Page, called, files_of, show, write
+from recipes.study.runs import make_directory, make_way
 from recipes.terminal import cli
 from recipes.terminal.console import Display, duration
 from recipes.terminal.signals import Signals, Stopped
@@ -100,8 +101,9 @@ def conduct(study: Study, about: str | None, args: Sequence[str] | None) -> int:
 
         def report(groups: Sequence[Group]) -> None:
             command, device = called(program, given), cells[0].config.device
-            page = study.page(settings, groups)
-            written.update(write(page, command, device, settings.output, study.name))
+            page, output = study.page(settings, groups), settings.output
+            make_way(output, files_of(study.name), program, display.warn)
+            written.update(write(page, command, device, output, study.name))
 
         groups = run(cells, settings.output, display, signals, report)
         show(study.page(settings, groups), display)
@@ -203,16 +205,14 @@ def run(
         report: is called after each seed.
 
     Raises:
-        ConfigError: a directory holds a run of other settings; says which.
+        ConfigError: a directory holds a run of other settings; says which. Or `output` is
+            that of a run.
         InUseError: another process runs this study.
         CheckpointWriteError: something cannot be written.
         Failed: a run ended with an exit code.
         Stopped: a signal ended the study.
     """
-    try:
-        files.make_directory(output)
-    except OSError as error:
-        raise ConfigError(f"--output: cannot write {output}: {error}") from error
+    make_directory(output)
     with samfn.held(output):
         files.sweep(output)
         results = ((cell.path, read(cell, display.warn)) for cell in cells)

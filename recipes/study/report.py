@@ -42,7 +42,6 @@ from recipes.train.directory import Row
 from recipes.train.recorded import Recorded, chosen_by
 from samfn.storage import files
 
-DATA = "results.json"
 PASSES = "gradient passes over the training set"
 Axis = Callable[[Recorded], list[float]]
 """A run -> the place of each epoch."""
@@ -496,7 +495,6 @@ def write(
     *,
     tables: Tables = TABLES,
     records: Mapping[Path, Any] = MappingProxyType({}),
-    data: str = DATA,
     **more: Any,
 ) -> dict[str, str]:
     """Write data, picture and report; return where they are.
@@ -506,11 +504,10 @@ def write(
         command: that makes the report again.
         device: that it is made on.
         output: directory of the files.
-        stem: name of report and picture.
+        stem: name of data, picture and report.
         tables: whose numbers are data.
         records: what was measured of runs beside, by their paths.
-        data: name of the data file.
-        more: what it holds beside.
+        more: what the data file holds beside.
 
     Raises:
         OSError: one cannot be written; it is what it was.
@@ -522,13 +519,19 @@ def write(
         "settings": differing([group.runs[0] for group in page.groups]),
         "not_comparable": [note._asdict() for note in page.notes],
     }
-    write_json(output / data, known | more)
+    write_json(output / f"{stem}.json", known | more)
     drawn = page.draw(output / f"{stem}.png")
     with files.replacing(output / f"{stem}.md") as temporary:
         text = document(page, f"{stem}.png" if drawn else None, known)
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     names = {"report": f"{stem}.md"} | ({"picture": f"{stem}.png"} if drawn else {})
-    return {k: str(output / name) for k, name in (names | {"data": data}).items()}
+    names |= {"data": f"{stem}.json"}
+    return {k: str(output / name) for k, name in names.items()}
+
+
+def files_of(stem: str) -> list[str]:
+    """Return the names of the files that `write` writes."""
+    return [f"{stem}.{ending}" for ending in ("json", "png", "md")]
 
 
 def show(page: Page, display: Display) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import samfn
 from recipes.data import augment
+from recipes.data.sources import Say
 from recipes.errors import ConfigError
 from recipes.roles import Options, at_least, require, setting
 from recipes.settings.config import Config
@@ -32,6 +33,7 @@ from samfn.storage import files
 from samfn.tree import Params
 
 Item = TypeVar("Item")
+BEFORE = "results.json"  # what older versions called the data of every study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,52 @@ def distinct(items: Sequence[Item], *ways: Callable[[Item], str]) -> list[str]:
         if len({*names}) == len(names):
             break
     return names
+
+
+def make_directory(output: Path) -> None:
+    """Make the directory of a report, unless it is there.
+
+    Raises:
+        ConfigError: it is that of a run, or cannot be made.
+    """
+    if os.path.lexists(output / CONFIG_FILE):
+        text = "--output: expected a directory for reports, got that of a run,"
+        raise ConfigError(f"{text} {output}")
+    try:
+        files.make_directory(output)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {output}: {error}") from error
+
+
+def make_way(output: Path, names: Sequence[str], program: str, warn: Say) -> None:
+    """Set aside what a report would replace, unless it is an older report's.
+
+    Args:
+        output: directory of both.
+        names: of the report's files; the first holds its data, and says who wrote it.
+        program: that reports.
+        warn: is told.
+
+    Raises:
+        OSError: a file cannot be renamed.
+    """
+    if _wrote(program, output / names[0]):
+        return
+    more = [BEFORE] * _wrote(program, output / BEFORE)
+    for path in (output / file for file in [*names, *more]):
+        if os.path.lexists(path) and not path.is_dir():
+            aside = files.put_aside(path, "superseded")
+            warn(f"{path} of before is {aside.name} now")
+
+
+def _wrote(program: str, file: Path) -> bool:
+    """Return whether a file is what `write_json` writes of a report of a program."""
+    begins = f'{{\n "command": "{program}'.encode()
+    try:
+        with files.open_regular(file) as opened:
+            return opened.read(len(begins)) == begins
+    except OSError:
+        return False
 
 
 def write_json(path: Path, found: Mapping[str, Any]) -> None:

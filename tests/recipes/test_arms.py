@@ -51,6 +51,24 @@ def test_all_arms_are_run_and_reported(study, tmp_path, capsys):
     assert "sgd-seed0 holds a run of other settings: lr was" in capsys.readouterr().err
 
 
+def test_a_study_replaces_neither_files_of_others_nor_a_run(study, tmp_path, capsys):
+    theirs = {name: f"{name} of mine" for name in ("results.json", "arms.json", "arms.md")}
+    for name, text in theirs.items():
+        (tmp_path / name).write_text(text)
+    one = ["--seeds", "1", "--arm", "SGD: --rho 0 --epochs 1", "--output"]
+    assert study(*one, ".") == 0
+    texts = [
+        path.read_text()
+        for path in tmp_path.glob("*")
+        if path.is_file() and path.suffix != ".png"
+    ]
+    assert {*theirs.values()} < {*texts}
+    assert (tmp_path / "arms.md").read_text().startswith("# digits")
+    capsys.readouterr()
+    assert study(*one, "sgd-seed0") == 2
+    assert "got that of a run, sgd-seed0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

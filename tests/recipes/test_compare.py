@@ -229,6 +229,19 @@ def test_directories_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert names == [str(one), str(other)]
 
 
+def test_a_report_takes_the_place_of_reports_alone(tmp_path, capsys):
+    paths = [made(tmp_path / "a"), made(tmp_path / "b", "--rho 0")]
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "compare.md").write_text("notes")
+    for _ in range(2):
+        compared(*paths)
+    (aside,) = (tmp_path / "compare").glob("*.superseded*")
+    assert aside.read_text() == "notes"
+    assert capsys.readouterr().err.count("compare.md.superseded now") == 1
+    assert recipe.main([*map(str, paths), "--output", str(paths[0])]) == 2
+    assert "got that of a run, " in capsys.readouterr().err
+
+
 def test_a_seed_that_is_there_twice_is_told(tmp_path, capsys):
     paths = [made(tmp_path / name) for name in "ab"]
     compared(*paths)

@@ -29,7 +29,7 @@ def found(output):
     """Return what came of each run, by method and share of noise."""
     return {
         ("sam" if row["config"]["rho"] else "SGD", row["config"]["label_noise"]): run
-        for row in rows_of(output).values()
+        for row in rows_of(output / "label_noise.json").values()
         for run in row["runs"]
     }
 

@@ -266,7 +266,7 @@ def test_what_is_not_finite_is_drawn_as_missing_and_names_are_no_formulas(tmp_pa
 def test_lists_of_numbers_are_lines_and_texts_are_kept(tmp_path):
     for names in (["a  b"], ["a  b", "c [ d\n  e"]):
         settings = recipe.Settings(runs=tuple(names))
-        recipe.write(tmp_path / "x.json", settings, [], Line(ONE, ONE, None))
+        recipe.write(tmp_path / "x.json", "", settings, [], Line(ONE, ONE, None))
         text = (tmp_path / "x.json").read_text()
         assert json.loads(text)["settings"]["runs"] == names
         assert '"at": [ 0.0 ],' in text

@@ -27,11 +27,11 @@ def swept(tmp_path_factory):
 
 def found(output, label, which):
     """Return the accuracies of an arm, by seed."""
-    return [run[which] for run in rows_of(output)[label]["runs"]]
+    return [run[which] for run in rows_of(output / "sweep.json")[label]["runs"]]
 
 
 def test_sgd_is_run_once_for_all_methods(swept):
-    rows = rows_of(swept[0])
+    rows = rows_of(swept[0] / "sweep.json")
     assert [*rows] == ["SGD", "sam, rho 0.2", "asam(0.01), rho 0.2"]
     for row in rows.values():
         assert [run["seed"] for run in row["runs"]] == [0, 1]

@@ -43,9 +43,9 @@ def group(label, flags, seeds):
     return Group(label, runs, lost)
 
 
-def rows_of(output):
+def rows_of(file):
     """Return the rows of a data file by their names."""
-    rows = json.loads((output / "results.json").read_text())["rows"]
+    rows = json.loads(file.read_text())["rows"]
     return {row["name"]: row for row in rows}
 
 
@@ -102,7 +102,7 @@ def test_a_data_file_has_settings_accuracies_and_seconds_of_each_run(tmp_path):
     groups[1].runs[0].rows.extend(groups[0].runs[0].rows)  # It diverged after these.
     page = report.side_by_side(groups, report.TABLES)
     report.write(page, "the command", "cpu", tmp_path, "x")
-    text = (tmp_path / "results.json").read_text()
+    text = (tmp_path / "x.json").read_text()
     data = json.loads(text)
     assert data["command"] == "the command"
     assert data["settings"] == {"rho": [0.05, 0.4]}

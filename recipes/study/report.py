@@ -6,8 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
-from operator import itemgetter, truediv
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -103,11 +103,9 @@ def passes(run: Recorded) -> list[float] | None:
     count = method_expression.gradients(run.config.method)
     if count is None and any(run.perturbed):
         return None
-    more, steps = (count or 1.0) - 1, run.steps
-    epochs = [b - a for a, b in pairwise([0, *_epochs(run)])]
-    whole = max(map(truediv, steps, epochs), default=1)  # One that skips images has less.
-    each = [s * (1 + more * p) for s, p in zip(steps, run.perturbed, strict=True)]
-    return [done / whole for done in accumulate(each)]
+    more, parts = (count or 1.0) - 1, zip(run.steps, run.perturbed, strict=True)
+    each = [steps * (1 + more * share) for steps, share in parts]
+    return [done / run.steps_per_epoch for done in accumulate(each)]
 
 
 def _usual(number: Callable[[Row], float]) -> Value:

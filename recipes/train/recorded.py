@@ -24,6 +24,7 @@ from recipes.settings.saved import CONFIG_FILE, of_run, read_toml, run_of
 from recipes.train.directory import Row, RunDirectory, parsed
 from recipes.train.layers import WHAT
 from recipes.train.step import counts_epochs
+from samfn.schedules import tail_start
 from samfn.storage import files, tensorfile
 from samfn.training.callbacks import MEMORY
 
@@ -121,17 +122,40 @@ class Recorded(NamedTuple):
         config = self.config
         if self.earlier or not config.rho:
             return [float(row.get("rho", config.rho) > 0) for row in self.rows]
-        late = config.epochs * (1 - config.perturbation.sam_last)
-        return [min(max(0.0, row["epoch"] - late), 1.0) for row in self.rows]
+        whole, late = self.steps_per_epoch, config.perturbation.sam_last
+        planned, counts = config.epochs * whole, self._counts_steps
+        start = tail_start(planned, late) if counts else planned * (1 - late)
+        found = []
+        for row, epochs, steps in zip(self.rows, self._lengths, self.steps, strict=True):
+            # Schedules count whole epochs, also where some have fewer steps.
+            places, begins = epochs * whole, (row["epoch"] - epochs) * whole
+            plain = min(max(0, start - begins), places) * steps / places
+            found.append(1 - (math.ceil(plain) if counts else plain) / steps)
+        return found
 
     @property
-    def steps(self) -> list[float]:
+    def steps(self) -> list[int]:
         """Steps of each epoch, or as many for each where not all rows say them."""
-        marks = [0]
-        for name in ("step", "epoch"):
-            marks = [0, *(row.get(name, 0) for row in self.rows)]
-            if all(before < after for before, after in pairwise(marks)):
-                break
+        return self._between("step") if self._counts_steps else self._lengths
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch of all images; one that skips some has fewer."""
+        each = zip(self.steps, self._lengths, strict=True)
+        return max((math.ceil(steps / epochs) for steps, epochs in each), default=1)
+
+    @property
+    def _counts_steps(self) -> bool:
+        whole = all(type(row.get("step")) is int for row in self.rows)
+        return whole and all(steps > 0 for steps in self._between("step"))
+
+    @property
+    def _lengths(self) -> list[int]:
+        """Epochs of each row: one, or more where rows before it lack."""
+        return self._between("epoch")
+
+    def _between(self, name: str) -> list[int]:
+        marks = [0, *(row[name] for row in self.rows)]
         return [after - before for before, after in pairwise(marks)]
 
     @property

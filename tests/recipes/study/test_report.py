@@ -1,6 +1,7 @@
 """One report of any runs: numbers of groups, tables, pictures and files."""
 
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from recipes.study.groups import (
 )
 from recipes.terminal.console import Display
 from recipes.train.recorded import Recorded
+from samfn import schedules
 
 FLAGS = ["--data", "digits", "--batch-size", "256"]
 
@@ -215,6 +217,31 @@ def test_sam_at_the_end_costs_its_share_and_an_epoch_takes_the_mean_time():
     other = group("always", flags, [rows])
     taken = report.TABLES["cost"]["seconds"].value
     assert [taken(each.runs[0]) for each in (late, other)] == [1.25, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "whole", "share"), [(3, 1, 0.1), (7, 3, 0.29), (3, 22, 0.5), (1, 3, 1.0)]
+)
+def test_gradients_are_those_of_the_steps_that_sam_took(epochs, whole, share):
+    flags = ["--epochs", str(epochs), "--rho", "0.1", "--sam-last", str(share)]
+    rows = [{"step": n * whole, "test_accuracy": 1.0} for n in range(1, epochs + 1)]
+    (run,) = made(rows, *flags).runs
+    rho = schedules.tail(0.1, epochs * whole, share)
+    counts = [1 + (rho(step) > 0) for step in range(epochs * whole)]
+    assert report.gradients(run) == pytest.approx(statistics.mean(counts))
+    ends = [sum(counts[: n * whole]) / whole for n in range(1, epochs + 1)]
+    assert report.passes(run) == pytest.approx(ends)
+    # Also where the log lacks epochs.
+    assert report.passes(run._replace(rows=run.rows[-1:]))[-1] == pytest.approx(ends[-1])
+
+
+def test_of_epochs_with_fewer_images_sam_begins_at_its_place_in_whole_ones():
+    flags = ["--epochs", "3", "--rho", "0.1", "--select", "loss", "--sam-last", "0.5"]
+    rows = [{"step": step, "test_accuracy": 1.0} for step in (10, 15, 19)]
+    (run,) = made(rows, *flags).runs
+    late = [place >= 15 for place in [*range(10), 10, 12, 14, 16, 18, 20, 22, 25, 27]]
+    assert run.perturbed == [0, 0.4, 1]
+    assert run.share_perturbed == statistics.mean(late)
 
 
 def test_of_a_run_that_had_other_settings_each_epoch_says_whether_it_perturbed():

@@ -31,6 +31,16 @@ ADAPTED = ".base_layer.weight"  # how peft ends the name of a weight that has an
 
 STEPS, LR, LENGTH, BATCH = 140, 3e-3, 128, 12  # of the training of `tiny`
 
+SIZES: dict[str, Any] = {
+    "vocab_size": Bytes.vocabulary,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}  # of `tiny`
+
 Pairs = dict[str, tuple[str, str]]
 """The names of A and B by that of the weight they are added to."""
 
@@ -56,17 +66,18 @@ def tiny() -> nn.Module:
     """Return a transformer that reads bytes, of half a million parameters, untrained."""
     import transformers
 
-    config: Any = transformers.LlamaConfig(
-        vocab_size=Bytes.vocabulary,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
+    config: Any = transformers.LlamaConfig(**SIZES)
     model: nn.Module = transformers.LlamaForCausalLM(config)
     return model
+
+
+def _is_tiny(path: str) -> bool:
+    """Return whether a directory says that it holds what `tiny` makes."""
+    try:
+        found = json.loads(files.read_text(Path(path) / "config.json"))
+        return all(found[name] == value for name, value in SIZES.items())
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return False
 
 
 def load(path: str) -> nn.Module:
@@ -86,16 +97,20 @@ def load(path: str) -> nn.Module:
     return model
 
 
-def _refused(path: str, error: Exception) -> Exception:
+def _refused(path: str, error: Exception, what: str = "") -> Exception:
     """Return what is raised for a model: transformers raises anything at damaged files."""
     if lacks_memory(error):
         return error
-    said = (str(error) or repr(error)).splitlines()[0]
-    return ConfigError(f"--model: cannot read {path}: {said}")
+    said = (str(error) or repr(error)).splitlines()[0].strip()
+    if said.endswith(":"):  # A list of files follows.
+        said = "a directory must have its files, too, as tokenizer.json"
+    return ConfigError(f"--model: cannot read {what}{path}: {said}")
 
 
 def tokenizer(path: str) -> Any:
     """Return what makes tokens of a text for a model of a directory, or of the hub.
+
+    What `tiny` makes has no file of it, and reads bytes.
 
     Raises:
         ConfigError: it has none, or one that knows no tokens.
@@ -107,7 +122,9 @@ def tokenizer(path: str) -> Any:
             path, trust_remote_code=False
         )
     except Exception as error:
-        raise _refused(path, error) from error
+        if _is_tiny(path):
+            return Bytes()
+        raise _refused(path, error, "the tokenizer of ") from error
 
     def tokenize(text: str) -> Any:
         found = made(text, add_special_tokens=False)["input_ids"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 import tomllib
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from recipes.roles import (
 )
 from recipes.settings.saved import AS_TOML
 from recipes.terminal.legible import SURROGATES, quoted
-from recipes.train.directory import RunDirectory, reserved
+from recipes.train.directory import RunDirectory, reserved, vacate
 from samfn.storage import files
 
 SETTINGS, ADAPTER = "config.toml", "adapter"
@@ -77,10 +78,13 @@ def begun(settings: Settings) -> str:
 def opened(settings: Settings) -> Iterator[RunDirectory]:
     """Hold the directory of a new run, or of one that goes on with the same settings.
 
+    One that was made for it, and that nothing was written to, is removed at the end.
+
     Raises:
         ConfigError: it holds something else, or a run of other settings.
         InUseError: another process holds it.
     """
+    is_new = settings.output is None or not os.path.exists(settings.output)
     run = RunDirectory(settings.output or reserved(new_name(settings)))
     values = plain(settings)
     if SURROGATES.search(str(run.path)):
@@ -90,7 +94,9 @@ def opened(settings: Settings) -> Iterator[RunDirectory]:
         files.make_directory(run.path)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {run.path}: {error}") from error
-    with run.held():
+    with run.held(), contextlib.ExitStack() as stack:
+        if is_new:
+            stack.callback(vacate, run.path)
         file = run.path / SETTINGS
         if file.exists():
             before = settings_in(file)

@@ -183,6 +183,14 @@ def reserved(path: Path) -> Path:
     return place
 
 
+def vacate(path: Path) -> None:
+    """Remove a directory of which nothing came: in it is nothing but the lock, if that."""
+    with contextlib.suppress(OSError):
+        if {file.name for file in path.iterdir()} <= {files.LOCK}:
+            (path / files.LOCK).unlink(missing_ok=True)
+            path.rmdir()
+
+
 class Unwritten(RunDirectory):
     """A run's directory as those ranks have it that leave writing to the first."""
 

@@ -1,5 +1,6 @@
 """The recipe for language models: adapters, what is perturbed, and what a run leaves."""
 
+import contextlib
 import copy
 import json
 import math
@@ -18,9 +19,10 @@ from recipes.terminal.signals import Signals
 from recipes.text.settings import Settings, opened
 from recipes.text.task import batch_of
 from recipes.text.training import Meter
+from samfn import InUseError
 from samfn.gradient import Pass
 from samfn.methods.base import Point
-from samfn.storage import files, tensorfile
+from samfn.storage import tensorfile
 from samfn.training.loop import Step
 
 peft = pytest.importorskip("peft")
@@ -141,12 +143,23 @@ def test_a_run_goes_on_with_no_other_text_than_it_was_begun_with(tmp_path, capsy
         ("--model", "./absent"),
     ],
 )
-def test_a_run_that_is_refused_occupies_no_directory(tmp_path, wrong):
-    run = tmp_path / "run"
-    assert main([*FLAGS, *wrong, "--output", str(run)]) == errors.WRONG_INPUT
-    assert [path.name for path in run.iterdir()] == [files.LOCK]
-    with opened(Settings(output=run)):
-        pass
+def test_a_run_that_is_refused_occupies_no_directory(tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    for output in ([], ["--output", "runs/run"]):
+        assert main([*FLAGS, *wrong, *output]) == errors.WRONG_INPUT
+        assert not [*(tmp_path / "runs").iterdir()]
+
+
+def test_a_directory_that_was_there_or_that_another_begins_in_is_not_removed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        settings = Settings(output=tmp_path / name)
+        with contextlib.suppress(errors.ConfigError), opened(settings):
+            with pytest.raises(InUseError), opened(settings):
+                pass
+            assert (tmp_path / name).is_dir()
+            raise errors.ConfigError("refused")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 @pytest.fixture
@@ -402,6 +415,15 @@ def test_a_model_that_cannot_read_the_text_is_wrong_input(small_gpt, capsys):
     (small_gpt / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(errors.ConfigError, match="--model: "):
         language.load(str(small_gpt))
+
+
+def test_the_base_of_a_run_reads_bytes_and_a_run_is_no_model(ran, tmp_path, capsys):
+    tokens = language.tokenizer(str(ran / "base"))
+    assert tokens("é") == text.Bytes()("é")
+    flags = ["--model", str(ran), "--output", str(tmp_path / "x")]
+    assert main([*FLAGS, *flags]) == errors.WRONG_INPUT
+    told = f"--model: cannot read the tokenizer of {ran}: a directory must have its files"
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("text", ["a = = 1", f"a = {'9' * 5000}", f"a = {'[' * 5000}"])

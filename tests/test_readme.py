@@ -1,5 +1,6 @@
 """What the READMEs say is run: examples, commands, links, tables and their numbers."""
 
+import json
 import os
 import re
 import runpy
@@ -17,6 +18,7 @@ import bench.cost
 import samfn
 from bench.cost import METHODS
 from bench.faults.rows import ROWS
+from recipes.data.sources import load
 from recipes.models import language, networks
 from recipes.settings.method_expression import MAKERS
 from recipes.settings.presets import PRESETS
@@ -98,13 +100,29 @@ def weights(scope):
 def test_every_further_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Those of the trainers are run where the trainers are imported anyway.
-    elsewhere = {*blocks("python", FRONT + PAGES["recipes/trainers/README.md"])}
+    pages = ("README.md", "recipes/trainers/README.md", "recipes/README.md")
+    elsewhere = {each for page in pages for each in blocks("python", PAGES[page])}
     further = [each for each in blocks("python") if each not in elsewhere]
     assert further
     for example in further:
         scope = {}
         exec(example, scope)
         assert torch.isfinite(next(iter(weights(scope)))).all()
+
+
+def test_the_model_of_a_run_is_used_with_what_its_file_says(tmp_path):
+    flags = ["--data", "digits", *SHORT, "--compile", "no", "--export"]
+    run([*flags, "--output", str(tmp_path / "run")])
+    (example,) = blocks("python", PAGES["recipes/README.md"])
+    data = load("digits", None)
+    scope = {"images": data.test_images}
+    exec(example.replace("runs/NAME", str(tmp_path / "run")), scope)
+    right = [
+        name == data.classes[label]
+        for name, label in zip(scope["names"], data.test_labels, strict=True)
+    ]
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert 100 * sum(right) / len(right) == pytest.approx(row["test_accuracy"], abs=1e-4)
 
 
 def test_the_two_commands_are_on_the_first_screen():

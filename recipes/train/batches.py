@@ -55,7 +55,7 @@ def augmented(
         augment.mix,
         mixup_alpha=how.mixup_alpha,
         cutmix_alpha=how.cutmix_alpha,
-        classes=task.classes,
+        classes=len(task.classes),
     )
     flip: bool | Tensor = how.flip
     if how.alternate_flip:

@@ -77,7 +77,8 @@ class Task(NamedTuple):
     """Whether `update` is compiled, and why."""
     lr: schedules.Schedule
     rho: schedules.Schedule
-    classes: int
+    classes: tuple[str, ...]
+    """Their names, by the place of each in the outputs."""
     steps_per_epoch: int
     fingerprint: str
     """Digest of the data, before labels were corrupted or images held out."""
@@ -153,7 +154,7 @@ def assemble(config: Config, dataset: Dataset) -> tuple[Task, samfn.TrainState]:
         compiling=why,
         lr=lr,
         rho=rho,
-        classes=len(dataset.classes),
+        classes=dataset.classes,
         steps_per_epoch=per_epoch,
         fingerprint=digest,
     )

@@ -47,7 +47,7 @@ class Keeper:
                 return
         about |= {
             "config": plain_values(task.config),
-            "normalisation": {"mean": task.mean.tolist(), "std": task.std.tolist()},
+            "normalisation": normalisation(task),
             "data": task.fingerprint,
             "versions": versions(task),
             "ranks": ranks(task),
@@ -60,6 +60,11 @@ class Keeper:
                 raise
             self.missing = error
             self._warn(str(error))
+
+
+def normalisation(task: Task) -> dict[str, list[float]]:
+    """Return what the network's inputs are normalised by: (image / 255 - mean) / std."""
+    return {"mean": task.mean.tolist(), "std": task.std.tolist()}
 
 
 def begun(task: Task, whole: samfn.TrainState, display: Display) -> Training:

@@ -1,6 +1,7 @@
 """A run from its settings to its summary: train, evaluate the best, or try one step."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -41,6 +42,7 @@ from recipes.train.checkpoints import (
     begun,
     mean_of_best,
     model_of,
+    normalisation,
     ranks,
     restore_best,
     resume,
@@ -287,16 +289,23 @@ def _export(
         text = f"no best checkpoint is left to export: {error}; who goes on trains it again"
         raise samfn.CheckpointWriteError(text) from error
     state = model_of(task, best)
-    trained = task.model, state.params, state.buffers
-    samfn.export_weights(directory.weights, *trained)
+    _write_weights(directory.weights, task, state)
     if task.config.recording.export:
         inputs = task.test.images[:2].float().to(memory_format=torch.channels_last)
+        trained = task.model, state.params, state.buffers
         samfn.export_program(directory.program, *trained, inputs)
     else:
         _supersede(directory.program, "--export", display)
     if task.config.average.average_best is None:
         _supersede(directory.average, "--average-best", display)
     return best.row
+
+
+def _write_weights(path: Path, task: Task, state: samfn.TrainState) -> None:
+    """Write a model, with what must be known of its inputs and its outputs to use it."""
+    about = {"normalisation": normalisation(task), "classes": task.classes}
+    texts = {name: json.dumps(value) for name, value in about.items()}
+    samfn.export_weights(path, task.model, state.params, state.buffers, **texts)
 
 
 def _supersede(path: Path, wanted: str, display: Display) -> None:
@@ -319,7 +328,7 @@ def _average(
     except (OSError, ValueError, ConfigError) as error:  # They were whole when written.
         raise samfn.CheckpointWriteError(f"cannot average: {error}") from error
     _tell_lacking(task, directory, epochs, display)
-    samfn.export_weights(directory.average, task.model, state.params, state.buffers)
+    _write_weights(directory.average, task, state)
     loss, accuracy = evaluate(task, state, task.test, alone=True)
     listed = ", ".join(map(str, sorted(epochs)))
     text = f"test accuracy {accuracy:.2f} %, loss {loss:.4f}, of epochs {listed}"

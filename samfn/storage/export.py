@@ -19,7 +19,11 @@ class ExportError(RuntimeError):
 
 
 def export_weights(
-    path: str | os.PathLike[str], model: nn.Module, params: Params, buffers: Params
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    params: Params,
+    buffers: Params,
+    **texts: str,
 ) -> None:
     """Write what `model.load_state_dict(safetensors.torch.load_file(path))` takes.
 
@@ -31,10 +35,13 @@ def export_weights(
         model: whose names count; its own tensors do not, and stay as they are.
         params: as `TrainState.params`.
         buffers: as `TrainState.buffers`.
+        texts: what is to be known of the weights, by name, as `metadata()` of
+            `safetensors.safe_open(path, "pt")` returns it.
 
     Raises:
-        ValueError: names, shapes or dtypes are not those of `samfn.split(model)`, or a
-            module has extra state that is no tensor.
+        ValueError: names, shapes or dtypes are not those of `samfn.split(model)`, a
+            module has extra state that is no tensor, or the name of a text begins with
+            "samfn.".
         OSError: the file cannot be written.
     """
     values = parameters.state_dict(model, params, buffers)
@@ -43,7 +50,9 @@ def export_weights(
             f"expected tensors to write, got a {type(values[others[0]]).__name__} as"
             f" {others[0]}: the module's get_extra_state has to give a tensor"
         )
-    tensorfile.write(Path(path), values, {})
+    if own := [name for name in texts if name.startswith("samfn.")]:
+        raise ValueError(f'expected names of texts without "samfn.", got {own[0]!r}')
+    tensorfile.write(Path(path), values, texts)
 
 
 def export_program(

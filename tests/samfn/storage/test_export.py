@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 import samfn
 from recipes.models.wide_resnet import WideResNet
 from samfn.storage import export as export_module
+from samfn.storage import tensorfile
 from tests.reference import batches, small_network
 
 
@@ -52,6 +54,16 @@ def test_weights_load_into_the_module_by_other_hands(tmp_path, model, some):
     samfn.load(model, state.params, state.buffers)
     inputs = some[0][0]
     assert torch.equal(other.eval()(inputs), model.eval()(inputs))
+
+
+def test_texts_stand_beside_the_weights_for_who_has_no_samfn(tmp_path):
+    path, (params, buffers) = tmp_path / "m.safetensors", samfn.split(small_network())
+    samfn.export_weights(path, small_network(), params, buffers, classes='["é"]')
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["classes"] == '["é"]'
+    assert tensorfile.read(path)[1] == {"classes": '["é"]'}
+    with pytest.raises(ValueError, match=r"without .* got 'samfn\.sha256'"):
+        samfn.export_weights(path, small_network(), params, buffers, **{"samfn.sha256": ""})
 
 
 def network():

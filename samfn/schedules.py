@@ -1,7 +1,7 @@
 """Schedules: pure functions from the index of a step to a value, for lr and for rho.
 
 A schedule takes the step as an int, counted from 0, and returns a float. One that ends
-stays at its last value. Each refuses values that are not finite, with ValueError.
+stays at its last value. Values at which it begins or ends are finite, or a ValueError.
 """
 
 import math

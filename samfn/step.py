@@ -298,7 +298,9 @@ def take_step(
         require_bounded(optimizer, beside=True)
         new_params = tree.add_scaled(new_params, -lr, seen.beside)
         looked_at.append(tree.norm(seen.beside))
-    looked_at += [dial for dial in (rho, lr) if isinstance(dial, Tensor)]
+    # Others were read before.
+    dials = [dial for dial in (rho, lr) if isinstance(dial, Tensor)]
+    looked_at += [dial for dial in dials if not checks.is_readable(dial)]
     finite = _all_finite(*looked_at)
     bad = finite.logical_not().to(step.dtype)
     new_state = TrainState(
@@ -333,5 +335,4 @@ def _all_finite(*values: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # As in tree.norm: to stack them takes n kernels.
         return reduce(torch.logical_and, [value.isfinite() for value in values])
     wide = reduce(torch.promote_types, (value.dtype for value in values))
-    where = values[0].device  # A dial may be on the CPU.
-    return torch.stack([value.to(where, wide) for value in values]).isfinite().all()
+    return torch.stack([value.to(wide) for value in values]).isfinite().all()

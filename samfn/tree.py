@@ -67,7 +67,7 @@ def norms(tree: Params, wholes: Params | None = None) -> Tensor:
     leaves = list(tree.values())
     owners = leaves if wholes is None else [wholes[name] for name in tree]
     if any_sharded(owners):
-        here, dtype = [local(leaf) for leaf in leaves], _wide(leaves)
+        here, dtype = [local(leaf) for leaf in leaves], _common_dtype(leaves)
         if dtype.is_complex:
             here, dtype = [part.abs() for part in here], dtype.to_real()
         squares = [part.to(dtype).square().sum() for part in here]
@@ -165,7 +165,10 @@ def add_scaled(
 
 
 def wide(tree: Params) -> dict[str, Tensor]:
-    """Return the tensors in float32 or wider, where squares of gradients do not vanish."""
+    """Return the tensors in float32 or wider, those that are so as they are.
+
+    Squares of gradients vanish in half precision.
+    """
     return {
         name: leaf.float() if leaf.dtype.itemsize < 4 else leaf
         for name, leaf in tree.items()
@@ -250,7 +253,7 @@ def local(leaf: Any) -> Tensor:
 
 
 def _norms(leaves: list[Tensor]) -> list[Tensor]:
-    dtype = _wide(leaves)
+    dtype = _common_dtype(leaves)
     if torch.compiler.is_compiling() and leaves[0].device.type == "cpu":
         # Sums fuse with what makes the leaves; _foreach_norm would be a call from Python
         # for every leaf, a quarter of the step of a small network.
@@ -258,7 +261,7 @@ def _norms(leaves: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(leaves, 2, dtype=dtype))
 
 
-def _wide(leaves: Iterable[Tensor]) -> torch.dtype:
+def _common_dtype(leaves: Iterable[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, {leaf.dtype for leaf in leaves}, torch.float32)
 
 

@@ -305,7 +305,7 @@ def _write_weights(path: Path, task: Task, state: samfn.TrainState) -> None:
     """Write a model, with what must be known of its inputs and its outputs to use it."""
     about = {"normalisation": normalisation(task), "classes": task.classes}
     texts = {name: json.dumps(value) for name, value in about.items()}
-    samfn.export_weights(path, task.model, state.params, state.buffers, **texts)
+    samfn.export_weights(path, task.model, state.params, state.buffers, metadata=texts)
 
 
 def _supersede(path: Path, wanted: str, display: Display) -> None:

@@ -6,7 +6,6 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,8 +99,8 @@ def choose(
         raise
     except Exception:  # Whatever a model does that needs real values.
         count = 0
-    with suppress(ValueError):  # What is no mean is an error where one is taken.
-        as_loss(loss_fn).weigh(batch)
+    if method.cuts:  # A graph looks at nothing.
+        as_loss(loss_fn).look(batch)
     if wanted != "auto":
         return wanted
     if not method.traces:

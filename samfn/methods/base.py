@@ -81,6 +81,8 @@ class Method(NamedTuple):
     """Loss functions that it evaluates beside the step's own."""
     beside: bool = False
     """Whether a part of it goes past the optimizer, as `Descent.beside`."""
+    cuts: bool = False
+    """Whether it takes means over parts of a batch, as of a loss that is one."""
     outermost: str | None = None
     """Name of the combinator that made it, if no other one may be put around it."""
 

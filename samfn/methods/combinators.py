@@ -72,7 +72,7 @@ def accumulated(method: Method, size: int, *, statistics: Statistics = "in turn"
 
         return method.descent(evaluate_all, point, memory)
 
-    return method._replace(descent=descent)
+    return method._replace(descent=descent, cuts=True)
 
 
 @combinator
@@ -126,7 +126,7 @@ def per_micro_batch(
             clean, memory = clean._replace(buffers=_averaged(seen)), _averaged(memories)
         return total._replace(clean=clean), memory
 
-    return method._replace(descent=descent)
+    return method._replace(descent=descent, cuts=True)
 
 
 @combinator

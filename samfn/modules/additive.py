@@ -2,77 +2,106 @@
 
 A criterion takes outputs and targets, and needs no model: it is given some rows of them,
 and parts of these. One that sums, divides by a count of the batch, or holds examples
-against each other gives another mean of the parts than of the whole.
+against each other gives another mean of the parts than of the whole. That it does not
+depend on the order of the rows is asked first: else they are no examples.
 """
 
-from collections.abc import Callable, Sequence
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from samfn.support.batches import length_of, rows_of
+from samfn.support.batches import keyed, length_of, rows_of
+from samfn.support.nested import as_it_was, tensors_kept
 from samfn.tree import Batch
 
-ROWS = 16  # enough to see it, and little to compute beside a pass
-PASSES = 4  # that are looked at: in the first, a mask may leave out nothing
+FEWEST, ROWS = 4, 16  # of both parts together
+ENTRIES = 2**20  # of all these rows: a look takes next to no time beside a pass
+APART = 1e-3  # relative; in half precision, where a number is rounded by more, 8 eps
 
 LossAt = Callable[[Any, Batch], Tensor]
 Weigh = Callable[[Batch], "int | Tensor"]
+Sample = tuple[Any, Batch]
+"""Some rows of outputs, and of the batch that they are of."""
 
 
-def is_mean(loss_at: LossAt, outputs: Any, batch: Batch, weigh: Weigh) -> bool | None:
+def sample(outputs: Any, batch: Batch) -> Sample | None:
+    """Return copies of some rows; None where it has no rows, or they are too large."""
+    try:
+        length = length_of(batch)
+    except ValueError:
+        return None
+    leaves = pytree.tree_leaves(outputs)
+    if not leaves or any(
+        not isinstance(leaf, Tensor) or leaf.shape[:1] != (length,) for leaf in leaves
+    ):
+        return None
+    held = [x for x in pytree.tree_leaves(keyed(batch)) if isinstance(x, Tensor)]
+    each = sum(leaf[0].numel() for leaf in (*leaves, *held))
+    count = min(length, ROWS, ENTRIES // max(1, each))
+    if count < FEWEST:
+        return None
+    rows = slice(count)
+    return _copied(_rows(outputs, rows)), _copied(rows_of(batch, rows))
+
+
+def is_mean(
+    loss_at: LossAt, outputs: Any, batch: Batch, weigh: Weigh, criterion: Any = None
+) -> bool | None:
     """Return whether a loss is the mean of those of a batch's parts.
 
     w L(batch) = sum of w_i L(part i), with the weights w of the batch and of its parts
 
     Args:
         loss_at: (outputs, batch) -> loss, shape ().
-        outputs: of a pass.
-        batch: that they are of.
+        outputs: as `sample` gives them.
+        batch: likewise.
         weigh: batch -> w.
+        criterion: what `loss_at` calls, whose state is put back.
 
     Returns:
-        None where it cannot be seen: outputs are not tensors of a row for each example, or
-        the criterion takes no parts, is random, or its loss not finite.
+        None where it cannot be seen: the criterion takes no such rows, their order counts,
+        it is random, or its loss is not finite.
     """
-    try:
-        count = min(_rows(outputs, batch), ROWS)
-    except ValueError:
-        return None
+    count = length_of(batch)
+    order = torch.arange(count - 1, -1, -1)
+    dtypes = {x.dtype for x in pytree.tree_leaves(outputs) if x.is_floating_point()}
 
-    def at(places: Sequence[int], cast: Callable[[Any], Any]) -> Tensor:
+    def at(places: Sequence[int], of: Sample) -> Tensor:
         """Return the w_i L(part i) of the parts between some rows, in float64."""
         terms = []
         for rows in map(slice, places, places[1:]):
-            part = rows_of(batch, rows)
+            part = rows_of(of[1], rows)
             if weight := torch.as_tensor(weigh(part), dtype=torch.float64).item():
-                # Copies, which it may write to.
-                given = pytree.tree_map(lambda leaf, r=rows: cast(leaf[r].clone()), outputs)
-                loss = loss_at(given, pytree.tree_map(cast, part))
-                terms.append(weight * loss)
-        return torch.stack(terms).cpu() if terms else torch.empty(0)
+                loss = loss_at(_copied(_rows(of[0], rows)), _copied(part))
+                dtypes.add(loss.dtype)
+                terms.append(weight * loss.double().cpu())
+        return torch.stack(terms) if terms else torch.full((1,), torch.nan)
 
-    middle = {1, count // 2, count - 1}
-    cuts = [(0, count), (0, count), *((0, cut, count) for cut in middle)]
-    for cast in (_widened, _as_it_is):  # Not every criterion takes float64.
-        try:
-            with torch.no_grad(), torch.random.fork_rng(_devices(outputs)):
-                whole, again, *parted = [at(places, cast) for places in cuts]
-        except Exception:
-            continue
-        told = [parts for parts in parted if parts.isfinite().all()]
-        if not (told and len(whole) and _agree(whole, again)):
-            return None
-        return all(_agree(whole, parts) for parts in told)
-    return None
+    turned = _rows(outputs, order), rows_of(batch, order)
+    cuts = [(0, cut, count) for cut in {count // 2, max(2, count // 4)}]
+    try:
+        with torch.no_grad(), _undisturbed(criterion, outputs):
+            whole, other = (at((0, count), of) for of in ((outputs, batch), turned))
+            parted = [at(places, (outputs, batch)) for places in cuts]
+    except Exception:
+        return None
+    apart = max(APART, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
+    if not (whole.isfinite().all() and _agree(whole, other, apart)):
+        return None
+    return all(_agree(whole, parts, apart) for parts in parted)
 
 
 def drawn(outputs: Any, rows: int, *, chances: bool) -> Any:
     """Return other outputs of as many rows, on the CPU: normal, or between 0 and 1.
 
-    What holds no floating-point numbers stays as it is.
+    Leaves that are no floating-point tensors stay as they are.
     """
     source = torch.Generator().manual_seed(0)
 
@@ -85,33 +114,36 @@ def drawn(outputs: Any, rows: int, *, chances: bool) -> Any:
     return pytree.tree_map(of, outputs)
 
 
-def _rows(outputs: Any, batch: Batch) -> int:
-    """Return how many examples a batch has, of which each output has a row."""
-    length = length_of(batch)
+@contextmanager
+def _undisturbed(criterion: Any, outputs: Any) -> Iterator[None]:
+    """Put back what calls of a criterion change, and let it compile and say nothing."""
     leaves = pytree.tree_leaves(outputs)
-    whole = all(isinstance(x, Tensor) and x.shape[:1] == (length,) for x in leaves)
-    if not (leaves and whole and length > 1):
-        raise ValueError("expected several rows")
-    return length
+    gpus = {x.device.index for x in leaves if x.device.type == "cuda"}
+    kept = [x for x in tensors_kept(criterion) if not x.requires_grad]
+    before = [(tensor, tensor._version, tensor.clone()) for tensor in kept]
+    numbers, numpy = random.getstate(), sys.modules.get("numpy")
+    others = numpy.random.get_state() if numpy else None
+    stance = torch.compiler.set_stance("force_eager")
+    quiet = warnings.catch_warnings(action="ignore")
+    with as_it_was(criterion), torch.random.fork_rng(gpus), stance, quiet:
+        yield
+    random.setstate(numbers)
+    if numpy:
+        numpy.random.set_state(others)
+    for tensor, version, old in before:
+        if tensor._version != version:
+            tensor.copy_(old)
 
 
-def _devices(outputs: Any) -> list[int]:
-    """Return the GPUs whose random numbers a criterion may draw."""
-    devices = {leaf.device for leaf in pytree.tree_leaves(outputs)}
-    return [device.index for device in devices if device.type == "cuda"]
+def _rows(outputs: Any, rows: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf[rows], outputs)
 
 
-def _widened(leaf: Any) -> Any:
-    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return leaf.double() if floating else leaf
+def _copied(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), tree)
 
 
-def _as_it_is(leaf: Any) -> Any:
-    return leaf
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    """Return whether two sums are the same but for rounding in their dtype."""
+def _agree(one: Tensor, other: Tensor, apart: float) -> bool:
+    """Return whether two sums are the same but for rounding; NaN is nothing's."""
     size = one.abs().sum() + other.abs().sum()
-    apart = (one.sum() - other.sum()).abs()
-    return bool(apart <= torch.finfo(one.dtype).eps ** 0.5 * size)
+    return bool((one.sum() - other.sum()).abs() <= apart * size)

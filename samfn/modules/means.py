@@ -1,4 +1,4 @@
-"""What the loss of a model and a criterion is a mean over, as its passes show."""
+"""The examples, targets or weights that a loss is a mean over, as its passes show."""
 
 from typing import Any
 
@@ -9,10 +9,13 @@ from torch.utils import _pytree as pytree
 
 from samfn.loss import Aux
 from samfn.modules import additive, weighing
+from samfn.modules.additive import ROWS
 from samfn.modules.weighing import Reductions, Weighing
 from samfn.support.batches import length_of, rows_of
-from samfn.support.nested import as_it_was
+from samfn.support.collectives import has_ranks
 from samfn.tree import Batch
+
+PASSES = 4
 
 UNSEEN = (
     "no pass has shown yet what this criterion's loss is a mean over, as none does inside"
@@ -23,6 +26,8 @@ UNSEEN = (
 
 class Means:
     """What a loss is a mean over, in each mode of its model.
+
+    The criterion is looked at where a mean is taken, and not before: it may be anything.
 
     Args:
         model: whose mode it is.
@@ -36,14 +41,15 @@ class Means:
     ) -> None:
         self._model, self._criterion, self._loss_at = model, criterion, loss_at
         self._seen: dict[bool, Weighing] = {}
+        self._samples: dict[bool, list[additive.Sample]] = {False: [], True: []}
         self._forms: dict[bool, Any] = {}  # Outputs of passes that were not real.
-        # How many passes are still looked at, whether they give a mean.
-        self._looks = dict.fromkeys((False, True), additive.PASSES if asks else 0)
+        # How many passes leave a sample: in the first, a mask may leave out nothing.
+        self._wanted = dict.fromkeys((False, True), PASSES if asks else 0)
 
     @property
-    def look(self) -> bool:
-        """Whether passes in this mode are still looked at."""
-        return self._looks[self._model.training] > 0
+    def wants(self) -> bool:
+        """Whether a pass in this mode still leaves a sample."""
+        return self._wanted[self._model.training] > 0
 
     @property
     def are_known(self) -> bool:
@@ -56,9 +62,11 @@ class Means:
         Raises:
             ValueError: it cannot be counted, or is no mean of what parts of batches have.
         """
-        if self._forms and not torch.compiler.is_compiling():
-            self._look_at_others(batch)
-        return self._known().weigh(batch)
+        known = self._known()
+        if not torch.compiler.is_compiling():
+            self.look(batch)
+            known = self._known()
+        return known.weigh(batch)
 
     def counts(self, batch: Batch) -> Tensor | None:
         """Return which examples were seen to count; None is all."""
@@ -69,37 +77,60 @@ class Means:
         found = weighing.seen(taken, loss, aux.losses, batch)
         self._seen[self._model.training] = found
 
-    def look_at(self, loss: Tensor, aux: Aux, batch: Batch) -> None:
-        """Look at one of the first passes, whether its loss is a mean over examples."""
+    def keep(self, loss: Tensor, aux: Aux, batch: Batch) -> None:
+        """Keep some rows of one of the first passes, in case that a mean is taken."""
         mode = self._model.training
         if aux.losses is not None:
-            self._looks[mode] = 0  # Their mean is the loss.
+            self._wanted[mode] = 0  # Their mean is the loss.
         elif is_fake(loss):
             self._forms[mode] = aux.outputs
         else:
-            self._looks[mode] -= 1
-            self._look(aux.outputs, batch)
+            self._wanted[mode] -= 1
+            self._forms.pop(mode, None)
+            if found := additive.sample(aux.outputs, batch):
+                self._samples[mode].append(found)
+
+    def look(self, batch: Batch) -> None:
+        """Look at what passes have left, whether the loss is a mean over examples.
+
+        On several ranks nothing is looked at: a criterion may exchange something.
+        """
+        mode = self._model.training
+        samples, self._samples[mode] = self._samples[mode], []
+        forms = self._forms.pop(mode, None)
+        if not (samples or forms is not None) or has_ranks() or is_capturing():
+            return
+        for outputs, of in samples:
+            self._look(outputs, of)
+        if forms is not None:
+            self._look_at_drawn(forms, batch)
 
     def _look(self, outputs: Any, batch: Batch) -> bool | None:
-        """Look whether the loss is a mean over examples; if not, refuse to weigh it."""
-        with as_it_was(self._criterion):
-            found = additive.is_mean(self._loss_at, outputs, batch, self._known().weigh)
-        if found is False:
+        weigh = self._known().weigh
+        given = self._loss_at, outputs, batch, weigh, self._criterion
+        if (found := additive.is_mean(*given)) is False:
             self._seen[self._model.training] = weighing.OF_PARTS
         return found
 
-    def _look_at_others(self, batch: Batch) -> None:
-        """Look whether it is one at outputs that are drawn, on the CPU."""
-        if (forms := self._forms.pop(self._model.training, None)) is None:
+    def _look_at_drawn(self, forms: Any, batch: Batch) -> None:
+        """Look at outputs that are drawn, on the CPU."""
+        try:
+            few = pytree.tree_map_only(Tensor, Tensor.cpu, rows_of(batch, slice(ROWS)))
+            length_of(few)
+        except ValueError:
             return
-        few = rows_of(batch, slice(additive.ROWS))
-        few = pytree.tree_map_only(Tensor, Tensor.cpu, few)
         for chances in (False, True):  # Not every criterion takes any number.
-            outputs = additive.drawn(forms, length_of(few), chances=chances)
-            if self._look(outputs, few) is not None:
+            drawn = additive.drawn(forms, length_of(few), chances=chances)
+            found = additive.sample(drawn, few)
+            if found is None or self._look(*found) is not None:
                 return
 
     def _known(self) -> Weighing:
         if not self.are_known:
             raise RuntimeError(UNSEEN)
         return self._seen[self._model.training]
+
+
+def is_capturing() -> bool:
+    """Return whether a CUDA graph is recorded, in which nothing can be read."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -73,7 +73,7 @@ class _Supervised:
         self.users = criterion, call, model
         self._before: _Note | None = None
         self._take_note()
-        self.means = Means(model, criterion, self._loss_at, asks=asks)
+        self.means = Means(model, criterion, self._loss_alone, asks=asks)
         self._leaves: dict[bool, bool] = {}  # Whether it puts nothing into a batch.
 
     def function(self, params: Params, buffers: Params, batch: Batch) -> tuple[Tensor, Aux]:
@@ -127,6 +127,12 @@ class _Supervised:
     def _loss_at(self, outputs: Any, batch: Batch) -> Tensor:
         targets = None if self._call else pair_of(keyed(batch))[1]
         return _loss_of(cast(Criterion, self._criterion)(outputs, targets))
+
+    def _loss_alone(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the same, in the precision of a pass."""
+        device = next(iter(self._params.values())).device.type
+        with self._precision(device):
+            return self._loss_at(outputs, batch)
 
     def check(self, params: Params, buffers: Params) -> None:
         """Raise unless `params` and `buffers` are what `split(model)` gives.
@@ -224,9 +230,8 @@ class _Supervised:
                 with watching as told, self._lender.reading(plain, hidden), again:
                     found = self._run(buffers, own)
                     told.append(found)
-                if self.means.look:
-                    with self._precision(found[0].device.type):
-                        self.means.look_at(*found, batch)
+                if self.means.wants:
+                    self.means.keep(*found, batch)
             yield found
 
     @contextmanager
@@ -432,10 +437,11 @@ def supervised(
         made.function,
         made.check,
         made.differentiating,
-        known.weigh if weigh is None else partial(_weight, weigh),
-        known.counts,
-        made.standing,
-        made.criterion,
+        weigh=known.weigh if weigh is None else partial(_weight, weigh),
+        counts=known.counts,
+        standing=made.standing,
+        look=made.means.look,
+        criterion=made.criterion,
     )
 
 

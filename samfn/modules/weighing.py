@@ -250,9 +250,10 @@ def _refused_sum(batch: Batch) -> int:
 def _refused_parts(batch: Batch) -> int:
     raise ValueError(
         "expected a mean of the examples' losses, got a loss of which parts of a batch have"
-        " another mean: as a sum, a quotient of sums, or of examples held against each"
-        " other. Let it be a mean, as its sum / len(targets), or say what it is one over:"
-        " samfn.supervised(model, criterion, weigh=lambda batch: len(batch[0]))"
+        " another mean: as a sum, a quotient of sums, means over different counts, or of"
+        " examples held against each other. Let it be a mean, as its sum / len(targets), or"
+        " say what it is one over: samfn.supervised(model, criterion, weigh=lambda batch:"
+        " len(batch[0]))"
     )
 
 

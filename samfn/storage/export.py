@@ -2,7 +2,9 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ def export_weights(
     model: nn.Module,
     params: Params,
     buffers: Params,
-    **texts: str,
+    *,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write what `model.load_state_dict(safetensors.torch.load_file(path))` takes.
 
@@ -35,10 +38,11 @@ def export_weights(
         model: whose names count; its own tensors do not, and stay as they are.
         params: as `TrainState.params`.
         buffers: as `TrainState.buffers`.
-        texts: what is to be known of the weights, by name, as `metadata()` of
-            `safetensors.safe_open(path, "pt")` returns it.
+        metadata: texts about the weights, by name, as `metadata()` of
+            `safetensors.safe_open(path, "pt")` returns them.
 
     Raises:
+        TypeError: something in `metadata` is no text.
         ValueError: names, shapes or dtypes are not those of `samfn.split(model)`, a
             module has extra state that is no tensor, or the name of a text begins with
             "samfn.".
@@ -50,9 +54,12 @@ def export_weights(
             f"expected tensors to write, got a {type(values[others[0]]).__name__} as"
             f" {others[0]}: the module's get_extra_state has to give a tensor"
         )
-    if own := [name for name in texts if name.startswith("samfn.")]:
-        raise ValueError(f'expected names of texts without "samfn.", got {own[0]!r}')
-    tensorfile.write(Path(path), values, texts)
+    for name, text in metadata.items():
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise TypeError(f"metadata holds texts by name, got {name!r}: {text!r}")
+        if name.startswith("samfn."):
+            raise ValueError(f'expected names of texts without "samfn.", got {name!r}')
+    tensorfile.write(Path(path), values, dict(metadata))
 
 
 def export_program(

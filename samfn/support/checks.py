@@ -27,7 +27,7 @@ def require_dial(name: str, value: float | Tensor) -> float | Tensor:
             torch.func: elsewhere that would make a GPU wait.
     """
     value = require_radius(name, value)
-    if isinstance(value, Tensor) and _is_readable(value):
+    if isinstance(value, Tensor) and is_readable(value):
         require_radius(name, value.item())
     return value
 
@@ -51,14 +51,18 @@ def require_radius(name: str, value: float | Tensor) -> float | Tensor:
     return number
 
 
-def require_finite(**numbers: float) -> None:
-    """Raise unless each of these is a finite number.
+def require_finite(**numbers: float | Tensor) -> None:
+    """Raise unless each of these is a finite number; of a tensor, if it can be read.
 
     Raises:
         TypeError: it is no number.
         ValueError: it is infinite or NaN.
     """
     for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            if not is_readable(value):
+                continue
+            value = value.item()
         if not isfinite(number := _as_float(name, value, "a number")):
             raise ValueError(f"{name} must be finite, got {number}")
 
@@ -73,7 +77,7 @@ def _as_float(name: str, value: Any, expected: str) -> float:
         return inf
 
 
-def _is_readable(value: Tensor) -> bool:
+def is_readable(value: Tensor) -> bool:
     """Return whether a tensor has a value here that can be read without waiting."""
     if torch.compiler.is_compiling() or value.device.type != "cpu":
         return False

@@ -274,6 +274,12 @@ class _Summed(torch.autograd.Function):
         return whole(grad), None
 
 
+def has_ranks() -> bool:
+    """Return whether this process is one of several that belong together."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def all_ranks(params: Params) -> str:
     """Return the name of the group of the ranks, all of which have parts of `params`.
 

@@ -19,6 +19,7 @@ DEEP = 4
 MANY, ALL = 100, 10000
 LEAVES = Tensor, str, bytes, type, int, float, complex, ModuleType, type(None)
 NUMBERS = int, float, complex, str, Tensor, type(None)  # Set anew by who counts.
+CONTAINERS = list, set, deque, MutableMapping
 # What has attributes, and is a part of the program rather than data.
 PROGRAM = str, bytes, type, nn.Module, ModuleType, FunctionType, MethodType
 
@@ -89,6 +90,18 @@ def remembered(function: Any) -> Callable[[], bool]:
     return put_back
 
 
+def tensors_kept(function: Any) -> list[Tensor]:
+    """Return the tensors that a function, or data, keeps, where `remembered` looks."""
+    found: dict[int, Tensor] = {}
+    for get, _ in _held(function, {}):
+        held = get()
+        several = held.values() if isinstance(held, MutableMapping) else held
+        for each in several if isinstance(held, CONTAINERS) else [held]:
+            if isinstance(each, Tensor):
+                found[id(each)] = each
+    return [*found.values()]
+
+
 Held = tuple[Callable[[], Any], Callable[[Any], Any]]
 """How to get a copy of what is held in one place, and how to put it back."""
 
@@ -108,7 +121,7 @@ def _held(value: Any, seen: dict[int, Any]) -> Iterator[Held]:
         within = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, tuple):
         within = [*value]
-    elif isinstance(value, list | set | deque | MutableMapping) and hasattr(value, "copy"):
+    elif isinstance(value, CONTAINERS) and hasattr(value, "copy"):
         yield partial(_copied, value), partial(_refilled, value)
         within = [*(value.values() if isinstance(value, MutableMapping) else value)]
     if _package(value) == "samfn" and hasattr(value, "users"):  # What users gave to it.
@@ -145,7 +158,7 @@ def _of_class(kind: type, within: list[Any]) -> Iterator[Held]:
         if owner.__module__.partition(".")[0] in {"torch", *sys.stdlib_module_names}:
             continue
         for name, held in vars(owner).items():
-            if isinstance(held, FunctionType | list | set | deque | MutableMapping):
+            if isinstance(held, (FunctionType, *CONTAINERS)):
                 within.append(held)
             elif isinstance(held, NUMBERS) and not name.startswith("__"):
                 yield partial(getattr, owner, name), partial(setattr, owner, name)

@@ -1,6 +1,7 @@
 """Several ranks take the step of one process, and say which; they never drift apart."""
 
 import functools
+import itertools
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -938,3 +940,28 @@ def test_ranks_count_by_what_their_losses_are_means_over(placement, named):
     for found, seen in on_ranks(4, train_with_ignored, placement, named):
         torch.testing.assert_close(found, params)
         torch.testing.assert_close(seen, loss)
+
+
+def talking():
+    """On a rank: how often a criterion is called that waits for the other ranks."""
+    calls, count = itertools.count(), 2 * (1 + distributed.rank())
+
+    def criterion(outputs, targets):
+        next(calls)
+        total = torch.tensor(float(len(targets)))
+        dist.all_reduce(total)
+        return outputs.square().sum() / total
+
+    model = nn.Linear(3, 2)
+    loss_fn = samfn.supervised(model, criterion)
+    method, optimizer = distributed.placed(samfn.sam()), samfn.sgd()
+    state = samfn.init(*samfn.split(model), optimizer=optimizer, method=method)
+    batch = torch.randn(count, 3), torch.zeros(count)
+    given = {"loss_fn": loss_fn, "optimizer": optimizer, "method": method}
+    for _ in range(3):
+        state, _ = samfn.sam_update(state, batch, **given, lr=0.1)
+    return next(calls)
+
+
+def test_a_criterion_that_waits_for_other_ranks_is_called_in_passes_alone():
+    assert on_ranks(2, talking) == [6, 6]

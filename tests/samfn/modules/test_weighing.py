@@ -1,8 +1,11 @@
 """What a loss is a mean over is known, told, or an error; it is never guessed wrong."""
 
+import itertools
+import random
 from collections import UserDict
 from functools import partial, wraps
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from torch.testing import assert_close
 
 import samfn
 from samfn.measure import landscape, per_example
+from samfn.modules import additive
 from samfn.training import loop
 from tests.reference import NextToken, tokens
 
@@ -254,32 +258,109 @@ def test_later_batches_may_show_it():
 
 
 class Remembering(nn.Module):
-    """A mean over examples that keeps what it was called with."""
+    """A mean over examples that keeps what it was called with, and draws numbers."""
 
     def __init__(self):
         super().__init__()
-        self.lengths = []
+        self.lengths, self.center = [], torch.zeros(3).double()
 
     def forward(self, outputs, targets):
         self.lengths.append(len(outputs))
-        return outputs.square().mean()
+        self.center.mul_(0.9).add_(outputs.detach().mean(0))
+        drawn = random.random() + numpy.random.rand() + torch.rand(())
+        return outputs.square().mean() + 0 * drawn
+
+
+def state_of(criterion):
+    streams = random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().sum()
+    return [*criterion.lengths], criterion.center.clone(), streams
 
 
 def test_who_looks_whether_a_loss_is_a_mean_leaves_no_traces():
     model, (inputs, _) = problem()
-    criterion = Remembering()
-    batch = inputs.repeat(8, 1), torch.zeros(72)
-    before = torch.random.get_rng_state()
-    samfn.evaluate(samfn.supervised(model, criterion), *samfn.split(model), batch)
+    criterion, batch = Remembering(), (inputs.repeat(8, 1), torch.zeros(72))
+    loss_fn = samfn.supervised(model, criterion)
+    samfn.evaluate(loss_fn, *samfn.split(model), batch)
     assert criterion.lengths == [72]
-    assert torch.equal(torch.random.get_rng_state(), before)
+    before = state_of(criterion)
+    assert loss_fn.weigh(batch) == 72
+    assert_close(state_of(criterion)[:2], before[:2], rtol=0, atol=0)
+    assert state_of(criterion)[2] == before[2]
+
+
+def test_nobody_looks_where_no_mean_is_taken():
+    model, batch = problem()
+    calls = itertools.count()
+
+    def criterion(out, y):
+        next(calls)
+        return F.cross_entropy(out, y)
+
+    stepped(model, batch, criterion)
+    assert next(calls) == 2
+    stepped(model, batch, criterion, samfn.accumulated(samfn.sam(), 5))
+    assert next(calls) > 3 + 4
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_a_look_takes_some_rows_and_not_many_numbers(rows):
+    wide = torch.zeros(64, additive.ENTRIES // rows - 1)
+    batch = torch.zeros(64, 1), torch.zeros(64)[:, None][:, :0]
+    found = additive.sample(wide, batch)
+    assert (found is None) == (rows < additive.FEWEST)
+    few, of = additive.sample(torch.zeros(64, 2), batch)
+    assert len(few) == len(of[0]) == additive.ROWS
+    assert additive.sample(torch.zeros(63, 2), batch) is None
+
+
+MEANS = {
+    "in narrower numbers within": lambda out, y: (
+        F.cross_entropy(out.float(), y) + 1e-4 * out.logsumexp(-1).square().mean()
+    ),
+    "focal": lambda out, y: (
+        (1 - out.softmax(1)[range(len(y)), y]).square()
+        * F.cross_entropy(out, y, reduction="none")
+    ).mean(),
+    "labels first": lambda out, y: F.cross_entropy(
+        out.reshape(-1, 3), y[:, None].expand(-1, 1).t().reshape(-1)
+    ),
+    "two tasks": lambda out, y: F.cross_entropy(out, y) + out.square().mean(),
+    "smoothed": lambda out, y: F.cross_entropy(out, y, label_smoothing=0.1),
+    "of each example's own length": lambda out, y: (
+        (out / (1 + y)[:, None]).square().sum(1) / (1 + y)
+    ).mean(),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", MEANS)
+def test_means_over_examples_are_seen_to_be_that(name, dtype):
+    for seed in range(8):
+        model, (inputs, targets) = problem(ignored=0)
+        torch.manual_seed(seed)
+        batch = torch.randn_like(inputs).float(), targets
+        loss_fn = samfn.supervised(model.float(), MEANS[name], dtype=dtype)
+        loss_fn(*samfn.split(model), batch)
+        assert loss_fn.weigh(batch) == 9
+
+
+def test_time_is_not_taken_for_examples():
+    def criterion(outputs, targets):  # (time, examples, classes) and (examples, time)
+        return F.cross_entropy(outputs.reshape(-1, 3), targets.t().reshape(-1))
+
+    model = nn.Linear(4, 3)
+    inputs, targets = torch.randn(6, 6, 4), torch.randint(3, (6, 6))
+    loss_fn = samfn.supervised(model, criterion)
+    loss_fn(*samfn.split(model), (inputs, targets))
+    assert loss_fn.weigh((inputs, targets)) == 36  # labels
 
 
 @pytest.mark.parametrize(
     "criterion",
     [
         lambda out, y: F.mse_loss(F.dropout(out, 0.5), F.one_hot(y, 3).double()),
-        lambda out, y: out.square().mean() * (1 if len(y) == 9 else torch.nan),
+        lambda out, y: out.square().mean() + torch.randn(()),
+        lambda out, y: (out[:, 0] * torch.arange(9)).mean(),
         lambda out, y: out.view(9, 3).square().mean(),
         lambda out, y: (
             F.mse_loss(out, F.one_hot(y, 3).double(), reduction="sum") / len(y)

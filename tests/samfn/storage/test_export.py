@@ -58,12 +58,15 @@ def test_weights_load_into_the_module_by_other_hands(tmp_path, model, some):
 
 def test_texts_stand_beside_the_weights_for_who_has_no_samfn(tmp_path):
     path, (params, buffers) = tmp_path / "m.safetensors", samfn.split(small_network())
-    samfn.export_weights(path, small_network(), params, buffers, classes='["é"]')
+    given = path, small_network(), params, buffers
+    samfn.export_weights(*given, metadata={"classes": '["é"]'})
     with safe_open(path, "pt") as file:
         assert file.metadata()["classes"] == '["é"]'
     assert tensorfile.read(path)[1] == {"classes": '["é"]'}
     with pytest.raises(ValueError, match=r"without .* got 'samfn\.sha256'"):
-        samfn.export_weights(path, small_network(), params, buffers, **{"samfn.sha256": ""})
+        samfn.export_weights(*given, metadata={"samfn.sha256": ""})
+    with pytest.raises(TypeError, match="holds texts by name, got 'epoch': 3"):
+        samfn.export_weights(*given, metadata={"epoch": 3})
 
 
 def network():

@@ -25,6 +25,8 @@ from samfn.tree import Params
 Progress = Callable[[int, int], None]
 """(parts done, parts that there are at most, or 0 where that is not known)."""
 
+PIECE = 2**22  # entries of a vector that are in float64 at a time
+
 
 def no_progress(done: int, total: int) -> None:
     """Tell nobody."""
@@ -473,7 +475,10 @@ def _length(vector: Tensor) -> Tensor:
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.dot(left.double(), right.double())  # `@` goes by autocast.
+    """Return an inner product in float64, in pieces, whose copies need little memory."""
+    pairs = zip(torch.split(left, PIECE), torch.split(right, PIECE), strict=True)
+    # `@` goes by autocast.
+    return torch.stack([torch.dot(a.double(), b.double()) for a, b in pairs]).sum()
 
 
 def _without(basis: list[Tensor], vector: Tensor) -> Tensor:

@@ -28,13 +28,7 @@ from recipes.study.measurements import (
     require_writable,
 )
 from recipes.study.measures import Measuring, columns, costs, legend, numbers_of
-from recipes.study.runs import (
-    among,
-    digest,
-    labels,
-    read,
-    validate,
-)
+from recipes.study.runs import among, digest, labels, read, validate
 from recipes.terminal import cli
 from recipes.terminal.console import Display
 

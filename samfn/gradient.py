@@ -17,14 +17,7 @@ from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
 from samfn import tree
-from samfn.loss import (
-    Aux,
-    Loss,
-    LossFn,
-    as_loss,
-    loss_and_aux,
-    with_slope_at,
-)
+from samfn.loss import Aux, Loss, LossFn, as_loss, loss_and_aux, with_slope_at
 from samfn.support import checks
 from samfn.support.collectives import all_ranks, changed, kept, mean, summed, wholes
 from samfn.support.nested import mapped

@@ -58,12 +58,12 @@ class Loss:
     standing: Callable[[], object] = lambda: None
     """-> the same object as long as what the function reads beside its arguments, as the
     layers and hooks of a model, is the same but for values: a graph of it holds then."""
-    look: Callable[[Batch], None] = lambda batch: None
-    """batch -> looks whether the loss is a mean, before a graph takes one; eagerly, `weigh`
-    does."""
     criterion: Callable[[Any, Batch], Tensor] | None = None
     """(outputs, batch) -> the loss, or that of each example, as `function` takes it from
     `Aux.outputs`. None where it does not tell the two apart."""
+    look: Callable[[Batch], None] = lambda batch: None
+    """batch -> looks whether the loss is a mean, before a graph takes one; eagerly, `weigh`
+    does."""
 
     def __call__(
         self, params: Params, buffers: Params, batch: Batch

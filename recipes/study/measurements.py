@@ -20,13 +20,7 @@ from recipes.errors import ConfigError
 from recipes.settings.config import Config, of_roles, plain_values
 from recipes.settings.saved import run_of
 from recipes.study.measures import Measuring, Number
-from recipes.study.runs import (
-    Solution,
-    checkpoint_of,
-    digest,
-    numbers,
-    write_json,
-)
+from recipes.study.runs import Solution, checkpoint_of, digest, numbers, write_json
 from recipes.terminal.console import Display
 from recipes.train.directory import parsed
 from samfn.storage import files

@@ -7,10 +7,7 @@ from typing import NamedTuple
 
 import samfn
 from recipes.roles import ABOVE_0, Range, Rule, at_least, setting
-from recipes.study.runs import (
-    Inspection,
-    Solution,
-)
+from recipes.study.runs import Inspection, Solution
 from recipes.train.batches import eval_batch
 from recipes.train.build import generator
 from samfn.measure import sharpness

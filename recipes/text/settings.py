@@ -13,15 +13,7 @@ from typing import Any, Literal
 import tomli_w
 
 from recipes.errors import ConfigError
-from recipes.roles import (
-    ABOVE_0,
-    ABOVE_0_TO_1,
-    FROM_0,
-    Options,
-    Range,
-    at_least,
-    setting,
-)
+from recipes.roles import ABOVE_0, ABOVE_0_TO_1, FROM_0, Options, Range, at_least, setting
 from recipes.settings.saved import AS_TOML
 from recipes.terminal.legible import SURROGATES, quoted
 from recipes.train.directory import RunDirectory, reserved, vacate

@@ -28,14 +28,7 @@ from recipes.terminal.legible import quoted
 from recipes.terminal.signals import Signals
 from recipes.train import recorded, selection
 from recipes.train.batches import augmented
-from recipes.train.build import (
-    Read,
-    Task,
-    assemble,
-    first_perturbed,
-    placed,
-    read_data,
-)
+from recipes.train.build import Read, Task, assemble, first_perturbed, placed, read_data
 from recipes.train.callbacks import Interrupts, around
 from recipes.train.checkpoints import (
     Keeper,

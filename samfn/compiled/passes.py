@@ -12,12 +12,7 @@ from torch import Tensor
 from samfn.compiled.plan import Parts
 from samfn.descend import Optimizer
 from samfn.gradient import Pass, evaluate
-from samfn.loss import (
-    Loss,
-    LossFn,
-    as_loss,
-    loss_and_aux,
-)
+from samfn.loss import Loss, LossFn, as_loss, loss_and_aux
 from samfn.support.collectives import kept, wholes
 from samfn.tree import Batch, Params, unmixed
 

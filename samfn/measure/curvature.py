@@ -24,12 +24,7 @@ from samfn.gradient import (
     require_gradients_here,
     share_of,
 )
-from samfn.loss import (
-    Loss,
-    LossFn,
-    as_loss,
-    loss_and_aux,
-)
+from samfn.loss import Loss, LossFn, as_loss, loss_and_aux
 from samfn.support import checks
 from samfn.support.collectives import over_parts, summed, wholes
 from samfn.tree import Batch, Params

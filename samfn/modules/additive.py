@@ -52,7 +52,7 @@ def sample(outputs: Any, batch: Batch) -> Sample | None:
 
 
 def is_mean(
-    loss_at: LossAt, outputs: Any, batch: Batch, weigh: Weigh, criterion: Any = None
+    loss_at: LossAt, outputs: Any, batch: Batch, weigh: Weigh, criterion: Any
 ) -> bool | None:
     """Return whether a loss is the mean of those of a batch's parts.
 
@@ -116,23 +116,26 @@ def drawn(outputs: Any, rows: int, *, chances: bool) -> Any:
 
 @contextmanager
 def _undisturbed(criterion: Any, outputs: Any) -> Iterator[None]:
-    """Put back what calls of a criterion change, and let it compile and say nothing."""
+    """Put back what calls of a criterion change; let it neither compile nor warn."""
     leaves = pytree.tree_leaves(outputs)
     gpus = {x.device.index for x in leaves if x.device.type == "cuda"}
-    kept = [x for x in tensors_kept(criterion) if not x.requires_grad]
+    small = (x for x in tensors_kept(criterion) if x.numel() <= ENTRIES)
+    kept = [x for x in small if not x.requires_grad]
     before = [(tensor, tensor._version, tensor.clone()) for tensor in kept]
     numbers, numpy = random.getstate(), sys.modules.get("numpy")
     others = numpy.random.get_state() if numpy else None
     stance = torch.compiler.set_stance("force_eager")
     quiet = warnings.catch_warnings(action="ignore")
-    with as_it_was(criterion), torch.random.fork_rng(gpus), stance, quiet:
-        yield
-    random.setstate(numbers)
-    if numpy:
-        numpy.random.set_state(others)
-    for tensor, version, old in before:
-        if tensor._version != version:
-            tensor.copy_(old)
+    try:
+        with as_it_was(criterion), torch.random.fork_rng(gpus), stance, quiet:
+            yield
+    finally:
+        random.setstate(numbers)
+        if numpy:
+            numpy.random.set_state(others)
+        for tensor, version, old in before:
+            if tensor._version != version:
+                tensor.copy_(old)
 
 
 def _rows(outputs: Any, rows: Any) -> Any:

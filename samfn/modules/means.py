@@ -9,13 +9,12 @@ from torch.utils import _pytree as pytree
 
 from samfn.loss import Aux
 from samfn.modules import additive, weighing
-from samfn.modules.additive import ROWS
 from samfn.modules.weighing import Reductions, Weighing
 from samfn.support.batches import length_of, rows_of
 from samfn.support.collectives import has_ranks
 from samfn.tree import Batch
 
-PASSES = 4
+PASSES = 4  # two steps of SAM, or four batches of an evaluation
 
 UNSEEN = (
     "no pass has shown yet what this criterion's loss is a mean over, as none does inside"
@@ -83,7 +82,8 @@ class Means:
         if aux.losses is not None:
             self._wanted[mode] = 0  # Their mean is the loss.
         elif is_fake(loss):
-            self._forms[mode] = aux.outputs
+            # Without their graph.
+            self._forms[mode] = pytree.tree_map_only(Tensor, Tensor.detach, aux.outputs)
         else:
             self._wanted[mode] -= 1
             self._forms.pop(mode, None)
@@ -115,7 +115,9 @@ class Means:
     def _look_at_drawn(self, forms: Any, batch: Batch) -> None:
         """Look at outputs that are drawn, on the CPU."""
         try:
-            few = pytree.tree_map_only(Tensor, Tensor.cpu, rows_of(batch, slice(ROWS)))
+            few = pytree.tree_map_only(
+                Tensor, Tensor.cpu, rows_of(batch, slice(additive.ROWS))
+            )
             length_of(few)
         except ValueError:
             return

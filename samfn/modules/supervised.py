@@ -15,13 +15,7 @@ from samfn.gradient import graph, is_reentrant, leaving
 from samfn.loss import Aux, Loss
 from samfn.modules import weighing
 from samfn.modules.gathering import Gathering
-from samfn.modules.lending import (
-    WRITES,
-    ImpureError,
-    Lender,
-    changes_gradients,
-    read_only,
-)
+from samfn.modules.lending import WRITES, ImpureError, Lender, changes_gradients, read_only
 from samfn.modules.means import Means
 from samfn.modules.memory import is_watchable
 from samfn.modules.parameters import arguments, references, require_layout, require_plain
@@ -440,8 +434,8 @@ def supervised(
         weigh=known.weigh if weigh is None else partial(_weight, weigh),
         counts=known.counts,
         standing=made.standing,
-        look=made.means.look,
         criterion=made.criterion,
+        look=made.means.look,
     )
 
 

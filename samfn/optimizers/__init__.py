@@ -1,15 +1,7 @@
 """Base optimizers: those of torch.optim, Muon, and what combines them."""
 
 from samfn.optimizers.combinators import clipped, frozen_after, grouped, scaled_lr
-from samfn.optimizers.kernels import (
-    adagrad,
-    adam,
-    adamw,
-    from_torch,
-    nadam,
-    rmsprop,
-    sgd,
-)
+from samfn.optimizers.kernels import adagrad, adam, adamw, from_torch, nadam, rmsprop, sgd
 from samfn.optimizers.muon import muon
 
 __all__ = [

@@ -21,11 +21,7 @@ from recipes.study import runs as solutions
 from recipes.terminal.console import Display
 from recipes.train.build import assemble
 from recipes.train.directory import RunDirectory
-from samfn.measure.landscape import (
-    Line,
-    Plane,
-    line,
-)
+from samfn.measure.landscape import Line, Plane, line
 
 ONE = torch.zeros(1)  # a batch of one example, for losses that read none
 

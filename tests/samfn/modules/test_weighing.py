@@ -260,14 +260,16 @@ def test_later_batches_may_show_it():
 class Remembering(nn.Module):
     """A mean over examples that keeps what it was called with, and draws numbers."""
 
-    def __init__(self):
+    def __init__(self, fails):
         super().__init__()
-        self.lengths, self.center = [], torch.zeros(3).double()
+        self.lengths, self.center, self.fails = [], torch.zeros(3).double(), fails
 
     def forward(self, outputs, targets):
         self.lengths.append(len(outputs))
         self.center.mul_(0.9).add_(outputs.detach().mean(0))
         drawn = random.random() + numpy.random.rand() + torch.rand(())
+        if self.fails and len(outputs) < 72:
+            raise ValueError("expected a whole batch")
         return outputs.square().mean() + 0 * drawn
 
 
@@ -276,9 +278,10 @@ def state_of(criterion):
     return [*criterion.lengths], criterion.center.clone(), streams
 
 
-def test_who_looks_whether_a_loss_is_a_mean_leaves_no_traces():
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_looks_whether_a_loss_is_a_mean_leaves_no_traces(fails):
     model, (inputs, _) = problem()
-    criterion, batch = Remembering(), (inputs.repeat(8, 1), torch.zeros(72))
+    criterion, batch = Remembering(fails), (inputs.repeat(8, 1), torch.zeros(72))
     loss_fn = samfn.supervised(model, criterion)
     samfn.evaluate(loss_fn, *samfn.split(model), batch)
     assert criterion.lengths == [72]
